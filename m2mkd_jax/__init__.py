@@ -1,0 +1,3 @@
+"""m2mKD in JAX: module-to-module knowledge distillation for modular transformers (arXiv 2402.16918)."""
+
+__version__ = "0.1.0"
