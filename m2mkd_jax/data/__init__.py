@@ -1,0 +1,1 @@
+"""Images in, batches out: numpy and Grain only; nothing here knows a `jax.Array`."""

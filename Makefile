@@ -1,0 +1,47 @@
+# make demo [WORKDIR=runs/nac_digits]   install into .venv (no CUDA) and run the digits pipeline
+# make test                             install into .venv-test; ruff, then every lane of tests
+# make lint | make clean
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+WORKDIR ?= runs/nac_digits
+WORKERS ?= 2
+LANES := unit parity multidevice e2e
+
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean python
+.DELETE_ON_ERROR:
+
+demo: .venv/stamp
+	.venv/bin/python -m m2mkd_jax.main --config=configs/nac_digits.py --workdir=$(WORKDIR)
+
+# Lanes are separate processes: one has eight CPU devices, the others one.  All run, whatever fails;
+# pytest itself fails a lane with no test in it, tests/conftest.py one with a forbidden skip.
+test: lint
+	@failed=; for lane in $(LANES); do \
+	  echo "== tests/$$lane"; \
+	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) tests/$$lane \
+	    || failed="$$failed tests/$$lane"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+lint: .venv-test/stamp
+	.venv-test/bin/ruff check .
+
+clean:
+	rm -rf .venv .venv-test build dist .pytest_cache .ruff_cache *.egg-info
+	find m2mkd_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null; true
+
+# The stamps make a second call install nothing, until pyproject.toml changes.
+.venv/stamp: EXTRA :=
+.venv-test/stamp: EXTRA := [test]
+.venv/stamp .venv-test/stamp: pyproject.toml | python
+	test -x $(@D)/bin/pip || $(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install $(PIP_FLAGS) -e '.$(EXTRA)'
+	touch $@
+
+python:
+	@command -v $(PYTHON) >/dev/null || { echo "no interpreter '$(PYTHON)': give one with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "m2mkd_jax needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`: give another with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install the system package python3-venv, or give another interpreter with make PYTHON=..." >&2; exit 1; }

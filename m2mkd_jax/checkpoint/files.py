@@ -1,0 +1,55 @@
+"""Small JSON files (description.json, done.json, summary.json): all or nothing on disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2mkd_jax.errors import UserError
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Writes `obj` as indented JSON; a reader sees the old file or the new one, never half.
+
+    numpy and jax scalars become numbers, small arrays become lists, paths become strings.
+    Missing parent directories are made.  Raises TypeError for anything else JSON cannot hold.
+    """
+    path = Path(path)
+    text = json.dumps(obj, indent=2, default=_plain) + "\n"  # before any file is touched
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two jobs that write the same file out of each other's half-written one.
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may keep the rename and lose the bytes
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises UserError where the file is missing, unreadable, or not JSON (empty, cut off).
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is damaged, not JSON ({error}); delete it or restore it") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic) or hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,164 @@
+"""The one loss: some stages of a chain are trained, against labels and perhaps a teacher chain.
+
+Axes: B batch, H height, W width, K classes, U latents.
+
+Every phase of m2mKD is a `Program`; below this file nobody knows which phase runs. Parameters of
+all chains live in two dicts keyed by stage name, `trainable[name]` and `frozen[name]`, so that a
+stage shared by the student's and the teacher's chain exists once and no gradient or optimizer
+state is kept for what stands still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m2mkd_jax.models import chain
+from m2mkd_jax.models.nac import kernels
+from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.objectives import classification, distillation, graph
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a phase computes.
+
+    Attributes:
+        graphs: structure of every stage, by name.
+        student: names of the chain whose logits are trained.
+        trainable: names of the stages that are trained.
+        rates: drop-path rates per stage of `student` (None: no drop-path there).
+        teacher: names of the chain whose logits are imitated; empty without distillation.
+        kind, alpha, temperature: see objectives/distillation.py.
+        regulariser: (stages by name) -> scalar to add to the loss, or None.
+        dtype: compute type of activations and parameters; logits and losses are float32.
+        sampled_evaluation: draw the noise that the published evaluation draws.
+    """
+
+    graphs: Mapping[str, nnx.GraphDef]
+    student: tuple[str, ...]
+    trainable: tuple[str, ...]
+    rates: tuple = ()
+    teacher: tuple[str, ...] = ()
+    kind: str = "none"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    regulariser: Callable[[Mapping[str, nnx.Module]], jax.Array] | None = None
+    dtype: jnp.dtype = field(default=jnp.float32)
+    sampled_evaluation: bool = False
+
+    def __post_init__(self):
+        assert not self.rates or len(self.rates) == len(self.student)
+
+    def stages(self, names, trainable: dict, frozen: dict) -> list[nnx.Module]:
+        return [
+            chain.merge(
+                self.graphs[name],
+                chain.cast_compute(
+                    trainable[name] if name in self.trainable else frozen[name]["params"],
+                    self.dtype,
+                ),
+                frozen[name]["fixed"],
+            )
+            for name in names
+        ]
+
+    @property
+    def shared(self) -> int:
+        """How many leading stages student and teacher share and run alike: computed once."""
+        shared = 0
+        for i, (a, b) in enumerate(zip(self.student, self.teacher, strict=False)):
+            noisy = bool(self.rates) and self.rates[i] is not None and any(self.rates[i])
+            if a != b or a in self.trainable or noisy:
+                break
+            shared += 1
+        return shared
+
+    def loss(self, trainable: dict, frozen: dict, batch: dict, key) -> tuple[jax.Array, dict]:
+        """Mean loss of a batch and its parts (scalars).
+
+        Args:
+            trainable: {stage: params}.
+            frozen: {stage: {"params", "fixed"}}; of a trainable stage only "fixed" is used.
+            batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one.
+            key: for drop-path and the network's own noise; None switches all of it off.
+        """
+        shared = self.shared
+        x = batch["image"].astype(self.dtype)
+        x = chain.run(self.stages(self.student[:shared], trainable, frozen), x)
+        logits = chain.run(
+            self.stages(self.student[shared:], trainable, frozen),
+            x,
+            rates=self.rates[shared:] or None,
+            key=key,
+            train=key is not None,
+        )
+        loss = classification.soft_cross_entropy(logits, batch["target"])
+        hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
+        metrics = {"classification_loss": loss, "accuracy": hits.mean()}
+        if self.teacher:
+            target = chain.run(self.stages(self.teacher[shared:], trainable, frozen), x)
+            target = jax.lax.stop_gradient(target)
+            loss = distillation.distill(
+                loss, logits, target, self.kind, self.alpha, self.temperature
+            )
+            agree = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
+            metrics |= {"teacher_agreement": agree.mean()}
+        if self.regulariser is not None:
+            # In float32 whatever the compute type: distances are differences of near-equal sums.
+            stages = {
+                name: chain.merge(self.graphs[name], trainable[name], frozen[name]["fixed"])
+                for name in self.trainable
+            }
+            metrics["regulariser"] = self.regulariser(stages)
+            loss = loss + metrics["regulariser"]
+        return loss, metrics | {"loss": loss}
+
+    def logits(self, trainable: dict, frozen: dict, images: jax.Array, key=None) -> jax.Array:
+        """Evaluation: images (B, H, W, 3) normalised -> logits (B, K)."""
+        stages = self.stages(self.student, trainable, frozen)
+        key = key if self.sampled_evaluation else None
+        return chain.run(stages, images.astype(self.dtype), key=key)
+
+
+def graph_regulariser(kind: str, options, mixture=None) -> Callable[[NAC], jax.Array]:
+    """A NAC's graph regulariser, weighted (reference section 3, objectives/graph.py).
+
+    Args:
+        kind: 'hinge' (all latents repel below a distance), 'stochastic_block' (the mediators'
+            kernels keep block structure) or 'gaussian_mixture' (distances keep their distribution).
+        options: weight, and hinge | clusters, p_in, p_out | components.
+        mixture: the fitted mixture of `objectives.graph.fit_gaussian_mixture`.
+    """
+
+    def value(nac: NAC) -> jax.Array:
+        if kind == "stochastic_block":
+            signatures = nac.mediator_latents.signatures[...]
+            target = graph.block_matrix(
+                signatures.shape[0], options.clusters, options.p_in, options.p_out
+            )
+            distance = kernels.distance(signatures, signatures)
+            spec = nac.spec
+            affinities = jax.vmap(
+                lambda bandwidth: kernels.affinity(
+                    distance, bandwidth, spec.truncation, spec.truncation_implementation
+                )
+            )(nac.propagators.attention.bandwidth[...])
+            return graph.stochastic_block(affinities, target)
+        distance = all_distances(nac)
+        if kind == "hinge":
+            return graph.hinge_repulsion(distance, options.hinge)
+        return graph.gaussian_mixture(distance, mixture)
+
+    return lambda nac: options.weight * value(nac)
+
+
+def all_distances(nac: NAC) -> jax.Array:
+    """Distances (U, U) between the signatures of all latents: input, mediator, output."""
+    groups = (nac.input_latents, nac.mediator_latents, nac.output_latents)
+    signatures = jnp.concatenate([group.signatures[...] for group in groups])
+    return kernels.distance(signatures, signatures)

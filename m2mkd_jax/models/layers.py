@@ -1,0 +1,166 @@
+"""Layers shared by the vision transformers and by the NAC.
+
+Axes: B batch, H height, W width, C channels in, D channels out, N tokens, L stacked layers.
+
+Flax's own Linear and LayerNorm are used wherever they compute what PyTorch computes; this file
+holds what they lack: PyTorch's default initialisation, per-sample stochastic depth, patches as a
+matrix product, and a depthwise convolution that is fast on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+# PyTorch's LayerNorm subtracts the mean before squaring; E[x^2] - E[x]^2 would lose digits.
+EXACT_VARIANCE = {"use_fast_variance": False}
+
+# normal(0.02) cut at +-2 (a hundred sigma), which is what the published initialiser does.
+transformer_init = nnx.initializers.normal(0.02)
+# Kaiming uniform with a = sqrt(5): uniform within 1/sqrt(fan_in), PyTorch's default.
+torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU; the tanh form would not match PyTorch."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def torch_bias_init(fan_in: int) -> Callable:
+    """Uniform within 1/sqrt(fan_in): PyTorch's default for the bias of a layer with that fan-in."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer (C -> D) with PyTorch's default initialisation of weight and bias."""
+    return nnx.Linear(c, d, kernel_init=torch_init, bias_init=torch_bias_init(c), rngs=rngs)
+
+
+def layer_norm(c: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(c, epsilon=epsilon, **EXACT_VARIANCE, rngs=rngs)
+
+
+def drop_path(residual: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth: zeroes whole samples of `residual` (B, ...) with probability `rate`.
+
+    The kept ones are divided by the keep probability. `key=None` means evaluation: identity.
+    """
+    if key is None:
+        return residual
+    keep = 1.0 - rate
+    shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
+    kept = jax.random.uniform(key, shape) < keep
+    return residual * (kept / keep).astype(residual.dtype)
+
+
+def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules of one kind as one module whose parameters have a leading axis L."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build_all(rngs):
+        return build(rngs)
+
+    return build_all(rngs)
+
+
+def scan_stack(module: nnx.Module, x, inputs, apply: Callable, *, remat: bool = False):
+    """Runs stacked layers one after another: x -> apply(layer_0, x, inputs[0]) -> ...
+
+    Args:
+        module: made by `stack`.
+        x: what flows from layer to layer (any pytree).
+        inputs: pytree with a leading axis L (per-layer rates, keys, codes), or None.
+        apply: (layer, x, inputs of that layer) -> x.
+        remat: recompute a layer's activations in the backward pass instead of keeping them.
+    """
+    graph, state = nnx.split(module)
+
+    def body(x, layer):
+        state, inputs = layer
+        return apply(nnx.merge(graph, state), x, inputs), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (state, inputs))[0]
+
+
+class Patches(nnx.Module):
+    """Convolution whose stride is its kernel size, as a matrix product over patches.
+
+    (B, H, W, C) -> (B, H/size, W/size, D). The same numbers as a convolution, without the slow
+    strided convolutions (and their gradients) of the CPU backend. Kernel: (size*size*C, D), rows
+    ordered (row, column, channel).
+    """
+
+    def __init__(self, size: int, c: int, d: int, *, kernel_init, bias_init, rngs: nnx.Rngs):
+        self.size = size
+        self.linear = nnx.Linear(
+            size * size * c, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(
+            rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.size, q=self.size)
+        )
+
+
+class DepthwiseConv(nnx.Module):
+    """Depthwise convolution with odd kernel, stride 1, zero padding: (B, H, W, C) -> same shape."""
+
+    def __init__(self, c: int, size: int, *, kernel_init, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, c), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return depthwise_conv(x, self.kernel[...]) + self.bias[...]
+
+
+def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -> jax.Array:
+    """x (B, H, W, C) convolved channel by channel with kernel (K, K, C), zero padded.
+
+    XLA's own depthwise convolution is 10 to 100 times slower than needed on a CPU
+    (benchmarks/RESULTS.md), so there it becomes a product with banded matrices: over all positions
+    where they are few ('positions'), else over the columns, one kernel row at a time ('columns').
+    """
+    h, w = x.shape[1:3]
+    if method is None:
+        if jax.default_backend() != "cpu":
+            method = "native"
+        else:
+            method = "positions" if h * w <= 256 else "columns"
+    if method == "native":
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel[:, :, None, :],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+    size = kernel.shape[0]
+    across, across_inside = _band(w, size)
+    if method == "columns":
+        rows = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0)))
+        rows = jnp.stack([rows[:, i : i + h] for i in range(size)], axis=-2)
+        band = kernel[:, across] * across_inside[None, :, :, None]
+        return jnp.einsum("bhwkc,kuwc->bhuc", rows, band)
+    down, down_inside = _band(h, size)
+    band = kernel[down[:, None, :, None], across[None, :, None, :]]
+    band = band * (down_inside[:, None, :, None] & across_inside[None, :, None, :])[..., None]
+    band = band.reshape(h * w, h * w, -1)
+    return jnp.einsum("bvc,uvc->buc", x.reshape(x.shape[0], h * w, -1), band).reshape(x.shape)
+
+
+def _band(length: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """For each (output, input) position: which kernel entry joins them, and whether one does."""
+    position = jnp.arange(length)
+    offset = position[None, :] - position[:, None] + size // 2
+    return jnp.clip(offset, 0, size - 1), (offset >= 0) & (offset < size)

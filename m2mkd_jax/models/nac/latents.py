@@ -1,0 +1,53 @@
+"""Latents (signatures, codes, initial states), the seeder of their states, and their noise.
+
+Axes: B batch, U latents, D state, S code, C signature, I iterations.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m2mkd_jax.models import layers
+from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS
+from m2mkd_jax.models.nac.spec import NACSpec
+
+SEEDER_LOG_VARIANCE = -5.0
+
+
+class Latents(nnx.Module):
+    """One group of latents: signatures (U, C), codes (U, S) or (I, U, S), states (U, D) if any."""
+
+    def __init__(self, count: int, spec: NACSpec, *, per_iteration: bool = False, rngs: nnx.Rngs):
+        normal = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape))  # noqa: E731
+        self.signatures = normal(count, spec.signature_dim)
+        shape = (count, spec.code_dim)
+        self.codes = normal(*((spec.iterations, *shape) if per_iteration else shape))
+        self.states = None if spec.seeder else normal(count, spec.state_dim)
+
+
+class Seeder(nnx.Module):
+    """Codes to initial states: mu(norm c) + exp(0.5 logvar(norm c)) * noise, per image."""
+
+    def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
+        self.norm = layers.layer_norm(spec.code_dim, LAYER_NORM_EPS, rngs=rngs)
+        self.mu = layers.torch_linear(spec.code_dim, spec.state_dim, rngs=rngs)
+        self.logvar = layers.torch_linear(spec.code_dim, spec.state_dim, rngs=rngs)
+        self.logvar.bias[...] = jnp.full((spec.state_dim,), SEEDER_LOG_VARIANCE)
+
+    def __call__(self, codes: jax.Array, batch: int, noise: jax.Array | None = None) -> jax.Array:
+        """Codes (U, S), noise (B, U, D) or None for the mean -> states (B, U, D)."""
+        codes = self.norm(codes.astype(self.mu.kernel[...].dtype))
+        mean = self.mu(codes)
+        if noise is None:
+            return jnp.broadcast_to(mean, (batch, *mean.shape))
+        return mean + noise.astype(mean.dtype) * jnp.exp(0.5 * self.logvar(codes))
+
+
+def jitter(codes: jax.Array, scale: float, key: jax.Array | None) -> jax.Array:
+    """Codes plus uniform noise of +-scale * |code|; the noise carries no gradient."""
+    if key is None or not scale:
+        return codes
+    bound = scale * jnp.abs(jax.lax.stop_gradient(codes))
+    return codes + bound * jax.random.uniform(key, codes.shape, minval=-1.0, maxval=1.0)

@@ -1,0 +1,36 @@
+"""The published vision transformer variants (reference section 1)."""
+
+from __future__ import annotations
+
+import difflib
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models.vit import ViTSpec
+
+# name: image size, patch, width, depth, heads, qkv bias, LayerNorm eps
+_TABLE = {
+    "deit_tiny_patch16_224": (224, 16, 192, 12, 3, True, 1e-6),
+    "deit_small_patch16_224": (224, 16, 384, 12, 6, True, 1e-6),
+    "deit_base_patch16_224": (224, 16, 768, 12, 12, True, 1e-6),
+    "vit_base_patch16_224": (224, 16, 768, 12, 12, True, 1e-6),
+    "vit_base_patch16_384": (384, 16, 768, 12, 12, True, 1e-6),
+    "vit_large_patch16_224": (224, 16, 1024, 24, 16, True, 1e-6),
+    "vit_large_patch16_384": (384, 16, 1024, 24, 16, True, 1e-6),
+    "vit_huge_patch14_224": (224, 14, 1280, 32, 16, False, 1e-5),
+    "vit_huge_patch14_392": (392, 14, 1280, 32, 16, False, 1e-5),
+}
+NAMES = tuple(_TABLE)
+
+
+def vit_variant(name: str, classes: int, remat: bool = False) -> tuple[ViTSpec, int]:
+    """Spec and published depth of a variant.
+
+    Raises:
+        UserError: no such variant.
+    """
+    if name not in _TABLE:
+        close = difflib.get_close_matches(name, NAMES, 1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(NAMES)}"
+        raise UserError(f'teacher.variant: no variant "{name}"; {hint}')
+    size, patch, width, depth, heads, bias, eps = _TABLE[name]
+    return ViTSpec(size, patch, width, heads, classes, bias, eps, remat), depth

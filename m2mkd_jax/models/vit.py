@@ -1,0 +1,187 @@
+"""Staged vision transformers: teacher, meta model, and any cut of them.
+
+Axes: B batch, H height, W width, P patch side, N patches, D width, T tokens (N + 1), K classes,
+L blocks.
+
+Pre-norm ViT as published (reference section 1; Deep Incubation): class token first, learned
+position embedding, exact GELU, final norm and linear head on token 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import chain, layers
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """Fields of a vision transformer; `variants.py` has the published ones."""
+
+    image_size: int
+    patch: int
+    width: int
+    heads: int
+    classes: int
+    qkv_bias: bool = True
+    eps: float = 1e-6
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise UserError(
+                f"vit: image size {self.image_size} is not a multiple of the patch {self.patch}"
+            )
+        if self.width % self.heads:
+            raise UserError(f"vit: width {self.width} is not a multiple of the {self.heads} heads")
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2 + 1
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with a fused qkv in the order (3, heads, head_dim)."""
+
+    def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
+        init = {"kernel_init": layers.transformer_init, "rngs": rngs}
+        self.heads = spec.heads
+        self.qkv = nnx.Linear(spec.width, 3 * spec.width, use_bias=spec.qkv_bias, **init)
+        self.proj = nnx.Linear(spec.width, spec.width, **init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = rearrange(self.qkv(x), "b n (i h c) -> i b n h c", i=3, h=self.heads)
+        # The XLA path keeps logits and softmax in float32.
+        x = jax.nn.dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b n h c -> b n (h c)"))
+
+
+class Mlp(nnx.Module):
+    """Linear D -> 4D, exact GELU, linear 4D -> D."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        init = {"kernel_init": layers.transformer_init, "rngs": rngs}
+        self.fc1 = nnx.Linear(width, 4 * width, **init)
+        self.fc2 = nnx.Linear(4 * width, width, **init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(layers.gelu(self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)), each under drop-path."""
+
+    def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
+        self.norm1 = layers.layer_norm(spec.width, spec.eps, rngs=rngs)
+        self.attn = Attention(spec, rngs=rngs)
+        self.norm2 = layers.layer_norm(spec.width, spec.eps, rngs=rngs)
+        self.mlp = Mlp(spec.width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rate=None, key: jax.Array | None = None) -> jax.Array:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x + layers.drop_path(self.attn(self.norm1(x)), rate, keys[0])
+        return x + layers.drop_path(self.mlp(self.norm2(x)), rate, keys[1])
+
+
+class ViTStage(chain.Stage):
+    """`depth` consecutive blocks; the first stage of a network embeds, the last one classifies."""
+
+    def __init__(self, spec: ViTSpec, depth: int, *, first: bool, last: bool, rngs: nnx.Rngs):
+        self.spec, self.depth, self.first, self.last = spec, depth, first, last
+        d = spec.width
+        if first:
+            fan_in = 3 * spec.patch**2
+            self.patch_embed = layers.Patches(
+                spec.patch,
+                3,
+                d,
+                kernel_init=layers.torch_init,
+                bias_init=layers.torch_bias_init(fan_in),
+                rngs=rngs,
+            )
+            self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, d)))
+            shape = (1, spec.tokens, d)
+            self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))
+        if depth:
+            self.blocks = layers.stack(lambda rngs: Block(spec, rngs=rngs), depth, rngs=rngs)
+        if last:
+            self.norm = layers.layer_norm(d, spec.eps, rngs=rngs)
+            self.head = nnx.Linear(
+                d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs
+            )
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3) -> tokens (B, T, D)."""
+        patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
+        cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.width))
+        return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """Tokens (B, T, D) -> normalised class token (B, D), what the head sees."""
+        return self.norm(tokens)[:, 0]
+
+    def __call__(self, x, *, rates=None, key=None, train=False):
+        if self.first:
+            x = self.embed(x)
+        if self.depth:
+            inputs = None
+            if train and key is not None and rates is not None and any(rates):
+                inputs = (jnp.asarray(rates), jax.random.split(key, self.depth))
+            x = layers.scan_stack(
+                self.blocks,
+                x,
+                inputs,
+                lambda block, x, inputs: block(x, *(inputs or ())),
+                remat=self.spec.remat,
+            )
+        if self.last:
+            x = self.head(self.features(x)).astype(jnp.float32)
+        return x
+
+
+def build(spec: ViTSpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[ViTStage]:
+    """The network as stages of the given depths; (1, 1, ..., 1) is the meta model."""
+    last = len(depths) - 1
+    return [
+        ViTStage(spec, depth, first=i == 0, last=i == last, rngs=rngs)
+        for i, depth in enumerate(depths)
+    ]
+
+
+def cut(stages: Sequence[ViTStage], depths: Sequence[int]) -> list[ViTStage]:
+    """The same network, weights shared, cut into stages of other depths.
+
+    Raises:
+        UserError: the depths do not sum to the network's.
+    """
+    total = sum(stage.depth for stage in stages)
+    if sum(depths) != total:
+        raise UserError(f"vit: depths {tuple(depths)} sum to {sum(depths)}, the network has {total}")
+    parts = [chain.split(stage) for stage in stages]
+    blocks = [p.params["blocks"] for p in parts if "blocks" in p.params]
+    blocks = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
+    target = nnx.eval_shape(lambda: build(stages[0].spec, depths, rngs=nnx.Rngs(0)))
+    result, start = [], 0
+    for i, stage in enumerate(target):
+        graph = chain.split(stage).graph
+        end = start + depths[i]
+        params = {}
+        if depths[i]:
+            params["blocks"] = jax.tree.map(lambda a, s=start, e=end: a[s:e], blocks)
+        if i == 0:
+            names = ("patch_embed", "cls_token", "pos_embed")
+            params |= {name: parts[0].params[name] for name in names}
+        if i == len(target) - 1:
+            params |= {name: parts[-1].params[name] for name in ("norm", "head")}
+        result.append(chain.merge(graph, params, {}))
+        start = end
+    return result
+
+

@@ -1,0 +1,60 @@
+"""Logit distillation (paper 3.2, reference section 5).
+
+Axes: B batch, K classes. Gradients never reach the teacher.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from m2mkd_jax.errors import UserError
+
+KINDS = ("none", "soft", "hard")
+
+
+def soft_distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """T^2 * sum KL(teacher_T || student_T) / (B * K), a float32 scalar in nats.
+
+    student, teacher: (B, K) logits. temperature: T > 0. The sum is divided by all B * K elements,
+    not by B: this is what the published balance between the two losses rests on.
+    """
+    student = student.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
+    log_p = jax.nn.log_softmax(teacher / temperature, axis=-1)
+    log_q = jax.nn.log_softmax(student / temperature, axis=-1)
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+    return divergence * (temperature**2) / student.size
+
+
+def hard_distillation(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Cross entropy with the teacher's most likely class as the label.
+
+    student, teacher: (B, K) logits. Returns the mean over the batch, a float32 scalar in nats.
+    """
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32), axis=-1)
+    choice = jnp.argmax(teacher, axis=-1)
+    return -jnp.take_along_axis(log_q, choice[:, None], axis=-1).mean()
+
+
+def distill(
+    classification_loss: jax.Array,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    kind: str,
+    alpha: float,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """(1 - alpha) * classification_loss + alpha * distillation loss, a float32 scalar.
+
+    classification_loss: scalar. student_logits, teacher_logits: (B, K); the teacher's are not
+    looked at for kind 'none', which returns the classification loss unweighted. temperature acts
+    on 'soft' only. Raises UserError on an unknown kind.
+    """
+    if kind == "none":
+        return classification_loss
+    if kind == "soft":
+        distillation_loss = soft_distillation(student_logits, teacher_logits, temperature)
+    elif kind == "hard":
+        distillation_loss = hard_distillation(student_logits, teacher_logits)
+    else:
+        raise UserError(f"distillation kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
+    return (1.0 - alpha) * classification_loss + alpha * distillation_loss

@@ -1,0 +1,136 @@
+"""Regularisers on the graph between latents (reference section 3, "Regularisers").
+
+Axes: U latents (receivers), V the same latents as senders, P distinct kernels, M mixture
+components. All take distance matrices (1 - cosine, see models/nac/kernels.py) or affinities
+(exp of the log kernel, not normalised); the caller weights and adds them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from m2mkd_jax.errors import UserError
+
+
+class Mixture(NamedTuple):
+    """A mixture of M Gaussians over one number: weights (sum 1), means, standard deviations."""
+
+    weights: jax.Array
+    means: jax.Array
+    scales: jax.Array
+
+
+def _pairs(distances: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Every unordered pair once, without the diagonal.
+    return np.tril_indices(distances.shape[-1], k=-1)
+
+
+def hinge_repulsion(distances: jax.Array, hinge: float, reduction: str = "sum") -> jax.Array:
+    """Minus the distances of the pairs that are closer than `hinge`: pushes those apart.
+
+    distances: (U, U), symmetric. reduction: 'sum' or 'mean' over the pairs below the hinge, each
+    unordered pair once. Returns a scalar <= 0; with no pair below the hinge it is 0 in both
+    reductions (the published mean is NaN there). Raises UserError on another reduction.
+    """
+    rows, columns = _pairs(distances)
+    pairs = distances[rows, columns]
+    close = pairs < hinge
+    total = -jnp.sum(jnp.where(close, pairs, 0.0))
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / jnp.maximum(jnp.sum(close), 1)
+    raise UserError(f"hinge repulsion: reduction {reduction!r} is unknown, use 'sum' or 'mean'")
+
+
+def block_matrix(latents: int, clusters: int, p_in: float, p_out: float) -> jax.Array:
+    """The wanted link probabilities (U, U) float32: p_in within a cluster, p_out between two.
+
+    The clusters are of equal size and lie one after the other. Raises UserError when `latents`
+    cannot be split so.
+    """
+    if clusters < 1 or latents % clusters:
+        raise UserError(
+            f"stochastic block: {latents} latents cannot be split into {clusters} equal clusters"
+        )
+    cluster = np.arange(latents) // (latents // clusters)
+    return jnp.asarray(np.where(cluster[:, None] == cluster, p_in, p_out), jnp.float32)
+
+
+def match_rows(affinity: jax.Array, target: jax.Array) -> jax.Array:
+    """Which row of `affinity` (U, V) best stands for each row of `target` (U, V), each used once.
+
+    Returns (U,) indices that minimise the summed squared difference; no gradient.
+    """
+    # |t - a|^2 = |t|^2 + |a|^2 - 2 t.a; the first two sum to the same for every permutation, so
+    # only the product matters: one matmul instead of a (U, U, V) difference.
+    affinity, target = jax.lax.stop_gradient((affinity, target))
+    cost = -jnp.matmul(target, affinity.T, precision=jax.lax.Precision.HIGHEST)
+    rows, chosen = optax.assignment.hungarian_algorithm(cost)
+    return jnp.zeros_like(chosen).at[rows].set(chosen)
+
+
+def stochastic_block(
+    affinities: jax.Array, target: jax.Array, clip: float | None = None
+) -> jax.Array:
+    """Squared error between the kernels and a block matrix, up to the order of the latents.
+
+    affinities: (P, U, U), one per DISTINCT kernel (every propagator, when bandwidths are learned).
+    target: (U, U), see `block_matrix`. Each kernel's rows (its columns stay) are permuted to match
+    the target best; the means over the entries are summed over the kernels. clip: entries whose
+    squared error is below it count as `clip` and get no gradient; None or 0 is off. Scalar.
+    """
+
+    def one(affinity: jax.Array) -> jax.Array:
+        matched = affinity[match_rows(affinity, target)]
+        error = jnp.square(matched - target)
+        if clip:
+            error = jnp.where(error < clip, clip, error)
+        return error.mean()
+
+    return jnp.sum(jax.vmap(one)(affinities))
+
+
+def fit_gaussian_mixture(
+    distances: jax.Array | np.ndarray, components: int = 1, seed: int = 0
+) -> Mixture:
+    """Fit M = `components` Gaussians to the pairs of `distances` (U, U), on the host.
+
+    To be called once, before training; expectation maximisation from a k-means start drawn by
+    `seed`. Raises UserError when there are fewer pairs than components.
+    """
+    # scikit-learn takes a second to import and only this option needs it.
+    from sklearn.mixture import GaussianMixture  # noqa: PLC0415
+
+    distances = np.asarray(distances)
+    pairs = distances[_pairs(distances)].reshape(-1, 1)
+    if not 1 <= components <= len(pairs):
+        raise UserError(
+            f"gaussian mixture: {components} components cannot be fitted to {len(pairs)} pairs"
+        )
+    fit = GaussianMixture(components, covariance_type="spherical", random_state=seed).fit(pairs)
+    return Mixture(
+        weights=jnp.asarray(fit.weights_, jnp.float32),
+        means=jnp.asarray(fit.means_[:, 0], jnp.float32),
+        scales=jnp.asarray(np.sqrt(fit.covariances_), jnp.float32),
+    )
+
+
+def gaussian_mixture(distances: jax.Array, mixture: Mixture, reduction: str = "mean") -> jax.Array:
+    """Minus the log density of the pairs' distances (U, U) under `mixture`, in nats.
+
+    Keeps the distances distributed as they were when the mixture was fitted. reduction: 'mean'
+    or 'sum' over unordered pairs. Raises UserError on another reduction.
+    """
+    rows, columns = _pairs(distances)
+    z = (distances[rows, columns, None] - mixture.means) / mixture.scales
+    log_component = -0.5 * (jnp.square(z) + jnp.log(2 * jnp.pi)) - jnp.log(mixture.scales)
+    log_density = jax.nn.logsumexp(log_component + jnp.log(mixture.weights), axis=-1)
+    if reduction == "mean":
+        return -log_density.mean()
+    if reduction == "sum":
+        return -log_density.sum()
+    raise UserError(f"gaussian mixture: reduction {reduction!r} is unknown, use 'sum' or 'mean'")

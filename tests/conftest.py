@@ -1,0 +1,47 @@
+"""One environment for all lanes, and no skips in two of them.
+
+A lane is a folder here; `make test` runs each in its own pytest process, because one process has
+either one CPU device or eight.
+"""
+
+import os
+
+import pytest
+
+DEVICES = 8
+NO_SKIPS = ("tests/parity", "tests/multidevice")
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_configure(config):
+    # Before any test imports jax; pytest-xdist's workers inherit the environment.
+    roots = [os.path.abspath(str(arg).split("::")[0]) for arg in config.args]
+    lane = os.path.join(os.path.dirname(os.path.abspath(__file__)), "multidevice")
+    inside = [root == lane or root.startswith(lane + os.sep) for root in roots]
+    flags = os.environ.get("XLA_FLAGS", "")
+    if inside and all(inside) and "xla_force_host_platform_device_count" not in flags:
+        flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+        os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def skipped_where_forbidden(terminalreporter):
+    reports = [r for kind in ("skipped", "xfailed") for r in terminalreporter.stats.get(kind, [])]
+    ids = {report.nodeid for report in reports}
+    return sorted(i for i in ids if i.startswith(tuple(f"{lane}/" for lane in NO_SKIPS)))
+
+
+# pytest's own terminal reporter prints the summary around this hook: run before it.
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    # A worker of pytest-xdist has no reporter; its reports reach the main process.
+    if reporter and skipped_where_forbidden(reporter) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for nodeid in skipped_where_forbidden(terminalreporter):
+        lane = "/".join(nodeid.split("/")[:2])
+        line = f"FORBIDDEN {nodeid}: {lane} must not skip or expect failure"
+        terminalreporter.write_line(line, red=True)

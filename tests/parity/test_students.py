@@ -1,0 +1,213 @@
+"""NAC students, their distillation and their assembly (fixtures f and g)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.losses import Program
+from m2mkd_jax.models import chain, vit
+from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.models.nac.students import (
+    MediatorStudent,
+    ReadInStudent,
+    ReadOutStudent,
+    assemble,
+    build_student,
+)
+from tests.support import (
+    GRADIENT_TOLERANCE,
+    NAC_SPEC,
+    OUTPUT_TOLERANCE,
+    STITCH_DIM,
+    STUDENT_SPEC,
+    VIT_DEPTHS,
+    VIT_SPECS,
+    arrays,
+    assert_close,
+    assert_trees_close,
+    facts,
+    nhwc,
+    vit_stage_params,
+    with_params,
+)
+
+FILES = {
+    "readin": ["ReadInStudent"],
+    "mediator": [f"MediatorStudent_{i}" for i in (1, 2, 3)],
+    "readout": ["ReadOutStudent"],
+}
+KIND = {file: kind for kind, files in FILES.items() for file in files}
+
+
+def student_params(file: str) -> dict:
+    table = torch_names.nac_student(STUDENT_SPEC, KIND[file])
+    return torch_names.from_torch(table, arrays(f"f_students/{file}.npz"))
+
+
+def student(file: str, fixed: dict, latents: int = 1, states: int = 1):
+    def build(rngs):
+        if KIND[file] == "mediator":
+            return MediatorStudent(STUDENT_SPEC, STITCH_DIM, rngs=rngs)
+        kind = ReadInStudent if KIND[file] == "readin" else ReadOutStudent
+        return kind(STUDENT_SPEC, STITCH_DIM, states, latents, rngs=rngs)
+
+    fixed = {name: jnp.asarray(value) for name, value in fixed.items()}
+    return with_params(build, student_params(file), fixed)
+
+
+@pytest.mark.parametrize("latents", [1, 4])
+def test_read_in_student(latents):
+    io = arrays("f_students/ReadInStudent_io.npz")
+    fixed = {"codes": io[f"codes_{latents}"], "states": io[f"states_{latents}"]}
+    stage = student("ReadInStudent", fixed, latents, len(io["states_1"]))
+    assert_close(stage.tokenizer(nhwc(io["image"])), io["tokens"], OUTPUT_TOLERANCE)
+    assert_close(jax.jit(stage.__call__)(nhwc(io["image"])), io[f"out_{latents}"], OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize("file", FILES["mediator"])
+def test_mediator_student(file):
+    io = arrays(f"f_students/{file}_io.npz")
+    stage = student(file, {"codes": io["codes_1"]})
+    assert_close(stage(io["tokens"]), io["out"], OUTPUT_TOLERANCE)
+    assert_close(stage(io["tokens_small"]), io["out_small"], OUTPUT_TOLERANCE)
+    codes = jnp.asarray(io["codes_17"])
+    x = stage.pre_stitch(io["tokens"])
+    out = stage.post_stitch(stage.layer(x, codes, x, codes))
+    assert_close(out, io["out_codes_17"], OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize("latents", [1, 5])
+@pytest.mark.parametrize("mode", ["zero", "noisy"])
+def test_read_out_student(latents, mode):
+    io = arrays("f_students/ReadOutStudent_io.npz")
+    fixed = {"codes": io[f"codes_{latents}"], "states": io[f"states_{latents}"]}
+    stage = student("ReadOutStudent", fixed, latents, len(io["states_1"]))
+    codes, states = jnp.asarray(fixed["codes"]), jnp.asarray(fixed["states"])
+    senders = stage.pre_stitch(io["tokens"])
+    states = stage.layer(states, codes, senders, jnp.asarray(io["codes_1"]))
+    gumbel = jnp.asarray(io[f"noise.gumbel_{latents}"]) if mode == "noisy" else None
+    logits = stage.pooling(states, gumbel)
+    assert_close(logits, io[f"{mode}.out_{latents}"], OUTPUT_TOLERANCE)
+
+
+CASES = {"readin": ("ReadInStudent", 0), "mediator": ("MediatorStudent_2", 2),
+         "readout": ("ReadOutStudent", 4)}  # fmt: skip
+# With one latent the pooling's scorer has no gradient; the original has rounding noise there.
+NO_GRADIENT = ("['pooling']['confidence']['kernel']", "['pooling']['confidence']['bias']")
+
+
+def distillation_case(name: str, kind: str, temperature: float):
+    """The hybrid chains of fixture g: meta[:i] + [student or teacher i] + meta[i + 1:]."""
+    spec, depths = VIT_SPECS["b_vit_huge"], VIT_DEPTHS["b_vit_huge"]
+    io, (_, index) = arrays(f"g_m2mkd/nac_{name}.npz"), CASES[name]
+    meta_depths = (1,) * len(depths)
+    meta_params = vit_stage_params(spec, arrays("b_vit_huge_meta/weights.npz"), meta_depths)
+    teacher = chain.abstract(lambda rngs: vit.build(spec, depths, rngs=rngs)[index])
+    last = index == len(depths) - 1
+    table = torch_names.vit_stage(depths[index], first=index == 0, last=last, qkv_bias=False)
+    teacher_params = torch_names.from_torch(table, arrays(f"b_vit_huge/module_{index}.npz"))
+    states = len(io["states"]) if "states" in io else 1
+    pupil = chain.abstract(
+        lambda rngs: build_student(
+            STUDENT_SPEC, index, len(depths), STITCH_DIM, states, rngs=rngs
+        )
+    )
+    fixed = {k: jnp.asarray(io[k]) for k in pupil.fixed}
+    frozen = {f"meta/{i}": {"params": p, "fixed": {}} for i, p in enumerate(meta_params)}
+    frozen |= {"teacher": {"params": teacher_params, "fixed": {}}, "student": {"fixed": fixed}}
+    graphs = {
+        f"meta/{i}": chain.abstract(
+            lambda rngs, i=i: vit.build(spec, meta_depths, rngs=rngs)[i]
+        ).graph
+        for i in range(len(depths))
+    }
+    graphs |= {"teacher": teacher.graph, "student": pupil.graph}
+    names = [f"meta/{i}" for i in range(len(depths))]
+    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])  # noqa: E731
+    program = Program(
+        graphs,
+        hybrid("student"),
+        ("student",),
+        teacher=hybrid("teacher"),
+        kind=kind,
+        temperature=temperature,
+    )
+    batch = {"image": nhwc(io["image"]), "target": jnp.asarray(io["labels"])}
+    return program, frozen, batch, io
+
+
+def trained_student(name: str) -> dict:
+    """The fixture's student weights: those of fixture f."""
+    return jax.tree.map(jnp.asarray, student_params(CASES[name][0]))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("case", ["soft_tau1", "soft_tau2", "hard_tau1", "none_tau1"])
+def test_distillation_loss_and_gradients(name, case):
+    kind, tau = case.split("_tau")
+    program, frozen, batch, io = distillation_case(name, kind, float(tau))
+    assert program.shared == (0 if name == "readin" else CASES[name][1])
+    trainable = {"student": trained_student(name)}
+    logits = program.logits(trainable, frozen, batch["image"])
+    assert_close(logits, io["student_outputs"], OUTPUT_TOLERANCE)
+    grad = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
+    (loss, _), grads = grad(trainable, frozen, batch, None)
+    assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE)
+    prefix = {"soft_tau1": "grad.", "soft_tau2": "grad_soft_tau2."}.get(case)
+    kind_name = KIND[CASES[name][0]]
+    ours = torch_names.to_torch(
+        torch_names.nac_student(STUDENT_SPEC, kind_name), grads["student"]
+    )
+    norms = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norms"]
+    assert set(norms) == set(ours)
+    total = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norm_total"]
+    for key, value in ours.items():
+        if "confidence_scorer" in key:
+            assert abs(value).max() <= 1e-6  # closed form: one latent, no gradient
+            continue
+        if prefix and prefix + key in io:
+            assert_close(value, io[prefix + key], GRADIENT_TOLERANCE, key)
+        norm = float(jnp.linalg.norm(value.ravel()))
+        assert abs(norm - norms[key]) <= GRADIENT_TOLERANCE * max(norms[key], 1e-6 * total), key
+
+
+def test_assembly():
+    """The published 'tinynet' rule: grid and pooling start fresh."""
+    expected = torch_names.from_torch(
+        torch_names.nac(NAC_SPEC), arrays("f_nac_from_students/weights.npz")
+    )
+    fresh = chain.initialise(lambda rngs: NAC(NAC_SPEC, rngs=rngs), jax.random.key(0)).params
+    files = [file for files in FILES.values() for file in files]
+    result, origin = assemble(fresh, [student_params(f) for f in files], carry_pooling=False)
+    report = facts("f_students/loading_report.json")["tinynet_grid7"]
+    table = torch_names.nac(NAC_SPEC)
+    flat = torch_names.to_torch(table, result)
+    wanted, start = torch_names.to_torch(table, expected), torch_names.to_torch(table, fresh)
+    loaded, skipped = set(report["loaded"]), set(report["nac_keys_not_loaded"])
+    assert loaded | skipped == set(flat)
+    for key, value in flat.items():
+        reference = wanted if key in loaded else start
+        assert (value == reference[key]).all(), key
+    assert origin["pooling"] == "fresh" and origin["seeder"] == "fresh"
+    assert origin["tokenizer"] == "m2mkd/0, positional grid fresh"
+    # The original's own result, with its own fresh parts, gives its recorded outputs.
+    io = arrays("f_nac_from_students/io.npz")
+    network = with_params(lambda rngs: NAC(NAC_SPEC, rngs=rngs), expected)
+    assert_close(jax.jit(network.__call__)(nhwc(io["raw_inputs"])), io["zero.outputs"], OUTPUT_TOLERANCE)
+
+
+def test_assembly_keeps_grid_and_pooling_where_they_fit():
+    files = [file for files in FILES.values() for file in files]
+    students = [student_params(f) for f in files]
+    fresh = chain.initialise(lambda rngs: NAC(STUDENT_SPEC, rngs=rngs), jax.random.key(0)).params
+    result, origin = assemble(fresh, students)
+    report = facts("f_students/loading_report.json")["imagenet_grid7"]
+    table = torch_names.nac(STUDENT_SPEC)
+    flat, start = torch_names.to_torch(table, result), torch_names.to_torch(table, fresh)
+    kept = {k for k, v in flat.items() if v.shape == start[k].shape and (v == start[k]).all()}
+    # A learned value may equal a fresh one by chance only where both are constants of the init.
+    assert set(report["nac_keys_not_loaded"]) <= kept
+    assert not kept & set(report["loaded"])
+    assert_trees_close(result["pooling"], students[-1]["pooling"], 0.0)
+    assert origin["pooling"] == "m2mkd/4"

@@ -1,0 +1,109 @@
+"""Batch indices: every image once per epoch, repeats, nested subsets; few-shot tasks."""
+
+import numpy as np
+import pytest
+
+from m2mkd_jax.data.few_shot import disjoint_selection
+from m2mkd_jax.data.indices import (
+    BatchIndices,
+    class_balanced_order,
+    epoch_permutation,
+    repeated_augmentation,
+)
+from m2mkd_jax.errors import UserError
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    first, second = epoch_permutation(100, 3, 0), epoch_permutation(100, 3, 1)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert (first != second).any()
+    assert (first != epoch_permutation(100, 4, 0)).any()
+
+
+def test_batches_of_an_epoch_are_disjoint_and_drop_the_rest():
+    indices = BatchIndices(103, 10, seed=0)
+    assert indices.steps_per_epoch == 10
+    for epoch in (0, 1, 7):
+        seen = np.concatenate([indices[epoch * 10 + step] for step in range(10)])
+        assert len(np.unique(seen)) == 100
+    assert (indices[0] != indices[10]).any()
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before():
+    late = BatchIndices(50, 8, seed=5)
+    expected = [late[step].copy() for step in range(20)]
+    fresh = BatchIndices(50, 8, seed=5)
+    for step in (17, 3, 11):
+        np.testing.assert_array_equal(fresh[step], expected[step])
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_repeated_batches_are_what_the_replicas_see_together(replicas):
+    indices = BatchIndices(600, 64, seed=2, repeats=3)
+    assert indices.steps_per_epoch == 512 // 64
+    local = 64 // replicas
+    hands = [
+        repeated_augmentation(epoch_permutation(600, 2, 1), replicas, rank)
+        for rank in range(replicas)
+    ]
+    for step in range(8):
+        together = np.concatenate([hand[step * local:(step + 1) * local] for hand in hands])
+        np.testing.assert_array_equal(np.sort(indices[8 + step]), np.sort(together))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((31, 32, 0), "a batch of 32 does not fit into 31"),
+        ((255, 32, 0, 3), "repeated_augmentation=1"),
+        ((64, 32, -1), "seed is -1"),
+        ((64, 0, 0), "batch size 0"),
+    ],
+)
+def test_wrong_numbers_are_user_errors_of_one_line(arguments, words):
+    with pytest.raises(UserError) as error:
+        BatchIndices(*arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prefixes_of_the_balanced_order_are_balanced():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), [9, 9, 9, 9, 9, 9, 4]))
+    order = class_balanced_order(labels)
+    assert sorted(order) == list(range(len(labels)))
+    for size in range(1, len(labels) + 1):
+        counts = np.bincount(labels[order[:size]], minlength=7)
+        # The class of 4 images runs out; the others stay within one of each other.
+        assert counts[:6].max() - counts[:6].min() <= 1
+        assert counts[6] >= min(4, counts[:6].min())
+
+
+def test_queries_of_a_task_come_from_the_test_split():
+    rng = np.random.default_rng(1)
+    train, test = rng.permutation(np.arange(400) % 20), rng.permutation(np.arange(200) % 20)
+    state = np.random.get_state()[1].copy()
+    task = disjoint_selection(train, test, k_way=5, n_shot=2, query_samples=6, seed=0)
+
+    ascending = np.sort(task.classes)
+    assert len(task.support_indices) == 10 and len(task.query_indices) == 30
+    for indices, labels, targets, per_class in (
+        (task.support_indices, task.support_labels, train, 2),
+        (task.query_indices, task.query_labels, test, 6),
+    ):
+        assert len(np.unique(indices)) == len(indices)
+        np.testing.assert_array_equal(ascending[labels], targets[indices])
+        assert (np.bincount(labels) == per_class).all()
+    again = disjoint_selection(train, test, 5, 2, 6, seed=0)
+    np.testing.assert_array_equal(task.query_indices, again.query_indices)
+    other = disjoint_selection(train, test, 5, 2, 6, seed=1)
+    assert (task.support_indices != other.support_indices).any()
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [((21, 1, 1), "21 ways of 20"), ((5, 21, 1), "21 train images"), ((5, 1, 11), "11 test")],
+)
+def test_a_task_that_cannot_be_drawn_is_a_user_error(numbers, words):
+    with pytest.raises(UserError, match=words):
+        disjoint_selection(np.arange(400) % 20, np.arange(200) % 20, *numbers, seed=0)

@@ -1,0 +1,45 @@
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.errors import UserError
+
+
+def test_round_trip_makes_directories_and_takes_numpy_and_jax(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_json(path, {"n": np.float32(0.5), "v": jnp.arange(2), "p": Path("/x"), "t": "ä"})
+    assert read_json(path) == {"n": 0.5, "v": [0, 1], "p": "/x", "t": "ä"}
+    assert os.listdir(path.parent) == ["b.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        write_json(path, {"new": object()})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "fsync", fail)
+        write_json(path, {"new": 1})
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_damaged_or_missing_json_is_the_users_error_in_one_line(tmp_path):
+    path = tmp_path / "done.json"
+    with pytest.raises(UserError, match=r"done\.json does not exist"):
+        read_json(path)
+    for content in (b"", b'{"a": 1', b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"done\.json is damaged, not JSON") as error:
+            read_json(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)
