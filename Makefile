@@ -18,8 +18,9 @@ demo: .venv/stamp
 
 # Lanes are separate processes: one has eight CPU devices, the others one.  All run, whatever fails;
 # pytest itself fails a lane with no test in it, tests/conftest.py one with a forbidden skip.
-test: lint
-	@failed=; for lane in $(LANES); do \
+test: .venv-test/stamp
+	@failed=; .venv-test/bin/ruff check . || failed=" ruff"; \
+	for lane in $(LANES); do \
 	  echo "== tests/$$lane"; \
 	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) tests/$$lane \
 	    || failed="$$failed tests/$$lane"; \

@@ -1,8 +1,7 @@
 """Reading one Orbax PyTree directory: what it holds, its arrays, and failing quietly."""
 
-import contextlib
-import gc
-import io
+import inspect
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,19 +47,39 @@ def read(path: Path, abstract: Tree) -> Tree:
 def attempt(job: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
     """(result, "") or (None, why not), the same kind in all processes if `together`."""
     result, reason = None, ""
-    noise = io.StringIO()
-    # On a damaged file Orbax leaves dozens of coroutines behind, each of which prints a stack.
-    with contextlib.redirect_stderr(noise):
-        try:
-            result = job()
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
-        if reason:
-            gc.collect()  # they print when they are freed: let it be now
-    if not reason:
-        sys.stderr.write(noise.getvalue())
+    _silence_orphans()
+    try:
+        result = job()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
     if together and jax.process_count() > 1:
         fine = multihost_utils.process_allgather(np.array(not reason)).all()
         if not fine:
             return None, reason or "another process cannot read it"
     return result, reason
+
+
+def _silence_orphans() -> None:
+    """Keeps off the screen what a failed read leaves behind; its error itself is raised.
+
+    Orbax leaves a coroutine per array, which prints a stack of 60 lines when it is freed, and reads
+    under way, which complain when they end: of a closed event loop, or that nobody asked for their
+    own error.  All this at any time later, so it cannot be caught around the read.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "drops_orphans", False):
+        return
+
+    def hook(args: Any) -> None:
+        orphan, error = args.object, args.exc_value
+        coroutine = inspect.iscoroutine(orphan) and "orbax" in orphan.cr_code.co_filename
+        callback = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not (coroutine or callback):
+            before(args)
+
+    def asked_for(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+    hook.drops_orphans = True
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(asked_for)

@@ -1,0 +1,118 @@
+"""--dry_run: what would run, how large it is, and what is missing; needs no data and no memory.
+
+Axes: B batch, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from m2mkd_jax.data.sources import describe_missing
+from m2mkd_jax.evaluate.flops import count_flops, kept_bytes, tree_bytes
+from m2mkd_jax.job import compute_dtype
+from m2mkd_jax.models import chain
+from m2mkd_jax.phases import Phase, build_phase, select
+from m2mkd_jax.pipeline import is_done, needs
+
+ADAM_COPIES = 2  # first and second moment
+
+
+def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
+    """Prints jobs, stages, sizes, costs, sharding and missing data."""
+    devices = len(jax.devices())
+    print(f"{config.name}: {devices} {jax.default_backend()} device(s), compute type "
+          f"{compute_dtype(config.precision).name}")  # fmt: skip
+    missing: dict[str, None] = {}
+    for job in select(config, only):
+        status = "done" if is_done(workdir, job) else "to run"
+        after = ", ".join(needs(config, job)) or "-"
+        if job == "eval":
+            print(f"\n{job}  [{status}]  after: {after}")
+            missing[describe_missing(config.data)] = None
+            continue
+        phase = build_phase(config, job)
+        recipe = phase.recipe
+        print(
+            f"\n{job}  [{status}]  after: {after}\n"
+            f"  data {phase.data.name}, {phase.data.image_size} px, {phase.data.classes} classes; "
+            f"{recipe.epochs} epochs of batch {recipe.batch}"
+            + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
+            + f", {recipe.optimizer} {recipe.lr:g}, decay {recipe.weight_decay:g}"
+        )
+        for line in describe_phase(config, phase, devices):
+            print(f"  {line}")
+        missing[describe_missing(phase.data)] = None
+    missing.pop(None, None)
+    for line in missing:
+        print(f"\nmissing data: {line}")
+
+
+def describe_phase(config: ConfigDict, phase: Phase, devices: int):
+    """Lines on one training job."""
+    shapes = {name: chain.abstract(r.build) for name, r in phase.stages.items()}
+    program = phase.program(None, compute_dtype(config.precision), False)
+    size, local = phase.data.image_size, 1
+    x = jax.ShapeDtypeStruct((local, size, size, 3), jnp.float32)
+    for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
+        y = x
+        for name in names if title == "chain" or program.teacher else ():
+            params, fixed = shapes[name].params, shapes[name].fixed
+            y = jax.eval_shape(
+                lambda p, f, y, n=name: chain.merge(program.graphs[n], p, f)(y), params, fixed, y
+            )
+            mark = "train " if name in phase.trainable else "frozen"
+            yield (
+                f"{title:<8}{name:<11}{mark}  {phase.stages[name].title:<24}"
+                f"-> {'x'.join(str(n) for n in ('B', *y.shape[1:])):<13}"
+                f"{chain.count(shapes[name].params):>13,} parameters"
+            )
+    trainable = {name: shapes[name].params for name in phase.trainable}
+    total = sum(chain.count(shapes[name].params) for name in set(phase.student))
+    yield f"parameters: {total:,} in the chain, {chain.count(trainable):,} trained"
+    frozen = {
+        name: {"params": chain_cast(s.params, program.dtype), "fixed": s.fixed}
+        for name, s in shapes.items()
+    }
+
+    def loss(params, frozen, images):
+        target = jnp.zeros((images.shape[0], phase.data.classes))
+        batch = {"image": images, "target": target}
+        return program.loss(params, frozen, batch, jax.random.key(0))[0]
+
+    forward = count_flops(program.logits, trainable, frozen, x)
+    step = count_flops(jax.value_and_grad(loss), trainable, frozen, x)
+    yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
+    per_device = max(phase.recipe.batch // phase.recipe.accumulate // devices, 1)
+    one = kept_bytes(loss, trainable, frozen, x)
+    activations = one * per_device
+    weights = tree_bytes(trainable)
+    copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
+    still = sum(
+        tree_bytes(tree) for name, tree in frozen.items() if name not in phase.trainable
+    )
+    yield (
+        f"memory per device: {_gib(weights)} trained + {_gib(weights)} gradients + {_gib(copies)} "
+        f"optimizer + {_gib(still)} frozen + {_gib(activations)} activations "
+        f"({per_device} images)"
+    )
+    yield f"sharding: batch over {devices} device(s) (data x expert), all parameters replicated"
+
+
+def chain_cast(params: dict, dtype) -> dict:
+    return jax.eval_shape(lambda p: chain.cast_compute(p, dtype), params)
+
+
+def _si(number: int) -> str:
+    if not number:
+        return "0"
+    power = min(int(math.log10(number)) // 3, 5)
+    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}".strip()
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB"

@@ -1,0 +1,61 @@
+"""Counting floating-point operations and kept activations without compiling anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.extend import core
+
+
+def count_flops(function: Callable, *args) -> int:
+    """FLOPs of the matrix products and convolutions of `function(*args)`, loops included.
+
+    Args may be shapes (jax.ShapeDtypeStruct). A multiply-add counts as two. XLA's own analysis
+    counts the body of a loop once, which is why this walks the jaxpr.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            ((contract, _), _) = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+            per_output = math.prod(kernel) // kernel[out_axis]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        total += times * sum(_count(inner) for inner in _inner(eqn.params.values()))
+    return total
+
+
+def _inner(values):
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _inner(value)
+
+
+def kept_bytes(function: Callable, trainable, *args) -> int:
+    """Bytes that a backward pass keeps from the forward pass, arguments left out.
+
+    `function`: (trainable, *args) -> scalar, differentiated by `trainable`. An upper bound: XLA
+    may recompute or fuse some of it away.
+    """
+    residuals = jax.eval_shape(
+        lambda p, *a: jax.vjp(lambda p: function(p, *a), p)[1], trainable, *args
+    )
+    return max(tree_bytes(residuals) - tree_bytes((trainable, *args)), 0)
+
+
+def tree_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

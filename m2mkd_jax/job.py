@@ -1,0 +1,268 @@
+"""Running one job: from its record to finished weights, resuming what was interrupted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from m2mkd_jax import config as configs
+from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
+from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.pipeline import eval_batches, train_batches
+from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.losses import Program, all_distances, graph_regulariser
+from m2mkd_jax.models import chain
+from m2mkd_jax.objectives.graph import fit_gaussian_mixture
+from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel.process import is_main
+from m2mkd_jax.phases import Phase, build_phase
+from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.optimizer import make_optimizer
+from m2mkd_jax.train.schedule import learning_rate
+from m2mkd_jax.train.step import evaluated_params, initial_state, make_step, with_fixed
+from m2mkd_jax.weights import job_directory, load_stages
+
+_SOURCES: dict[str, object] = {}
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def source(data: ConfigDict, split: str):
+    """A data source, decoded once per process however many jobs read it."""
+    key = f"{split} {data.to_json()}"
+    if key not in _SOURCES:
+        _SOURCES[key] = load_source(data, split)
+    return _SOURCES[key]
+
+
+class Log:
+    """metrics.jsonl of one job, and a line on the screen per record."""
+
+    def __init__(self, path: Path, job: str, total: int, start: int):
+        self.job, self.total = job, total
+        self.file = None
+        if not is_main():
+            return
+        kept = []
+        if start and path.is_file():
+            # A restart repeats the steps after its checkpoint; their old records would be double.
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the line that a kill cut off
+                    continue
+                if record["step"] <= start:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self.file = path.open("a", buffering=1)
+
+    def __call__(self, record: dict) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        shown = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
+        numbers = "  ".join(f"{k} {record[k]:.4f}" for k in shown if k in record)
+        print(f"[{self.job}] {record['step']}/{self.total}  {numbers}", flush=True)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def evaluator(
+    program: Program, data: ConfigDict, config: ConfigDict, mesh
+) -> Callable[[dict, dict], dict]:
+    """(trainable, frozen) -> metrics over the whole test split, every image once."""
+    test = source(data, "test")
+    count = make_counter(program.logits, data.mean, data.std)
+    batch = -(-min(config.evaluation.batch, len(test)) // mesh.size) * mesh.size
+
+    def run(trainable: dict, frozen: dict) -> dict:
+        batches = eval_batches(
+            test,
+            data,
+            batch_size=batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        placed = (meshes.put_batch(mesh, b) for b in batches)
+        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
+
+    return run
+
+
+def make_program(config: ConfigDict, phase: Phase, stages: dict[str, dict]) -> Program:
+    """The phase's program; its graph regulariser may look at the initial network."""
+    regulariser = None
+    if phase.regularised:
+        name, mixture = phase.regularised, None
+        if config.regulariser.kind == "gaussian_mixture":
+            graph = chain.abstract(phase.stages[name].build).graph
+            nac = chain.merge(graph, stages[name]["params"], stages[name]["fixed"])
+            mixture = fit_gaussian_mixture(
+                jax.device_get(all_distances(nac)), config.regulariser.components, config.seed
+            )
+        value = graph_regulariser(config.regulariser.kind, config.regulariser, mixture)
+        regulariser = lambda merged: value(merged[name])  # noqa: E731
+    dtype = compute_dtype(config.precision)
+    return phase.program(regulariser, dtype, config.evaluation.sampled)
+
+
+def _reference(config: ConfigDict, workdir: Path, phase: Phase, program, stages, mesh) -> dict:
+    """The accuracy that a hybrid is measured by: its teacher's hybrid, or the meta model's."""
+    if phase.teacher and phase.job.startswith("m2mkd"):
+        teacher = Program(
+            program.graphs, phase.teacher, (), dtype=program.dtype,
+        )  # fmt: skip
+        metrics = evaluator(teacher, phase.data, config, mesh)({}, stages)
+        return {"teacher_accuracy": metrics["eval_accuracy"]}
+    done = job_directory(workdir, "pt") / "done.json"
+    if phase.job.startswith("mt/") and done.is_file():
+        return {"meta_accuracy": read_json(done)["metrics"]["eval_accuracy"]}
+    return {}
+
+
+def run_job(config: ConfigDict, workdir: Path, job: str, mesh) -> dict:
+    """Runs a training job to its end and returns its record (also in JOB/done.json).
+
+    Raises:
+        UserError: input that is wrong, another process at the same job, a diverging loss.
+        Preempted: a signal arrived; the state was saved.
+    """
+    directory = job_directory(workdir, job)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        if is_main():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"{job}: another process is running it in {workdir}; wait for it, or use "
+                    "another --workdir"
+                ) from None
+        return _run_job(config, workdir, job, directory, mesh)
+
+
+def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh) -> dict:
+    began = time.monotonic()
+    phase = build_phase(config, job)
+    recipe, data = phase.recipe, phase.data
+    train = source(data, "train")
+    stages, origin = load_stages(config, workdir, phase)
+    program = make_program(config, phase, stages)
+    reference = _reference(config, workdir, phase, program, stages, mesh)
+
+    micro = recipe.batch // recipe.accumulate
+    indices = BatchIndices(len(train), micro, config.seed, data.repeated_augmentation)
+    updates_per_epoch = indices.steps_per_epoch // recipe.accumulate
+    if not updates_per_epoch:
+        raise UserError(
+            f"{job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
+            f"config.recipes.{configs.recipe_name(job.split('/')[0])}.batch"
+        )
+    total = round(recipe.epochs * updates_per_epoch) * recipe.accumulate
+    params = {name: stages[name]["params"] for name in phase.trainable}
+    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
+    # Where nothing is trained there is no master copy to keep: the compute type serves.
+    frozen = {
+        name: {"params": chain.cast_compute(s["params"], program.dtype), "fixed": s["fixed"]}
+        for name, s in stages.items()
+        if name not in phase.trainable
+    }
+    optimizer = make_optimizer(recipe, updates_per_epoch, params)
+    everywhere = meshes.replicated(mesh)
+    state = jax.device_put(
+        jax.jit(lambda p, f: initial_state(p, f, optimizer, recipe))(params, fixed), everywhere
+    )
+    frozen = jax.device_put(frozen, everywhere)
+    if is_main():
+        overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
+        (directory / "parameters.txt").write_text(overview + "\n")
+
+    checkpoints = RunCheckpoints(directory / "checkpoints")
+    start, restored = 0, checkpoints.restore_latest(jax.tree.map(_shape, state))
+    if restored:
+        start, state = restored
+        print(f"[{job}] resumed at step {start}/{total}", flush=True)
+    log = Log(directory / "metrics.jsonl", job, total, start)
+    metrics_of = evaluator(program, data, config, mesh)
+    target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
+
+    def stop(metrics: dict) -> bool:
+        near = recipe.stop_within and target is not None
+        return bool(near) and metrics["eval_accuracy"] >= target - recipe.stop_within
+
+    batches = train_batches(
+        train,
+        data,
+        batch_size=micro,
+        total_steps=max(total, start + 1),
+        start_step=start,
+        seed=phase.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    loop = Loop(
+        name=job,
+        step=make_step(program.loss, optimizer, recipe, data, phase.seed),
+        frozen=frozen,
+        total_steps=total,
+        log_every=config.log_every,
+        evaluate_every=round(config.evaluation.every * updates_per_epoch) * recipe.accumulate,
+        evaluate=lambda s: metrics_of(evaluated_params(s), with_fixed(frozen, s["fixed"])),
+        log=log,
+        save=checkpoints.save,
+        save_seconds=60.0 * config.checkpoint_minutes,
+        stop=stop,
+        learning_rate=learning_rate(recipe, updates_per_epoch),
+        accumulate=recipe.accumulate,
+    )
+    try:
+        placed = (meshes.put_batch(mesh, batch) for batch in batches)
+        state, metrics, steps = loop.run(state, placed, start)
+    finally:
+        batches.close()
+        log.close()
+        checkpoints.close()
+    metrics = {**metrics, **reference}
+    trees = {
+        name: {"params": evaluated_params(state)[name], **_if_any(fixed=state["fixed"][name])}
+        for name in phase.trainable
+    }
+    description = {**phase.describe, "job": job, "step": steps, "metrics": metrics}
+    description["normalisation"] = {"mean": list(data.mean), "std": list(data.std)}
+    save_weights(directory / "weights", trees, description)
+    record = {
+        "name": job,
+        "status": "done",
+        "steps": steps,
+        "seconds": round(time.monotonic() - began, 2),
+        "metrics": metrics,
+        "origin": origin,
+    }
+    if is_main():
+        write_json(directory / "done.json", record)
+    return record
+
+
+def _if_any(**trees: dict) -> dict:
+    return {name: tree for name, tree in trees.items() if tree}
+
+
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

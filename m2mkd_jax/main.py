@@ -1,0 +1,72 @@
+"""python -m m2mkd_jax.main --config=configs/NAME.py --workdir=DIR [--config.a.b=VALUE ...]
+
+Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
+same command again; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from m2mkd_jax import config as configs
+from m2mkd_jax.dry_run import dry_run
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.pipeline import print_summary, run
+from m2mkd_jax.train.loop import Preempted
+
+WRONG_INPUT, PREEMPTED = 2, 3
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_ONLY = flags.DEFINE_string("only", "", "jobs to run, e.g. m2mkd/3,e2e; all by default")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no data")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with every complaint as one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
+        for flag in (_CONFIG, _WORKDIR):
+            if flag.value is None:
+                raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
+        print(f"m2mkd_jax: {_one_line(error)}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    except OSError as error:
+        print(f"m2mkd_jax: --config: {_one_line(error)}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    return rest
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    try:
+        config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+        if _DRY_RUN.value:
+            configs.check(config)
+            dry_run(config, workdir, _ONLY.value)
+            return 0
+        print_summary(run(config, workdir, _ONLY.value))
+    except UserError as error:
+        print(f"m2mkd_jax: {_one_line(error)}", file=sys.stderr)
+        return WRONG_INPUT
+    except Preempted as stop:
+        print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
+        return PREEMPTED
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,321 @@
+"""Each phase of m2mKD as a record: which chain runs, what is trained, from where, by which recipe.
+
+The phases, in the order of the paper (section 3):
+
+    pt           meta                                   all trained, labels
+    mt/i         meta[:i] + module i + meta[i+1:]       module i, labels
+    ft           module 0 .. n-1                        all, labels
+    m2mkd/i      meta[:i] + student i + meta[i+1:]      student i, labels and the logits of
+                                                        meta[:i] + teacher i + meta[i+1:]
+    e2e          the network assembled from students    all, labels (+ graph regulariser)
+    e2e_scratch  the same network, fresh                all, likewise
+    e2e_kd       the same network, fresh                all, likewise, and the teacher's logits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from m2mkd_jax import config as configs
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.losses import Program
+from m2mkd_jax.models import chain, vit
+from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.models.nac.students import build_student
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a stage's weights come from before the phase starts.
+
+    kind: 'fresh'; 'job' (tree `tree` of the finished job `job`); 'assembled' (a fresh NAC with the
+    weights of all jobs `m2mkd/i`).
+    """
+
+    kind: str
+    job: str = ""
+    tree: str = ""
+
+
+FRESH = Source("fresh")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage by name: how it is built, and where its weights come from."""
+
+    build: Callable[[nnx.Rngs], chain.Stage]
+    source: Source
+    title: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One job. `stages` holds every stage of both chains by name; see losses.Program."""
+
+    job: str
+    data: ConfigDict
+    recipe: ConfigDict
+    stages: dict[str, StageRecord]
+    student: tuple[str, ...]
+    trainable: tuple[str, ...]
+    rates: tuple = ()
+    teacher: tuple[str, ...] = ()
+    distillation: ConfigDict | None = None
+    regularised: str = ""  # name of the stage that the graph regulariser acts on
+    seed: int = 0
+    describe: dict = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Jobs whose weights this one starts from."""
+        names = []
+        for record in self.stages.values():
+            names += [record.source.job] if record.source.kind == "job" else []
+        return tuple(dict.fromkeys(names))
+
+    def program(self, regulariser, dtype: jnp.dtype, sampled_evaluation: bool) -> Program:
+        kind = self.distillation.kind if self.distillation is not None else "none"
+        options = {}
+        if self.distillation is not None:
+            options = dict(
+                alpha=self.distillation.alpha, temperature=self.distillation.temperature
+            )
+        return Program(
+            graphs={n: chain.abstract(r.build).graph for n, r in self.stages.items()},
+            student=self.student,
+            trainable=self.trainable,
+            rates=self.rates,
+            teacher=self.teacher if kind != "none" else (),
+            kind=kind,
+            regulariser=regulariser,
+            dtype=dtype,
+            sampled_evaluation=sampled_evaluation,
+            **options,
+        )
+
+
+def job_names(config: ConfigDict) -> list[str]:
+    """All jobs of a config, in the order in which they can run."""
+    modules = len(config.teacher.depths)
+    names = []
+    for phase in configs.PHASES:
+        if phase not in config.phases or phase in unnecessary(config):
+            continue
+        if phase in configs.MODULE_PHASES:
+            names += [f"{phase}/{i}" for i in range(modules)]
+        elif phase.startswith("e2e"):
+            names += [phase] + [f"{phase}/{seed}" for seed in range(1, config.e2e_seeds)]
+        else:
+            names.append(phase)
+    return names
+
+
+def unnecessary(config: ConfigDict) -> set[str]:
+    """Phases whose weights `config.init` brings."""
+    init, skip = config.init, set()
+    if init.meta:
+        skip |= {"pt"}
+    if init.teacher:
+        skip |= {"mt", "ft"} | (set() if "m2mkd" in config.phases else {"pt"})
+    if init.students or init.network:
+        skip |= {"m2mkd"}
+        if "e2e_kd" not in config.phases:
+            skip |= {"pt", "mt", "ft"}
+    return skip
+
+
+def select(config: ConfigDict, only: str) -> list[str]:
+    """The jobs that `--only=a,b` names; a phase's name selects all of its jobs.
+
+    Raises:
+        UserError: no such job.
+    """
+    names = job_names(config)
+    chosen: list[str] = []
+    for word in filter(None, only.split(",")):
+        found = [n for n in names if n == word or n.split("/")[0] == word]
+        if not found:
+            close = difflib.get_close_matches(word, [*names, *config.phases], 1)
+            hint = f'did you mean "{close[0]}"?' if close else f"jobs: {', '.join(names)}"
+            raise UserError(f'--only: no job "{word}"; {hint}')
+        chosen += found
+    return [n for n in names if n in chosen] if chosen else names
+
+
+def build_phase(config: ConfigDict, job: str) -> Phase:
+    """The record of a training job (every job but 'eval')."""
+    name, _, index = job.partition("/")
+    if name.startswith("e2e"):
+        return _end_to_end(config, job, name, int(index or 0))
+    return {"pt": _pretraining, "mt": _module_training, "ft": _fine_tuning, "m2mkd": _teaching}[
+        name
+    ](config, job, *([int(index)] if index else []))
+
+
+def _vit_records(config: ConfigDict, depths, prefix: str, source: Callable[[int], Source]) -> dict:
+    spec, _ = configs.teacher_spec(config)
+    last = len(depths) - 1
+
+    def record(i):
+        def build(rngs):
+            return vit.ViTStage(spec, depths[i], first=i == 0, last=i == last, rngs=rngs)
+
+        return StageRecord(build, source(i), f"ViT, {depths[i]} block(s)")
+
+    return {f"{prefix}_{i}": record(i) for i in range(len(depths))}
+
+
+def _meta(config: ConfigDict, source=lambda i: Source("job", "pt", f"meta_{i}")) -> dict:
+    return _vit_records(config, configs.meta_depths(config), "meta", source)
+
+
+def _vit_description(config: ConfigDict, depths) -> dict:
+    spec, _ = configs.teacher_spec(config)
+    return {"kind": "vit", "spec": dataclasses.asdict(spec), "depths": list(depths)}
+
+
+def _pretraining(config: ConfigDict, job: str) -> Phase:
+    recipe, depths = configs.module_recipe(config, "pt"), configs.meta_depths(config)
+    stages = _meta(config, lambda i: FRESH)
+    names = tuple(stages)
+    return Phase(
+        job,
+        configs.teaching_data(config),
+        recipe,
+        stages,
+        student=names,
+        trainable=names,
+        rates=tuple(chain.linear_rates(depths, recipe.drop_path)),
+        seed=config.seed,
+        describe=_vit_description(config, depths),
+    )
+
+
+def _hybrid(config: ConfigDict, index: int, middle: str) -> tuple[str, ...]:
+    names = [f"meta_{i}" for i in range(len(config.teacher.depths))]
+    return (*names[:index], middle, *names[index + 1 :])
+
+
+def _module_training(config: ConfigDict, job: str, index: int) -> Phase:
+    recipe = configs.module_recipe(config, "mt", index)
+    depths, name = config.teacher.depths, f"module_{index}"
+    modules = _vit_records(config, depths, "module", lambda i: FRESH)
+    chain_names = _hybrid(config, index, name)
+    meta = {n: r for n, r in _meta(config).items() if n in chain_names}
+    hybrid_depths = list(configs.meta_depths(config))
+    hybrid_depths[index] = depths[index]
+    if recipe.decay_rule == "published":
+        # The published optimizer sees one stage, which does not know which of its parameters
+        # the whole model exempts: class token and position embedding are decayed.
+        recipe.decay_rule = "published_stage"
+    return Phase(
+        job,
+        configs.teaching_data(config),
+        recipe,
+        {**meta, name: modules[name]},
+        student=chain_names,
+        trainable=(name,),
+        # Over the whole hybrid, and acting in the frozen meta blocks too.
+        rates=tuple(chain.linear_rates(hybrid_depths, recipe.drop_path)),
+        seed=config.seed,
+        describe={**_vit_description(config, depths), "module": index},
+    )
+
+
+def _fine_tuning(config: ConfigDict, job: str) -> Phase:
+    recipe, depths = configs.module_recipe(config, "ft"), config.teacher.depths
+    stages = _vit_records(
+        config, depths, "module", lambda i: Source("job", f"mt/{i}", f"module_{i}")
+    )
+    names = tuple(stages)
+    return Phase(
+        job,
+        configs.teaching_data(config),
+        recipe,
+        stages,
+        student=names,
+        trainable=names,
+        rates=tuple(chain.linear_rates(depths, recipe.drop_path)),
+        seed=config.seed,
+        describe=_vit_description(config, depths),
+    )
+
+
+def _teacher_modules(config: ConfigDict) -> dict:
+    return _vit_records(
+        config, config.teacher.depths, "module", lambda i: Source("job", "ft", f"module_{i}")
+    )
+
+
+def _teaching(config: ConfigDict, job: str, index: int) -> Phase:
+    recipe = configs.module_recipe(config, "m2mkd", index)
+    data, modules = configs.teaching_data(config), len(config.teacher.depths)
+    spec, width = configs.nac_spec(config, data), configs.teacher_spec(config)[0].width
+    pupil, teacher = f"student_{index}", f"module_{index}"
+    states = recipe.batch // recipe.accumulate
+
+    def build(rngs):
+        return build_student(spec, index, modules, width, states, rngs=rngs)
+
+    student_chain, teacher_chain = (_hybrid(config, index, n) for n in (pupil, teacher))
+    stages = {n: r for n, r in _meta(config).items() if n in student_chain}
+    stages[teacher] = _teacher_modules(config)[teacher]
+    kind = "read-in" if index == 0 else "read-out" if index == modules - 1 else "mediator"
+    stages[pupil] = StageRecord(build, FRESH, f"NAC {kind} student")
+    mediator = kind == "mediator" and recipe.drop_path > 0
+    return Phase(
+        job,
+        data,
+        recipe,
+        stages,
+        student=student_chain,
+        trainable=(pupil,),
+        # Teacher and meta run without drop-path; only mediators have one of their own.
+        rates=tuple((recipe.drop_path,) if n == pupil and mediator else None
+                    for n in student_chain),
+        teacher=teacher_chain,
+        distillation=config.distillation,
+        seed=config.seed,
+        describe={
+            "kind": "nac_student",
+            "spec": dataclasses.asdict(spec),
+            "module": index,
+            "modules": modules,
+            "stitch_dim": width,
+            "states": states,
+        },
+    )  # fmt: skip
+
+
+def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
+    recipe, spec = configs.module_recipe(config, "e2e"), configs.nac_spec(config, config.data)
+    source = Source("assembled") if name == "e2e" else FRESH
+    stages = {"nac": StageRecord(lambda rngs: NAC(spec, rngs=rngs), source, "NAC")}
+    teacher: tuple[str, ...] = ()
+    if name == "e2e_kd":
+        stages |= _teacher_modules(config)
+        teacher = tuple(n for n in stages if n != "nac")
+    return Phase(
+        job,
+        config.data,
+        recipe,
+        stages,
+        student=("nac",),
+        trainable=("nac",),
+        rates=((recipe.drop_path,) * spec.iterations,),
+        teacher=teacher,
+        distillation=config.distillation if teacher else None,
+        regularised="nac" if config.regulariser.kind != "none" else "",
+        # Every end-to-end run of one seed starts from the same fresh network and graph, so that
+        # they differ in what the students brought alone.
+        seed=config.seed + seed,
+        describe={"kind": "nac", "spec": dataclasses.asdict(spec)},
+    )

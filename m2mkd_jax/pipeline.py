@@ -1,0 +1,235 @@
+"""The jobs in order: finished ones skipped, an interrupted one resumed, a summary at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+
+from m2mkd_jax import config as configs
+from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.store import load_weights
+from m2mkd_jax.data.sources import describe_missing
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.job import evaluator, make_program, run_job
+from m2mkd_jax.parallel.mesh import make_mesh
+from m2mkd_jax.parallel.process import enable_compilation_cache, is_main
+from m2mkd_jax.phases import build_phase, job_names, select
+from m2mkd_jax.weights import job_directory, weights_directory
+
+# A run may go on with other values of these: they do not change what a job computes.
+HARMLESS = ("phases", "e2e_seeds", "log_every", "checkpoint_minutes", "data.workers",
+            "teaching_data.workers", "data.root", "teaching_data.root")  # fmt: skip
+
+
+def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
+    """Runs every job that is not done and returns the summary (also in workdir/summary.json).
+
+    Raises:
+        UserError: before any work where the input is wrong.
+        Preempted: a signal arrived; the same command goes on from there.
+    """
+    configs.check(config, len(jax.devices()))
+    chosen = select(config, only)
+    todo = [job for job in chosen if not is_done(workdir, job)]
+    check_data(config, todo)
+    check_needs(config, workdir, todo)
+    mesh = make_mesh(expert=config.expert_parallel)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        remember(config, workdir)
+    enable_compilation_cache()
+    for job in chosen:
+        if job not in todo:
+            print(f"[{job}] done already", flush=True)
+        elif job == "eval":
+            evaluate_networks(config, workdir, mesh)
+        else:
+            record = run_job(config, workdir, job, mesh)
+            accuracy = record["metrics"]["eval_accuracy"]
+            print(f"[{job}] done in {record['seconds']:.1f} s, accuracy {accuracy:.4f}", flush=True)
+    return summarise(config, workdir)
+
+
+def is_done(workdir: Path, job: str) -> bool:
+    return (job_directory(workdir, job) / "done.json").is_file()
+
+
+def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
+    """Jobs that must be done before `job`."""
+    if job == "eval":
+        return tuple(n for n in job_names(config) if n.startswith("e2e"))
+    phase = build_phase(config, job)
+    needed = list(phase.needs)
+    if any(r.source.kind == "assembled" for r in phase.stages.values()) and not config.init.network:
+        needed += [f"m2mkd/{i}" for i in range(config.student.iterations + 2)]
+    return tuple(needed)
+
+
+def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
+    """Refuses a job whose weights neither exist nor are about to be made.
+
+    Raises:
+        UserError: names the first such job.
+    """
+    for job in todo:
+        for needed in needs(config, job):
+            if needed not in todo:
+                weights_directory(config, workdir, needed)
+
+
+def check_data(config: ConfigDict, todo: list[str]) -> None:
+    """Raises UserError when the data of a job that is to run are not there."""
+    missing = {}
+    for job in todo:
+        data = config.data if job == "eval" else build_phase(config, job).data
+        missing[describe_missing(data)] = job
+    missing.pop(None, None)
+    if missing:
+        raise UserError("; ".join(missing))
+
+
+def remember(config: ConfigDict, workdir: Path) -> None:
+    """Writes workdir/config.json, or refuses to mix two configs in one directory."""
+    path, now = workdir / "config.json", _plain(config)
+    if path.is_file():
+        before = read_json(path)
+        for key in sorted(set(_flat(before)) | set(_flat(now))):
+            old, new = _flat(before).get(key), _flat(now).get(key)
+            if old != new and not key.startswith(HARMLESS):
+                raise UserError(
+                    f"{workdir} holds a run with config.{key} = {old!r}, not {new!r}; use another "
+                    "--workdir, or delete it"
+                )
+    write_json(path, now)
+
+
+def _plain(config: ConfigDict) -> dict:
+    return json.loads(config.to_json())
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
+    """The job 'eval': every end-to-end network from its finished weights, on the test split."""
+    began, metrics = time.monotonic(), {}
+    for job in needs(config, "eval"):
+        phase = build_phase(config, job)
+        path = weights_directory(config, workdir, job)
+        trees, _ = load_weights(path)
+        stages = {n: {"params": t["params"], "fixed": t.get("fixed", {})} for n, t in trees.items()}
+        program = make_program(config, phase, stages)
+        params = {name: stage["params"] for name, stage in stages.items()}
+        result = evaluator(program, config.data, config, mesh)(params, stages)
+        metrics[job] = result
+        print(f"[eval] {job}: accuracy {result['eval_accuracy']:.4f}", flush=True)
+    record = {
+        "name": "eval",
+        "status": "done",
+        "steps": 0,
+        "seconds": round(time.monotonic() - began, 2),
+        "metrics": {"eval_accuracy": metrics["e2e"]["eval_accuracy"]} if "e2e" in metrics else {},
+        "networks": metrics,
+    }
+    if is_main():
+        directory = job_directory(workdir, "eval")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "done.json", record)
+
+
+def summarise(config: ConfigDict, workdir: Path) -> dict:
+    """workdir/summary.json: every job, and the accuracies that matter side by side."""
+    jobs = []
+    for job in job_names(config):
+        if is_done(workdir, job):
+            jobs.append(read_json(job_directory(workdir, job) / "done.json"))
+        else:
+            begun = (job_directory(workdir, job) / "checkpoints").is_dir()
+            jobs.append({"name": job, "status": "interrupted" if begun else "pending",
+                         "steps": 0, "seconds": 0.0, "metrics": {}})  # fmt: skip
+    summary = {"name": config.name, "jobs": jobs, "results": results(jobs)}
+    if is_main():
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def results(jobs: list[dict]) -> dict:
+    """Accuracies side by side: networks over seeds, the gap to scratch, pupils and teachers."""
+    accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
+    found: dict = {}
+    for name, title in (("pt", "meta"), ("ft", "teacher")):
+        if name in accuracy:
+            found[title] = accuracy[name]
+    seeds: dict[str, list[float]] = {}
+    for name, value in accuracy.items():
+        if name.startswith("e2e"):
+            seeds.setdefault(name.split("/")[0], []).append(value)
+    for phase, values in seeds.items():
+        found[phase] = interval(values)
+    if {"e2e", "e2e_scratch"} <= seeds.keys():
+        pairs = zip(seeds["e2e"], seeds["e2e_scratch"], strict=False)
+        found["e2e_minus_scratch"] = interval([a - b for a, b in pairs])
+    hybrids = [j for j in jobs if "teacher_accuracy" in j["metrics"]]
+    if hybrids:
+        found["hybrids"] = [
+            {
+                "module": j["name"],
+                "student": j["metrics"]["eval_accuracy"],
+                "teacher": j["metrics"]["teacher_accuracy"],
+            }
+            for j in hybrids
+        ]
+    return found
+
+
+def interval(values: list[float]) -> dict:
+    """Mean and half-width of the 95% Student interval over seeds (None for one seed)."""
+    half = None
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    return {"mean": float(np.mean(values)), "interval95": half, "values": values}
+
+
+def table(summary: dict) -> Iterator[str]:
+    """The summary as lines of text."""
+    yield f"{'job':<16}{'status':<13}{'steps':>8}{'seconds':>10}{'accuracy':>10}{'reference':>11}"
+    for job in summary["jobs"]:
+        metrics = job["metrics"]
+        shown = f"{metrics['eval_accuracy']:.4f}" if "eval_accuracy" in metrics else "-"
+        reference = metrics.get("teacher_accuracy", metrics.get("meta_accuracy"))
+        beside = f"{reference:.4f}" if reference is not None else ""
+        yield (
+            f"{job['name']:<16}{job['status']:<13}{job['steps']:>8}{job['seconds']:>10.1f}"
+            f"{shown:>10}{beside:>11}"
+        )
+    for name in ("meta", "teacher"):
+        if name in summary["results"]:
+            yield f"{name}: {summary['results'][name]:.4f}"
+    for name, value in summary["results"].items():
+        if isinstance(value, dict):
+            half = value["interval95"]
+            yield f"{name}: {value['mean']:.4f}" + (
+                "" if half is None else f" +- {half:.4f} (95%, {len(value['values'])} seeds)"
+            )
+
+
+def print_summary(summary: dict) -> None:
+    if is_main():
+        print("\n".join(table(summary)), file=sys.stdout, flush=True)

@@ -1,0 +1,136 @@
+"""The one training loop: steps, logs, evaluations, checkpoints, stops.
+
+It knows neither models nor phases: it is handed a compiled step, batches and callbacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from m2mkd_jax.errors import UserError
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT arrived; the state has been saved."""
+
+
+@dataclass
+class Loop:
+    """What the loop needs.
+
+    Attributes:
+        name: the job, for messages.
+        step: (state, frozen, batch) -> (state, metrics).
+        frozen: parameters that stand still.
+        total_steps: calls of `step` in the whole job.
+        log_every: steps between metric records.
+        evaluate_every: steps between evaluations; 0: only after the last step.
+        evaluate: state -> metrics (`eval_*`).
+        log: (record) -> None; called with plain numbers.
+        save: (step, state, metrics) -> None; must copy before it returns.
+        save_seconds: longest time without a checkpoint.
+        stop: metrics of an evaluation -> whether to end early.
+        learning_rate: update number -> rate, for the log.
+        accumulate: calls of `step` per optimizer update.
+    """
+
+    name: str
+    step: Callable
+    frozen: dict
+    total_steps: int
+    log_every: int
+    evaluate_every: int
+    evaluate: Callable[[dict], dict]
+    log: Callable[[dict], None]
+    save: Callable[[int, dict, dict], None]
+    save_seconds: float
+    stop: Callable[[dict], bool]
+    learning_rate: Callable[[int], Any]
+    accumulate: int = 1
+
+    def run(self, state: dict, batches: Iterator[dict], start: int = 0) -> tuple[dict, dict, int]:
+        """Trains from step `start` on.
+
+        Returns:
+            The final state, the metrics of the last evaluation, and the number of steps done.
+
+        Raises:
+            Preempted: a signal arrived; the state was saved first.
+            UserError: the loss is no longer finite.
+        """
+        pending: list[dict] = []
+        metrics: dict = {}
+        saved = clock = time.monotonic()
+        done = start
+        with _signals() as stopped:
+            while done < self.total_steps:
+                state, step_metrics = self.step(state, self.frozen, next(batches))
+                pending.append(step_metrics)
+                done += 1
+                last = done == self.total_steps
+                if last or len(pending) == self.log_every:
+                    # The only place where the host waits for the device between evaluations.
+                    clock = self._log(done, pending, clock)
+                    pending = []
+                metrics = {}
+                if last or (self.evaluate_every and done % self.evaluate_every == 0):
+                    metrics = self.evaluate(state)
+                    self.log({"step": done, **metrics})
+                    clock = time.monotonic()
+                early = bool(metrics) and self.stop(metrics)
+                overdue = time.monotonic() - saved > self.save_seconds
+                if metrics or overdue or stopped:
+                    self.save(done, state, metrics)
+                    saved = time.monotonic()
+                if stopped and not last:
+                    raise Preempted(f"{self.name}: stopped by a signal at step {done}, state saved")
+                if early:
+                    break
+        if not metrics:  # resumed after the last step, before the job was marked as done
+            metrics = self.evaluate(state)
+        return state, metrics, done
+
+    def _log(self, done: int, pending: list[dict], clock: float) -> float:
+        values = jax.device_get(pending)
+        mean = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+        now = time.monotonic()
+        first = done - len(pending) + 1
+        rate = self.learning_rate(max(done // self.accumulate - 1, 0))
+        seconds = (now - clock) / len(pending)
+        self.log({"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean})
+        if not math.isfinite(mean["loss"]):
+            raise UserError(
+                f"{self.name}: the loss is no longer finite between steps {first} and {done}; "
+                "lower the learning rate or set clip in its recipe, then delete the job's directory"
+            )
+        return now
+
+
+@contextlib.contextmanager
+def _signals():
+    """A list that becomes non-empty when SIGTERM or SIGINT arrives (main thread only)."""
+    arrived: list[int] = []
+    previous = {}
+
+    def handler(number, _):
+        arrived.append(number)
+        if len(arrived) > 1:  # a second one means it
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield arrived
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,91 @@
+"""One optimizer step, for every phase.
+
+Axes: B batch, H height, W width, K classes.
+
+The training state is a plain dict: "step" (int32 scalar), "params" {stage: params}, "opt_state",
+"fixed" {stage: random arrays that are drawn once and must survive a restart} and, when an average
+of the weights is kept, "ema" like "params".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m2mkd_jax.train import mixing
+from m2mkd_jax.train.optimizer import ema_update
+
+
+def normalise(images: jax.Array, mean, std) -> jax.Array:
+    """uint8 (B, H, W, 3) -> float32, ((x / 255) - mean) / std per channel."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def initial_state(
+    params: dict, fixed: dict, optimizer: optax.GradientTransformation, recipe: Any
+) -> dict:
+    """State before the first step."""
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "fixed": fixed,
+    }
+    if recipe.ema:
+        # A copy: a buffer that appears twice in the state cannot be donated.
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+def make_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    recipe: Any,
+    data: Any,
+    seed: int,
+) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
+    """(state, frozen, batch) -> (state, metrics), compiled, the old state's buffers reused.
+
+    Args:
+        loss: (trainable, frozen, batch, key) -> (scalar, metrics); losses.Program.loss.
+        optimizer: of train/optimizer.py.
+        recipe: mixing and ema fields.
+        data: mean, std, classes.
+        seed: of all randomness; a step's key depends on it and on the step number alone.
+
+    The batch holds "image" uint8 (B, H, W, 3) and "label" int32 (B,).
+    """
+
+    def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        mix_key, loss_key = jax.random.split(key)
+        images = normalise(batch["image"], data.mean, data.std)
+        images, targets = mixing.mix(mix_key, images, batch["label"], data.classes, recipe)
+        frozen = with_fixed(frozen, state["fixed"])
+        batch = {"image": images, "target": targets}
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+            state["params"], frozen, batch, loss_key
+        )
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if recipe.ema:
+            new["ema"] = ema_update(state["ema"], params, recipe.ema)
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def with_fixed(frozen: dict, fixed: dict) -> dict:
+    """The frozen stages, and the fixed arrays of the trained ones."""
+    return {**frozen, **{name: {"fixed": arrays} for name, arrays in fixed.items()}}
+
+
+def evaluated_params(state: dict) -> dict:
+    """What evaluation and the finished weights use: the average if one is kept."""
+    return state.get("ema", state["params"])
