@@ -71,7 +71,7 @@ def _fresh(config: ConfigDict, record: StageRecord, name: str, seed: int) -> dic
     if name == "nac":
         student = config.student
         if student.prior != "none":
-            params["mediator_latents"]["signatures"], _ = priors.prior_signatures(
+            params["mediator_latents"]["signatures"] = priors.prior_signatures(
                 student.prior,
                 student.mediator_latents,
                 student.signature_dim,

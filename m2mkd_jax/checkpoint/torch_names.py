@@ -25,7 +25,7 @@ class Entry:
     """`torch` names a tensor; `path` (and `index` along the stacked axis, if any) our array."""
 
     torch: str
-    path: tuple[str | int, ...]
+    path: tuple[str, ...]
     layout: str = "same"
     index: int | None = None
 
@@ -90,7 +90,7 @@ def to_torch(table: Sequence[Entry], tree: Mapping, patch: int | None = None) ->
             value = value[entry.index]
         side = patch
         if entry.layout == "patches" and entry.path[0] != "patch_embed":
-            side = 4 if entry.path[2] == 0 else 2  # tokenizer: stem, then downsampling
+            side = 4 if "stage_0" in entry.path else 2  # tokenizer: stem, then downsampling
         tensors[entry.torch] = np.array(_write(value, entry.layout, side), order="C")
     return tensors
 
@@ -175,7 +175,7 @@ def _latent_layer(
 def _tokenizer(torch: str, path: tuple, spec: NACSpec) -> Iterator[Entry]:
     backbone = f"{torch}.backbone"
     for i, depth in enumerate(spec.tokenizer_depths):
-        stage, down = (*path, "stages", i), f"{backbone}.downsample_layers.{i}"
+        stage, down = (*path, f"stage_{i}"), f"{backbone}.downsample_layers.{i}"
         conv, norm = (0, 1) if i == 0 else (1, 0)
         yield from _patches(f"{down}.{conv}", (*stage, "downsample"))
         yield from _norm(f"{down}.{norm}", (*stage, "norm"))

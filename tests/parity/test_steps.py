@@ -1,10 +1,16 @@
 """Three AdamW steps against the original (fixture j_steps): losses, gradients, parameters.
 
-Where a parameter's gradient is zero by theory, Adam turns rounding noise into steps of the size of
-the learning rate. Such entries are left out of `after`, by name (ZERO_BY_THEORY), and their
-gradient is checked to be noise instead.
+Adam divides a gradient by its size, so that rounding noise makes steps as large as any other:
+
+- Where a gradient is zero by theory, the entries are left out of `after`, by name
+  (ZERO_BY_THEORY), and their gradient is checked to be noise instead.
+- The NAC here has gradients of norm 981, beside which many entries of a tensor are noise in
+  float32. Its steps are therefore compared in float64 for all entries (the fixture's float32 steps
+  are within 2.2e-6 of its own float64 ones), and in float32 for those entries whose gradient is
+  above ABOVE_NOISE of their tensor's largest in every step.
 """
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -59,27 +65,36 @@ ZERO_BY_THEORY = {
 }
 # Of the largest entry of the whole gradient; float32 rounding leaves less than this.
 ZERO = 1e-6
+ABOVE_NOISE = 1e-3
+# A scalar gradient that is a sum of cancelling terms: the fixture's float32 value itself is 7.6e-5
+# of it away from the one in float64. Compared relative to the bandwidths' largest gradient instead.
+READ_OUT_BANDWIDTH = "latent_graphs.0.read_out.latent_attention.kernel.bandwidth"
 
 
 def meta(name: str) -> dict:
     return facts("j_steps/meta_nac.json") if name == "nac" else facts("j_steps/meta_vit.json")[name]
 
 
-def run(name: str):
-    """Losses, gradient norms, first gradients and final parameters (by torch name) of `STEPS`."""
+def run(name: str, dtype=jnp.float32):
+    """`STEPS` steps: the fixture, losses, gradient norms, gradients of every step, parameters.
+
+    Gradients and parameters by torch name.
+    """
     build, table, rule = CASES[name]
     fixture, about = arrays(f"j_steps/{name}.npz"), meta(name)
-    before = {key.removeprefix("before."): fixture[key] for key in fixture if key[:2] == "be"}
     parts = chain.abstract(build)
     assert not parts.fixed
-    params = {"net": jax.tree.map(jnp.asarray, torch_names.from_torch(table, before))}
+    before = torch_names.from_torch(table, part(fixture, "before."))
+    params = {"net": jax.tree.map(lambda a: jnp.asarray(a, dtype), before)}
     assert jax.tree.map(jnp.shape, params["net"]) == jax.tree.map(jnp.shape, parts.params)
     regulariser = None
     if name == "nac":
         options = SimpleNamespace(weight=about["hinge_weight"], hinge=about["hinge"])
-        graph = losses.graph_regulariser("hinge", options)
-        regulariser = lambda stages: graph(stages["net"])  # noqa: E731
-    program = losses.Program({"net": parts.graph}, ("net",), ("net",), regulariser=regulariser)
+        hinge = losses.graph_regulariser("hinge", options)
+        regulariser = lambda stages: hinge(stages["net"])  # noqa: E731
+    program = losses.Program(
+        {"net": parts.graph}, ("net",), ("net",), regulariser=regulariser, dtype=dtype
+    )
     recipe = SimpleNamespace(
         optimizer="adamw",
         weight_decay=about["weight_decay"],
@@ -95,29 +110,39 @@ def run(name: str):
     )
     optimizer = make_optimizer(recipe, 1, params)
     frozen = {"net": {"fixed": {}}}
+    # Sums are less exact without LLVM's optimisation, but it is half of the compilation's time.
+    options = {"xla_backend_optimization_level": 0} if dtype == jnp.float64 else None
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=options)
     def step(params, state, batch):
         grad = jax.value_and_grad(program.loss, has_aux=True)
         (loss, _), grads = grad(params, frozen, batch, None)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, grads
 
-    state, values, norms, first = optimizer.init(params), [], [], None
+    def by_name(tree):
+        return torch_names.to_torch(table, tree["net"], VIT_SPEC.patch)
+
+    state, values, norms, gradients = optimizer.init(params), [], [], []
     for i in range(STEPS):
-        images = nhwc(fixture[f"image_{i}"])
-        batch = {"image": images, "target": jnp.asarray(fixture[f"labels_{i}"])}
+        batch = {
+            "image": nhwc(fixture[f"image_{i}"]).astype(dtype),
+            "target": jnp.asarray(fixture[f"labels_{i}"], dtype),
+        }
         params, state, loss, grads = step(params, state, batch)
         values.append(loss)
-        norms.append(optax.global_norm(grads))
-        first = grads["net"] if first is None else first
-    to_torch = lambda tree: torch_names.to_torch(table, tree, VIT_SPEC.patch)  # noqa: E731
-    return fixture, np.array(values), np.array(norms), to_torch(first), to_torch(params["net"])
+        norms.append(optax.tree.norm(grads))
+        gradients.append(by_name(grads))
+    return fixture, np.array(values), np.array(norms), gradients, by_name(params)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def steps(request):
     return (request.param, *run(request.param))
+
+
+def part(fixture: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in fixture.items() if k.startswith(prefix)}
 
 
 def test_losses_and_gradient_norms(steps):
@@ -130,31 +155,62 @@ def test_losses_and_gradient_norms(steps):
 
 
 def test_first_gradients(steps):
-    _, fixture, _, _, first, _ = steps
-    assert set(first) == {key.removeprefix("grad1.") for key in fixture if key[:2] == "gr"} - {
-        "_norms", "grad_norms", "grad_norms_before_clip",
-    }  # fmt: skip
+    name, fixture, _, norms, gradients, _ = steps
+    first, recorded = gradients[0], part(fixture, "grad1.")
+    assert set(first) == set(recorded)
+    clip = meta(name).get("clip")
+    if clip:
+        assert norms[0] > 2 * clip  # the fixture has the clipped gradient
+        first = {key: value * clip / norms[0] for key, value in first.items()}
     scale = max(np.abs(value).max() for value in first.values())
     for key, value in first.items():
-        expected = fixture[f"grad1.{key}"]
+        expected = recorded[key]
         if key in ZERO_BY_THEORY:
             where = ZERO_BY_THEORY[key]
             assert np.abs(value[where]).max() <= ZERO * scale, key
             value, expected = np.delete(value, where), np.delete(expected, where)
+        if key == READ_OUT_BANDWIDTH:
+            largest = max(abs(v) for k, v in recorded.items() if k.endswith("bandwidth"))
+            assert abs(value - expected) <= GRADIENT_TOLERANCE * largest
+            continue
         assert_close(value, expected, GRADIENT_TOLERANCE, key)
+
+
+def assert_after_close(fixture: dict, after: dict, selected=None) -> int:
+    """Compares the parameters after all steps; returns how many numbers were compared."""
+    recorded, exact = part(fixture, "after."), part(fixture, "f64.after.")
+    assert set(after) == set(recorded)
+    # What the fixture recorded in float64 is what float32 cannot tell, and nothing else.
+    assert set(exact) == set(ZERO_BY_THEORY) & set(after)
+    compared = 0
+    for key, value in after.items():
+        expected = exact.get(key, recorded[key])
+        keep = np.ones(value.shape, bool) if selected is None else selected[key].copy()
+        if key in ZERO_BY_THEORY:
+            keep[ZERO_BY_THEORY[key]] = False
+        assert_close(np.where(keep, value, expected), expected, GRADIENT_TOLERANCE, key)
+        compared += keep.sum()
+    return compared
 
 
 def test_parameters_after_all_steps(steps):
-    _, fixture, _, _, _, after = steps
-    assert set(after) == {key.removeprefix("after.") for key in fixture if key[:2] == "af"}
-    left_out = set()
-    for key, value in after.items():
-        expected = fixture.get(f"f64.after.{key}", fixture[f"after.{key}"])
-        if key in ZERO_BY_THEORY:
-            left_out.add(key)
-            where = ZERO_BY_THEORY[key]
-            value, expected = np.delete(value, where), np.delete(expected, where)
-        # Steps are far smaller than parameters: compare what the steps changed, too.
-        assert_close(value, expected, GRADIENT_TOLERANCE, key)
-    # What the fixture recorded in float64 is what cannot be compared in float32.
-    assert left_out == {key.removeprefix("f64.after.") for key in fixture if key[:2] == "f6"}
+    name, fixture, _, _, gradients, after = steps
+    if name != "nac":
+        assert_after_close(fixture, after)
+        return
+    above = {
+        key: np.all([abs(g[key]) >= ABOVE_NOISE * abs(g[key]).max() for g in gradients], axis=0)
+        for key in after
+    }
+    total = sum(value.size for value in after.values())
+    assert assert_after_close(fixture, after, above) > 0.8 * total
+
+
+def test_parameters_of_the_nac_after_all_steps_in_float64():
+    with jax.enable_x64(True):
+        fixture, values, norms, _, after = run("nac", jnp.float64)
+    about = meta("nac")
+    assert_close(values, about["losses_f64"], OUTPUT_TOLERANCE)
+    assert_close(norms, about["grad_norms"], OUTPUT_TOLERANCE)
+    assert after["output_tokenizer.to_logits.weight"].dtype == np.float64
+    assert_after_close(fixture, after)

@@ -66,17 +66,18 @@ class Tokenizer(nnx.Module):
 
     def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
         widths = (3, *spec.tokenizer_widths)
-        self.stages = nnx.List(
-            ConvNeXtStage(widths[i], widths[i + 1], depth, first=i == 0, rngs=rngs)
-            for i, depth in enumerate(spec.tokenizer_depths)
-        )
+        self.count = len(spec.tokenizer_depths)
+        for i, depth in enumerate(spec.tokenizer_depths):
+            # Named one by one: a list would put integers among the names of a checkpoint.
+            stage = ConvNeXtStage(widths[i], widths[i + 1], depth, first=i == 0, rngs=rngs)
+            setattr(self, f"stage_{i}", stage)
         shape = (spec.grid, spec.grid, spec.position_dim)
         self.grid = nnx.Param(jax.random.normal(rngs.params(), shape))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images
-        for stage in self.stages:
-            x = stage(x)
+        for i in range(self.count):
+            x = getattr(self, f"stage_{i}")(x)
         grid = self.grid[...].astype(x.dtype)
         grid = jnp.broadcast_to(grid, (x.shape[0], *grid.shape))
         return rearrange(jnp.concatenate([x, grid], -1), "b h w t -> b (h w) t")

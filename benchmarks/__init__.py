@@ -1,0 +1,1 @@
+"""Measurements; benchmarks/RESULTS.md has their results."""
