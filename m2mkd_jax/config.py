@@ -52,7 +52,7 @@ def _data() -> dict:
 
 def _recipe() -> dict:
     return dict(
-        epochs=0,
+        epochs=0.0,
         batch=0,  # images per optimizer update, over all devices
         accumulate=1,  # parts that a batch is computed in
         optimizer="adamw",  # or sgd
@@ -62,7 +62,7 @@ def _recipe() -> dict:
         min_lr=1e-5,
         scale_min_lr=False,  # scale min_lr like lr
         warmup_lr=1e-6,
-        warmup_epochs=0,
+        warmup_epochs=0.0,
         schedule="clean",  # published, published_nac: the original's staircases
         weight_decay=0.05,
         decay_rule="published",  # published_stage, all, none
@@ -148,7 +148,7 @@ def base() -> ConfigDict:
             init=dict(meta="", teacher="", students="", network=""),  # directories of weights
             evaluation=dict(
                 batch=500,
-                every=0,  # epochs; 0: only at the end
+                every=0.0,  # epochs; 0: only at the end
                 sampled=False,  # draw seeder and pooling noise, as the published evaluation does
             ),
             checkpoint_minutes=10.0,  # at least this often, besides every evaluation
@@ -199,10 +199,10 @@ def check(config: ConfigDict, devices: int = 1) -> None:
     for key, value in _leaves(config):
         _require(key in known, f"config.{key} is unknown{_did_you_mean(key, known)}")
         default = known[key]
-        numeric = isinstance(default, int | float) and isinstance(value, int | float)
+        whole_number = isinstance(default, float) and type(value) is int
         optional = key == "student.truncation" and value is None
         _require(
-            type(value) is type(default) or (numeric and not isinstance(default, bool)) or optional,
+            type(value) is type(default) or whole_number or optional,
             f"config.{key} must be {type(default).__name__}, not {value!r}",
         )
     for phase in config.phases:
@@ -252,7 +252,8 @@ def _check_networks(config: ConfigDict) -> None:
     teaching = {"pt", "mt", "ft", "m2mkd", "e2e_kd"} & set(config.phases)
     for key in ("data", "teaching_data") if teaching else ("data",):
         data = teaching_data(config) if key == "teaching_data" else config.data
-        _require(data.image_size > 0 and data.classes > 1, f"config.{key} needs image_size, classes")
+        sized = data.image_size > 0 and data.classes > 1
+        _require(sized, f"config.{key} needs image_size and classes")
     if teaching:
         _require(modules >= 2, "config.teacher.depths must name at least two modules")
         _require(
@@ -341,7 +342,7 @@ def teacher_spec(config: ConfigDict) -> tuple[ViTSpec, int | None]:
 
 
 def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
-    """The student's fields for some data: the network's own, or those its students are taught on."""
+    """The student's fields for some data: the network's own, or what its students are taught on."""
     own = ("stitch_dim", "prior", "options")
     fields = {k: v for k, v in config.student.items() if k not in own}
     for key in ("state_dim", "code_dim", "heads", "input_latents", "mediator_latents",

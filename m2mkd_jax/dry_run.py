@@ -56,8 +56,9 @@ def describe_phase(config: ConfigDict, phase: Phase, devices: int):
     """Lines on one training job."""
     shapes = {name: chain.abstract(r.build) for name, r in phase.stages.items()}
     program = phase.program(None, compute_dtype(config.precision), False)
-    size, local = phase.data.image_size, 1
-    x = jax.ShapeDtypeStruct((local, size, size, 3), jnp.float32)
+    size = phase.data.image_size
+    images = max(phase.recipe.batch // phase.recipe.accumulate // devices, 1)
+    x = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
     for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
         y = x
         for name in names if title == "chain" or program.teacher else ():
@@ -84,21 +85,20 @@ def describe_phase(config: ConfigDict, phase: Phase, devices: int):
         batch = {"image": images, "target": target}
         return program.loss(params, frozen, batch, jax.random.key(0))[0]
 
-    forward = count_flops(program.logits, trainable, frozen, x)
-    step = count_flops(jax.value_and_grad(loss), trainable, frozen, x)
+    # At the real batch: what is computed once a step (codes) is shared by its images.
+    forward = count_flops(program.logits, trainable, frozen, x) // images
+    step = count_flops(jax.value_and_grad(loss), trainable, frozen, x) // images
     yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
-    per_device = max(phase.recipe.batch // phase.recipe.accumulate // devices, 1)
-    one = kept_bytes(loss, trainable, frozen, x)
-    activations = one * per_device
+    activations = kept_bytes(loss, trainable, frozen, x)
     weights = tree_bytes(trainable)
     copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
     still = sum(
         tree_bytes(tree) for name, tree in frozen.items() if name not in phase.trainable
     )
     yield (
-        f"memory per device: {_gib(weights)} trained + {_gib(weights)} gradients + {_gib(copies)} "
-        f"optimizer + {_gib(still)} frozen + {_gib(activations)} activations "
-        f"({per_device} images)"
+        f"memory per device: {_bytes(weights)} trained + {_bytes(weights)} gradients + "
+        f"{_bytes(copies)} optimizer + {_bytes(still)} frozen + {_bytes(activations)} activations "
+        f"({images} images)"
     )
     yield f"sharding: batch over {devices} device(s) (data x expert), all parameters replicated"
 
@@ -114,5 +114,9 @@ def _si(number: int) -> str:
     return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}".strip()
 
 
-def _gib(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB"
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"

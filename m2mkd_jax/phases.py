@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.losses import Program
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.nac.students import build_student
 
 
@@ -164,13 +166,28 @@ def _vit_records(config: ConfigDict, depths, prefix: str, source: Callable[[int]
     spec, _ = configs.teacher_spec(config)
     last = len(depths) - 1
 
-    def record(i):
-        def build(rngs):
-            return vit.ViTStage(spec, depths[i], first=i == 0, last=i == last, rngs=rngs)
+    return {
+        f"{prefix}_{i}": StageRecord(
+            _vit_builder(spec, depth, i == 0, i == last), source(i), f"ViT, {depth} block(s)"
+        )
+        for i, depth in enumerate(depths)
+    }
 
-        return StageRecord(build, source(i), f"ViT, {depths[i]} block(s)")
 
-    return {f"{prefix}_{i}": record(i) for i in range(len(depths))}
+# Equal stages get the same builder, so that chain.abstract traces each of them once.
+@functools.cache
+def _vit_builder(spec: vit.ViTSpec, depth: int, first: bool, last: bool):
+    return lambda rngs: vit.ViTStage(spec, depth, first=first, last=last, rngs=rngs)
+
+
+@functools.cache
+def _nac_builder(spec: NACSpec):
+    return lambda rngs: NAC(spec, rngs=rngs)
+
+
+@functools.cache
+def _student_builder(spec: NACSpec, index: int, modules: int, width: int, states: int):
+    return lambda rngs: build_student(spec, index, modules, width, states, rngs=rngs)
 
 
 def _meta(config: ConfigDict, source=lambda i: Source("job", "pt", f"meta_{i}")) -> dict:
@@ -262,9 +279,9 @@ def _teaching(config: ConfigDict, job: str, index: int) -> Phase:
     pupil, teacher = f"student_{index}", f"module_{index}"
     states = recipe.batch // recipe.accumulate
 
-    def build(rngs):
-        return build_student(spec, index, modules, width, states, rngs=rngs)
-
+    # All mediators are built alike.
+    like = min(index, 1) if index < modules - 1 else index
+    build = _student_builder(spec, like, modules, width, states)
     student_chain, teacher_chain = (_hybrid(config, index, n) for n in (pupil, teacher))
     stages = {n: r for n, r in _meta(config).items() if n in student_chain}
     stages[teacher] = _teacher_modules(config)[teacher]
@@ -298,7 +315,7 @@ def _teaching(config: ConfigDict, job: str, index: int) -> Phase:
 def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
     recipe, spec = configs.module_recipe(config, "e2e"), configs.nac_spec(config, config.data)
     source = Source("assembled") if name == "e2e" else FRESH
-    stages = {"nac": StageRecord(lambda rngs: NAC(spec, rngs=rngs), source, "NAC")}
+    stages = {"nac": StageRecord(_nac_builder(spec), source, "NAC")}
     teacher: tuple[str, ...] = ()
     if name == "e2e_kd":
         stages |= _teacher_modules(config)

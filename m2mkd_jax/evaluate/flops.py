@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -54,7 +55,10 @@ def kept_bytes(function: Callable, trainable, *args) -> int:
     residuals = jax.eval_shape(
         lambda p, *a: jax.vjp(lambda p: function(p, *a), p)[1], trainable, *args
     )
-    return max(tree_bytes(residuals) - tree_bytes((trainable, *args)), 0)
+    # An argument that is kept is among the residuals under its own shape.
+    arguments = Counter((a.shape, a.dtype) for a in jax.tree.leaves((trainable, *args)))
+    kept = Counter((r.shape, r.dtype) for r in jax.tree.leaves(residuals)) - arguments
+    return sum(n * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())
 
 
 def tree_bytes(tree) -> int:

@@ -10,6 +10,7 @@ cost of nnx.jit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,13 +56,17 @@ def split(stage: nnx.Module) -> SplitStage:
     return SplitStage(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed))
 
 
+@functools.lru_cache(maxsize=256)
 def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
-    """A stage's structure and the shapes of its arrays, without computing anything."""
+    """A stage's structure and the shapes of its arrays, without computing anything.
+
+    Remembered per `build`: tracing a large stage takes as long as many steps of a small one.
+    """
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
 
 def initialise(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> SplitStage:
-    """A stage with fresh arrays, drawn in one compiled program (op by op takes ten times longer)."""
+    """A stage with fresh arrays, drawn in one compiled program: op by op takes ten times longer."""
 
     @jax.jit
     def arrays(key):
@@ -100,7 +105,10 @@ def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:
     total = sum(depths)
     ramp = np.linspace(0.0, rate, total) if total else np.zeros(0)
     ends = np.cumsum(depths)
-    return [tuple(float(r) for r in ramp[end - depth : end]) for depth, end in zip(depths, ends)]
+    return [
+        tuple(float(r) for r in ramp[end - depth : end])
+        for depth, end in zip(depths, ends, strict=True)
+    ]
 
 
 def cast_compute(params: dict, dtype: jnp.dtype) -> dict:

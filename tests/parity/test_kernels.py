@@ -70,7 +70,7 @@ def test_gradients_of_the_exponential(implementation, truncation):
 
     grads = jax.grad(loss, (0, 1, 2))(IO["receiver"], IO["sender"], BANDWIDTH)
     key = name(implementation, truncation)
-    for grad, which in zip(grads, ("receiver", "sender", "bandwidth")):
+    for grad, which in zip(grads, ("receiver", "sender", "bandwidth"), strict=True):
         assert_close(grad, IO[f"{key}.grad_exp.{which}"], GRADIENT_TOLERANCE, which)
 
 
@@ -93,7 +93,7 @@ def test_gradients_through_attention(implementation, truncation):
 
     grads = jax.grad(loss, (0, 1, 2))(IO["receiver"], IO["sender"], BANDWIDTH)
     key = name(implementation, truncation)
-    for grad, which in zip(grads, ("receiver", "sender", "bandwidth")):
+    for grad, which in zip(grads, ("receiver", "sender", "bandwidth"), strict=True):
         assert_close(grad, IO[f"{key}.grad_att.{which}"], GRADIENT_TOLERANCE, which)
 
 
@@ -107,7 +107,7 @@ def test_training_samples():
     grads = jax.grad(
         lambda *a: attention_loss(sampled(*a), IO["train.grad_weight"]), (0, 1, 2)
     )(*args)
-    for grad, which in zip(grads, ("receiver", "sender", "bandwidth")):
+    for grad, which in zip(grads, ("receiver", "sender", "bandwidth"), strict=True):
         assert_close(grad, IO[f"train.grad_att.{which}"], GRADIENT_TOLERANCE, which)
 
 

@@ -194,7 +194,8 @@ def test_assembly():
     # The original's own result, with its own fresh parts, gives its recorded outputs.
     io = arrays("f_nac_from_students/io.npz")
     network = with_params(lambda rngs: NAC(NAC_SPEC, rngs=rngs), expected)
-    assert_close(jax.jit(network.__call__)(nhwc(io["raw_inputs"])), io["zero.outputs"], OUTPUT_TOLERANCE)
+    logits = jax.jit(network.__call__)(nhwc(io["raw_inputs"]))
+    assert_close(logits, io["zero.outputs"], OUTPUT_TOLERANCE)
 
 
 def test_assembly_keeps_grid_and_pooling_where_they_fit():

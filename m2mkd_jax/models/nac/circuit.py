@@ -64,7 +64,7 @@ class NAC(chain.Stage):
         counts = (spec.input_latents, spec.mediator_latents, spec.output_latents)
         noise = {
             group: jax.random.normal(k, (batch, count, spec.state_dim))
-            for group, count, k in zip(GROUPS, counts, keys)
+            for group, count, k in zip(GROUPS, counts, keys[:3], strict=True)
         }
         if spec.pooling == "gumbel":
             noise["gumbel"] = jax.random.gumbel(keys[3], (batch, spec.output_latents))
@@ -82,7 +82,7 @@ class NAC(chain.Stage):
         )
         return [
             self.seeder(jitter(c, self.spec.code_noise, k), batch, noise.get(group))
-            for group, c, k in zip(GROUPS, codes, keys)
+            for group, c, k in zip(GROUPS, codes, keys, strict=True)
         ]
 
     def __call__(self, x, *, rates=None, key=None, train=False):

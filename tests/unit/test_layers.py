@@ -1,0 +1,155 @@
+"""Layers: each fast form equals the plain one; stochastic depth; stacked layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m2mkd_jax.models import chain, layers
+from tests.random_params import random_params
+from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
+
+LAYERS, BATCH, WIDTH = 3, 4, 6
+
+
+def normal(seed: int, *shape) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# (H, W) smaller than the kernel, not square, odd; kernels 3 and 7.
+@pytest.mark.parametrize("size", [3, 7])
+@pytest.mark.parametrize("h, w", [(8, 8), (2, 5), (4, 3)])
+def test_depthwise_convolutions(h, w, size):
+    x, kernel, weight = normal(0, 2, h, w, 5), normal(1, size, size, 5), normal(2, 2, h, w, 5)
+
+    def run(method):
+        def loss(x, kernel):
+            y = layers.depthwise_conv(x, kernel, method)
+            return (weight * y).sum(), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
+
+    expected = run("native")
+    for method in ("positions", "columns"):
+        assert_trees_close(run(method), expected, OUTPUT_TOLERANCE)
+
+
+def test_depthwise_convolution_is_one_with_zero_padding():
+    x, kernel = normal(0, 1, 4, 4, 2), normal(1, 3, 3, 2)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.zeros(x.shape)
+    for i in range(3):
+        for j in range(3):
+            expected += padded[:, i : i + 4, j : j + 4] * np.asarray(kernel[i, j])
+    for method in ("native", "positions", "columns", None):
+        actual = jax.jit(lambda x, k, m=method: layers.depthwise_conv(x, k, m))(x, kernel)
+        assert_close(actual, expected, OUTPUT_TOLERANCE, str(method))
+
+
+def test_patches_are_a_strided_convolution():
+    def build(rngs):
+        init = {"kernel_init": layers.torch_init, "bias_init": nnx.initializers.zeros}
+        return layers.Patches(4, 3, WIDTH, **init, rngs=rngs)
+
+    parts = chain.abstract(build)
+    params = random_params(parts.params, 0)
+    x, weight = normal(1, 2, 8, 12, 3), normal(2, 2, 2, 3, WIDTH)
+
+    def patches(params, x):
+        return chain.merge(parts.graph, params, {})(x)
+
+    def convolution(params, x):
+        kernel = params["linear"]["kernel"].reshape(4, 4, 3, WIDTH)
+        names = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=names)
+        return y + params["linear"]["bias"]
+
+    def run(f):
+        loss = lambda params, x: ((weight * f(params, x)).sum(), f(params, x))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    assert_trees_close(run(patches), run(convolution), OUTPUT_TOLERANCE)
+
+
+def test_drop_path_drops_whole_samples():
+    count, rate = 20_000, 0.3
+    x = jnp.abs(normal(0, count, 2, 3)) + 1.0
+    y = np.asarray(jax.jit(layers.drop_path)(x, rate, jax.random.key(1)))
+    dropped = (y == 0).all((1, 2))
+    # A sample is either all zero or all there, divided by the keep probability.
+    np.testing.assert_allclose(y[~dropped], np.asarray(x)[~dropped] / (1 - rate), rtol=1e-6)
+    # Five standard deviations of a binomial share.
+    assert abs(dropped.mean() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5
+
+
+def test_drop_path_is_the_identity_without_key_or_rate():
+    x = normal(0, 5, 2, 3)
+    assert (layers.drop_path(x, 0.9, None) == x).all()
+    assert (jax.jit(layers.drop_path)(x, 0.0, jax.random.key(0)) == x).all()
+
+
+class Layer(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.linear = layers.torch_linear(WIDTH, WIDTH, rngs=rngs)
+        self.norm = layers.layer_norm(WIDTH, 1e-6, rngs=rngs)
+
+    def __call__(self, x, shift):
+        return x + jnp.tanh(self.linear(self.norm(x)) + shift)
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    parts = chain.abstract(
+        lambda rngs: layers.stack(lambda rngs: Layer(rngs=rngs), LAYERS, rngs=rngs)
+    )
+    return parts.graph, random_params(parts.params, 0)
+
+
+def scanned(graph, remat: bool):
+    def f(params, x, shifts):
+        module = chain.merge(graph, params, {})
+        apply = lambda layer, x, shift: layer(x, shift)  # noqa: E731
+        return layers.scan_stack(module, x, shifts, apply, remat=remat)
+
+    return f
+
+
+def looped(params, x, shifts):
+    one = chain.abstract(lambda rngs: Layer(rngs=rngs)).graph
+    for i in range(LAYERS):
+        x = chain.merge(one, jax.tree.map(lambda a, i=i: a[i], params), {})(x, shifts[i])
+    return x
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_equal_a_loop(stacked, remat):
+    graph, params = stacked
+    x, shifts, weight = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH), normal(3, BATCH, WIDTH)
+
+    def run(f):
+        loss = lambda *args: ((weight * f(*args)).sum(), f(*args))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, x, shifts)
+
+    assert_trees_close(run(scanned(graph, remat)), run(looped), OUTPUT_TOLERANCE)
+
+
+def test_remat_recomputes(stacked):
+    """The rematerialised loop keeps less: a checkpoint is really there."""
+    graph, params = stacked
+    x, shifts = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH)
+
+    def kept(remat):
+        f = scanned(graph, remat)
+        residuals = jax.eval_shape(lambda x: jax.vjp(lambda x: f(params, x, shifts), x)[1], x)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept(True) < kept(False)
+
+
+def test_stacked_layers_are_drawn_apart():
+    build = lambda rngs: layers.stack(lambda rngs: Layer(rngs=rngs), LAYERS, rngs=rngs)  # noqa: E731
+    kernel = chain.initialise(build, jax.random.key(0)).params["linear"]["kernel"]
+    assert kernel.shape == (LAYERS, WIDTH, WIDTH)
+    assert not (kernel[0] == kernel[1]).any()
+    assert np.abs(kernel).max() <= WIDTH**-0.5  # uniform within 1/sqrt(fan-in), not of the stack
