@@ -28,7 +28,9 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no dat
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    # A KeyError's text is the repr of its argument.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -163,7 +163,7 @@ def cut(stages: Sequence[ViTStage], depths: Sequence[int]) -> list[ViTStage]:
     """
     total = sum(stage.depth for stage in stages)
     if sum(depths) != total:
-        raise UserError(f"vit: depths {tuple(depths)} sum to {sum(depths)}; there are {total} blocks")
+        raise UserError(f"vit: depths {tuple(depths)} sum to {sum(depths)}, blocks are {total}")
     parts = [chain.split(stage) for stage in stages]
     blocks = [p.params["blocks"] for p in parts if "blocks" in p.params]
     blocks = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)

@@ -53,9 +53,8 @@ def torch_shapes(table, params, patch=None) -> dict[str, list[int]]:
             c, d = shape
             shape = (d, c)
         elif entry.layout == "patches":
-            side = patch
-            if "stages" in entry.path:
-                side = STAGE_STRIDE if entry.path[entry.path.index("stages") + 1] else STEM_STRIDE
+            stem = "downsample_layers.0." in entry.torch
+            side = patch or (STEM_STRIDE if stem else STAGE_STRIDE)
             rows, d = shape
             assert rows % side**2 == 0
             shape = (d, rows // side**2, side, side)

@@ -55,7 +55,7 @@ def test_a_network_cut_otherwise_computes_the_same(depths):
 
 
 def test_a_cut_must_sum_to_the_network():
-    with pytest.raises(UserError, match=r"depths \(2, 2\) sum to 4, the network has 5"):
+    with pytest.raises(UserError, match=r"depths \(2, 2\) sum to 4.* 5"):
         vit.cut(vit_stages((2, 3)), (2, 2))
 
 

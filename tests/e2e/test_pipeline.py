@@ -1,0 +1,188 @@
+"""The command as a user runs it: every phase, kills, resumes, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "e2e" / "tiny.py"
+JOBS = ["pt", "mt/0", "mt/1", "mt/2", "ft", "m2mkd/0", "m2mkd/1", "m2mkd/2", "e2e", "e2e_scratch",
+        "e2e_kd", "eval"]  # fmt: skip
+TIMEOUT = 600
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    # One cache of compiled programs for all runs of this file: they compile the same programs.
+    cache = str(tmp_path_factory.mktemp("xla"))
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def command(workdir, *flags) -> list[str]:
+    return [sys.executable, "-m", "m2mkd_jax.main", f"--config={TINY}", f"--workdir={workdir}",
+            *flags]  # fmt: skip
+
+
+def run(environment, workdir, *flags) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, *flags), cwd=ROOT, env=environment, timeout=TIMEOUT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def summary(workdir) -> dict:
+    """summary.json without the clock."""
+    found = json.loads((workdir / "summary.json").read_text())
+    for job in found["jobs"]:
+        job.pop("seconds")
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(environment, tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    result = run(environment, workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_every_phase_runs_and_is_recorded(whole):
+    workdir, result = whole
+    found = summary(workdir)
+    assert [job["name"] for job in found["jobs"]] == JOBS
+    assert {job["status"] for job in found["jobs"]} == {"done"}
+    for job in found["jobs"]:
+        assert 0.0 <= job["metrics"]["eval_accuracy"] <= 1.0
+    by_name = {job["name"]: job for job in found["jobs"]}
+    # The reloaded network is the one that was trained.
+    for name in ("e2e", "e2e_scratch", "e2e_kd"):
+        trained = by_name[name]["metrics"]["eval_accuracy"]
+        assert by_name["eval"]["networks"][name]["eval_accuracy"] == trained
+    assert by_name["pt"]["metrics"]["eval_images"] == 100
+    assert by_name["e2e"]["origin"]["nac/read_in"] == "m2mkd/0"
+    assert by_name["e2e"]["origin"]["nac/seeder"] == "fresh"
+    results = found["results"]
+    assert {"e2e", "e2e_scratch", "e2e_kd", "e2e_minus_scratch", "teacher"} <= results.keys()
+    assert [pair["module"] for pair in results["hybrids"]] == ["m2mkd/0", "m2mkd/1", "m2mkd/2"]
+    assert "e2e_minus_scratch" in result.stdout
+
+
+def test_a_second_run_finds_everything_done(whole, environment):
+    workdir, _ = whole
+    before = summary(workdir)
+    result = run(environment, workdir)
+    assert result.returncode == 0 and summary(workdir) == before
+    assert all(f"[{job}] done already" in result.stdout for job in JOBS)
+
+
+def test_another_config_in_the_same_directory_is_refused(whole, environment):
+    workdir, _ = whole
+    result = run(environment, workdir, "--config.recipes.pt.epochs=5")
+    assert result.returncode == 2
+    assert "config.recipes.pt.epochs = 4" in result.stderr and result.stderr.count("\n") == 1
+
+
+def wait_for_records(file: Path, count: int, process: subprocess.Popen) -> bool:
+    """Whether the job wrote that many records before the process ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if file.is_file() and file.read_bytes().count(b"\n") >= count:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    raise AssertionError(f"{file} never had {count} records")
+
+
+def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
+    """SIGKILL in the middle of each phase; the summary is that of the uninterrupted run."""
+    killed = []
+    for job in ("pt", "mt/1", "ft", "m2mkd/2", "e2e", "e2e_kd"):
+        process = subprocess.Popen(
+            command(tmp_path), cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        file = tmp_path / "jobs" / job / "metrics.jsonl"
+        if wait_for_records(file, 4, process):
+            process.send_signal(signal.SIGKILL)
+            killed.append(job)
+        process.wait(TIMEOUT)
+        assert not (tmp_path / "jobs" / job / "done.json").exists()
+    assert len(killed) == 6
+    result = run(environment, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "[e2e_kd] resumed at step" in result.stdout
+    assert summary(tmp_path) == summary(whole[0])
+    for job in JOBS[:-1]:
+        mine, other = (
+            [json.loads(line) for line in (d / "jobs" / job / "metrics.jsonl").open()]
+            for d in (tmp_path, whole[0])
+        )
+        for record in (*mine, *other):
+            record.pop("seconds_per_step", None)
+        steps = [record["step"] for record in mine]
+        assert steps == sorted(steps)
+        # Loss and accuracy of the records that both runs cut at the same steps are equal.
+        common = [record for record in mine if record in other]
+        assert [r for r in mine if "eval_accuracy" in r] == [
+            r for r in other if "eval_accuracy" in r
+        ] and common
+
+
+def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--only=pt"), cwd=ROOT, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert wait_for_records(tmp_path / "jobs" / "pt" / "metrics.jsonl", 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT) == 3
+    assert "run the same command again" in process.stderr.read()
+    result = run(environment, tmp_path, "--only=pt")
+    assert result.returncode == 0 and "[pt] resumed at step" in result.stdout
+    done = json.loads((tmp_path / "jobs" / "pt" / "done.json").read_text())
+    expected = json.loads((whole[0] / "jobs" / "pt" / "done.json").read_text())
+    assert done["metrics"] == expected["metrics"]
+
+
+def test_init_replaces_the_phases_before(whole, environment, tmp_path):
+    flags = (f"--config.init.students={whole[0]}", "--config.phases=('m2mkd','e2e','eval')")
+    result = run(environment, tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    found = summary(tmp_path)
+    assert [job["name"] for job in found["jobs"]] == ["e2e", "eval"]
+    expected = {job["name"]: job for job in summary(whole[0])["jobs"]}
+    assert found["jobs"][0]["metrics"] == expected["e2e"]["metrics"]
+
+
+def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
+    result = run(environment, tmp_path, "--only=m2mkd/1")
+    assert result.returncode == 2
+    assert "job pt is not done" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.recipes.pt.epoch=3", 'did you mean "epochs"'),
+        ("--config.recipes.pt.batch=7.5", "batch"),
+        ("--config.teacher.depths=(1,2)", "3 (read-in, 1 iterations, read-out)"),
+        ("--config.student.stitch_dim=24", "meta model's width 16"),
+        ("--only=m2mkd/3", 'no job "m2mkd/3"'),
+        ("--only=m2mdk", 'did you mean "m2mkd'),
+        ("--config.student.options.m=8", "prior"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(environment, tmp_path, flag, says):
+    result = run(environment, tmp_path / "new", flag)
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,32 @@
+"""The smallest config with every phase: three modules, a few steps each."""
+
+from m2mkd_jax.config import base
+
+
+def get_config():
+    config = base()
+    config.name = "tiny"
+    config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "eval")
+    data = config.data
+    data.name, data.image_size, data.classes = "digits", 16, 10
+    data.train_images, data.test_images = 160, 100
+    data.augment.crop, data.augment.shift = "shift", 1
+    teacher = config.teacher
+    teacher.patch, teacher.width, teacher.heads = 8, 16, 2
+    teacher.depths = (1, 2, 1)
+    student = config.student
+    student.state_dim = student.code_dim = 16
+    student.heads, student.head_dim, student.signature_dim = 2, 8, 8
+    student.input_latents, student.mediator_latents, student.output_latents = 4, 8, 4
+    student.iterations, student.position_dim, student.tokenizer_depths = 1, 4, (1, 1)
+    student.prior, student.options = "barabasi-albert", {"m": 2}
+    config.regulariser.kind = "hinge"
+    for recipe in config.recipes.values():
+        recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 4, 16, 0, 1e-3
+    config.recipes.m2mkd.accumulate = 2
+    config.recipes.e2e.ema, config.recipes.e2e.drop_path = 0.9, 0.1
+    config.evaluation.batch = 64
+    config.evaluation.every = 1
+    config.log_every = 5
+    config.checkpoint_minutes = 0.0
+    return config
