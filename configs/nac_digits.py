@@ -23,7 +23,7 @@ def get_config():
     student = config.student
     student.state_dim = student.code_dim = 64
     student.heads, student.head_dim = 2, 32
-    student.input_latents, student.mediator_latents, student.output_latents = 16, 32, 16
+    student.input_latents, student.mediator_latents, student.output_latents = 8, 16, 8
     student.iterations, student.position_dim = 4, 16
     student.prior = "barabasi-albert"
     student.options = {"m": 2}
@@ -34,13 +34,13 @@ def get_config():
         recipe.mixup = recipe.cutmix = 0.0
         recipe.min_lr, recipe.warmup_lr = 1e-5, 1e-5
     recipes = config.recipes
-    recipes.pt.epochs, recipes.pt.lr, recipes.pt.warmup_epochs = 30, 2e-3, 2
-    recipes.mt.epochs, recipes.mt.lr, recipes.mt.warmup_epochs = 6, 2e-3, 1
-    recipes.mt.modules = {"0": {"epochs": 18}}
-    recipes.ft.epochs, recipes.ft.lr, recipes.ft.clip = 8, 1e-3, 1.0
-    recipes.m2mkd.epochs, recipes.m2mkd.lr, recipes.m2mkd.warmup_epochs = 8, 2e-3, 1
-    recipes.m2mkd.modules = {"0": {"epochs": 24, "lr": 3e-3}}
-    recipes.e2e.epochs, recipes.e2e.lr, recipes.e2e.warmup_epochs = 16, 5e-3, 1
+    recipes.pt.epochs, recipes.pt.lr, recipes.pt.warmup_epochs = 24, 2e-3, 2
+    recipes.mt.epochs, recipes.mt.lr, recipes.mt.warmup_epochs = 5, 2e-3, 1
+    recipes.mt.modules = {"0": {"epochs": 12}}
+    recipes.ft.epochs, recipes.ft.lr, recipes.ft.clip = 6, 1e-3, 1.0
+    recipes.m2mkd.epochs, recipes.m2mkd.lr, recipes.m2mkd.warmup_epochs = 6, 2e-3, 1
+    recipes.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
+    recipes.e2e.epochs, recipes.e2e.lr, recipes.e2e.warmup_epochs = 14, 5e-3, 1
     recipes.e2e.decay_rule, recipes.e2e.drop_path = "all", 0.1
     config.log_every = 28
     return config

@@ -68,12 +68,13 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
 def initialise(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> SplitStage:
     """A stage with fresh arrays, drawn in one compiled program: op by op takes ten times longer."""
 
-    @jax.jit
     def arrays(key):
         parts = split(build(nnx.Rngs(key)))
         return parts.params, parts.fixed
 
-    return SplitStage(abstract(build).graph, *arrays(key))
+    # It runs once: optimising it takes the CPU compiler six times as long as not to.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return SplitStage(abstract(build).graph, *jax.jit(arrays, compiler_options=options)(key))
 
 
 def merge(graph: nnx.GraphDef, params: dict, fixed: dict) -> nnx.Module:

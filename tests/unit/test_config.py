@@ -1,0 +1,172 @@
+"""Configs: every shipped one passes its checks; what cannot run is refused in one line."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from m2mkd_jax import config as configs
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import chain
+from m2mkd_jax.phases import build_phase, job_names, select
+from m2mkd_jax.recipes import NAC_PRIORS
+from tests.support import facts
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(file: Path, *argument) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def digits() -> ConfigDict:
+    return load(ROOT / "configs" / "nac_digits.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_shipped_configs(file):
+    config = load(file)
+    configs.check(config)
+    for job in job_names(config):
+        if job != "eval":
+            phase = build_phase(config, job)
+            assert phase.student and set(phase.trainable) <= set(phase.student)
+
+
+@pytest.mark.parametrize("prior", NAC_PRIORS)
+@pytest.mark.parametrize("name", ["nac_tinyimnet", "nac_imnet"])
+def test_priors(name, prior):
+    config = load(ROOT / "configs" / f"{name}.py", prior)
+    configs.check(config)
+    kind = "stochastic_block" if prior == "planted" else "hinge"
+    assert config.regulariser.kind == kind
+
+
+def test_the_papers_jobs():
+    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    ten = range(10)
+    expected = ["pt", *(f"mt/{i}" for i in ten), "ft", *(f"m2mkd/{i}" for i in ten), "e2e", "eval"]
+    assert job_names(config) == expected
+    assert select(config, "m2mkd/3") == ["m2mkd/3"]
+    assert select(config, "e2e,mt") == [*(f"mt/{i}" for i in ten), "e2e"]
+
+
+@pytest.mark.parametrize(
+    ("job", "parameters"),
+    [
+        ("pt", 199_103_720),
+        ("ft", 631_922_920),
+        ("e2e", 26_703_342),
+        ("m2mkd/0", 4_093_286),
+        ("m2mkd/4", 3_496_070),
+        ("m2mkd/9", 3_389_423),
+    ],
+)
+def test_parameters_of_the_papers_jobs(job, parameters):
+    """Reference section 9; the students are taught at 224 px, so their grid is 28x28."""
+    phase = build_phase(load(ROOT / "configs" / "nac_tinyimnet.py"), job)
+    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
+    assert sum(counts) == parameters
+
+
+RECIPES = {"pt": "PT", "mt": "MT", "ft": "FT", "m2mkd": "m2mKD", "e2e": "nacs_e2e_tinyimnet"}
+
+
+@pytest.mark.parametrize("phase", RECIPES)
+def test_published_learning_rates(phase):
+    """Scaled rates, warmup and epochs of the config equal those recorded from the original."""
+    recipe = configs.module_recipe(load(ROOT / "configs" / "nac_tinyimnet.py"), phase)
+    recorded = facts("i_optim/lr_schedules.json")[RECIPES[phase]]
+    assert recipe.lr == pytest.approx(recorded["scaled_lr"])
+    assert recipe.min_lr == pytest.approx(recorded["min_lr"])
+    assert recipe.warmup_lr == pytest.approx(recorded["warmup_lr"])
+    assert recipe.epochs == recorded["epochs"]
+    assert recipe.warmup_epochs == recorded["warmup_epochs"]
+    batch = recorded["world"] * recorded["batch_size"] * recorded.get("update_freq", 1)
+    assert recipe.batch == batch
+    assert recipe.accumulate == recorded.get("update_freq", 1)
+
+
+def test_module_recipes_override():
+    config = digits()
+    config.recipes.mt.modules = {"0": {"epochs": 99}}
+    assert configs.module_recipe(config, "mt", 0).epochs == 99
+    assert configs.module_recipe(config, "mt", 1).epochs == config.recipes.mt.epochs
+
+
+def change(key, value):
+    def apply(config):
+        with config.unlocked(), config.ignore_type():
+            node = config
+            *path, last = key.split(".")
+            for name in path:
+                node = node[name]
+            node[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (change("data.imagesize", 3), 'did you mean "data.image_size"'),
+        (change("recipes.pt.batch", 0), "config.recipes.pt.batch"),
+        (change("recipes.pt.accumulate", 3), "multiple of 3"),
+        (change("recipes.pt.epochs", 0), "config.recipes.pt.epochs"),
+        (change("recipes.pt.warmup_epochs", 99), "config.recipes.pt.warmup_epochs"),
+        (change("recipes.pt.schedule", "clena"), 'did you mean "clean"'),
+        (change("recipes.pt.modules", {"0": {"epochs": 1}}), "pt has no modules"),
+        (change("recipes.mt.modules", {"6": {"epochs": 1}}), "0 to 5"),
+        (change("recipes.mt.modules", {"0": {"epoch": 1}}), 'did you mean "epochs"'),
+        (change("recipes.mt.lr", "fast"), "config.recipes.mt.lr must be float"),
+        (change("phases", ("pt", "e2ee")), 'did you mean "e2e"'),
+        (change("distillation.kind", "sofd"), 'did you mean "soft"'),
+        (change("teacher.variant", "vit_hueg_patch14_224"), "vit_huge_patch14_224"),
+        (change("teacher.meta_depths", (1, 1)), "meta_depths"),
+        (change("teacher.depths", (2, 2)), "needs 6"),
+        (change("teacher.heads", 7), "multiple of the 7 heads"),
+        (change("student.iterations", 3), "needs 5"),
+        (change("student.stitch_dim", 1024), "meta model's width 64"),
+        (change("student.options", {"m": 2, "n": 7}), "prior"),
+        (change("student.share_ffn", True), "share_ffn"),
+        (change("student.pooling", "gumble"), "pooling"),
+        (change("student.truncation", "far"), "config.student.truncation"),
+        (change("data.image_size", 36), "36"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused(changed, says):
+    config = digits()
+    changed(config)
+    with pytest.raises(UserError) as error:
+        configs.check(config)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_depths_of_a_variant_must_sum():
+    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    config.teacher.depths = (3, 3, 3, 3, 3, 3, 3, 3, 3, 2)
+    with pytest.raises(UserError, match="sum to 29; vit_huge_patch14_224 has 32"):
+        configs.check(config)
+
+
+def test_kd_needs_a_teacher_of_the_same_task():
+    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    config.phases = (*config.phases, "e2e_kd")
+    with pytest.raises(UserError, match="1000 classes at 224 px"):
+        configs.check(config)
+
+
+def test_the_batch_must_be_cut_over_the_devices():
+    with pytest.raises(UserError, match="multiple of 8"):
+        configs.check(digits(), devices=8)
+
+
+def test_truncation_may_be_none():
+    config = digits()
+    change("student.truncation", None)(config)
+    configs.check(config)
