@@ -49,9 +49,9 @@ def get_config():
     # read-in student, which learns from the labels too: it gets its full time.
     recipes.m2mkd.stop_within = 0.002
     recipes.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3, "stop_within": 0.0}}
-    recipes.e2e.epochs, recipes.e2e.lr, recipes.e2e.warmup_epochs = 6, 5e-3, 0.5
+    recipes.e2e.epochs, recipes.e2e.lr, recipes.e2e.warmup_epochs = 3, 5e-3, 0.5
     recipes.e2e.decay_rule, recipes.e2e.drop_path = "all", 0.1
-    config.evaluation.every = 2
+    config.evaluation.every = 1
     config.evaluation.batch = 1000
     config.log_every = 100
     return config

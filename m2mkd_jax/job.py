@@ -203,9 +203,8 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     metrics_of = evaluator(program, data, config, mesh)
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
 
-    def stop(metrics: dict) -> bool:
-        near = recipe.stop_within and target is not None
-        return bool(near) and metrics["eval_accuracy"] >= target - recipe.stop_within
+    def near_enough(metrics: dict) -> bool:
+        return metrics["eval_accuracy"] >= target - recipe.stop_within
 
     batches = train_batches(
         train,
@@ -228,7 +227,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
         log=log,
         save=checkpoints.save,
         save_seconds=60.0 * config.checkpoint_minutes,
-        stop=stop,
+        stop=near_enough if recipe.stop_within and target is not None else None,
         learning_rate=learning_rate(recipe, updates_per_epoch),
         accumulate=recipe.accumulate,
     )

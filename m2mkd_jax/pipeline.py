@@ -40,6 +40,8 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
     configs.check(config, len(jax.devices()))
     chosen = select(config, only)
     todo = [job for job in chosen if not is_done(workdir, job)]
+    if "eval" in set(chosen) - set(todo) and _evaluated(workdir) != set(needs(config, "eval")):
+        todo.append("eval")  # networks have come since
     check_data(config, todo)
     check_needs(config, workdir, todo)
     mesh = make_mesh(expert=config.expert_parallel)
@@ -61,6 +63,10 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
 
 def is_done(workdir: Path, job: str) -> bool:
     return (job_directory(workdir, job) / "done.json").is_file()
+
+
+def _evaluated(workdir: Path) -> set[str]:
+    return set(read_json(job_directory(workdir, "eval") / "done.json")["networks"])
 
 
 def needs(config: ConfigDict, job: str) -> tuple[str, ...]:

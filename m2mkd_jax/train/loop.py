@@ -38,7 +38,7 @@ class Loop:
         log: (record) -> None; called with plain numbers.
         save: (step, state, metrics) -> None; must copy before it returns.
         save_seconds: longest time without a checkpoint.
-        stop: metrics of an evaluation -> whether to end early.
+        stop: metrics of an evaluation -> whether to end early; None: never.
         learning_rate: update number -> rate, for the log.
         accumulate: calls of `step` per optimizer update.
     """
@@ -53,7 +53,7 @@ class Loop:
     log: Callable[[dict], None]
     save: Callable[[int, dict, dict], None]
     save_seconds: float
-    stop: Callable[[dict], bool]
+    stop: Callable[[dict], bool] | None
     learning_rate: Callable[[int], Any]
     accumulate: int = 1
 
@@ -71,6 +71,12 @@ class Loop:
         metrics: dict = {}
         saved = clock = time.monotonic()
         done = start
+        evaluated = self.evaluate_every and done and done % self.evaluate_every == 0
+        if self.stop and evaluated:
+            # The run before this one may have been killed after deciding to stop here.
+            metrics = self.evaluate(state)
+            if self.stop(metrics):
+                return state, metrics, done
         with _signals() as stopped:
             while done < self.total_steps:
                 state, step_metrics = self.step(state, self.frozen, next(batches))
@@ -86,7 +92,7 @@ class Loop:
                     metrics = self.evaluate(state)
                     self.log({"step": done, **metrics})
                     clock = time.monotonic()
-                early = bool(metrics) and self.stop(metrics)
+                early = bool(metrics and self.stop and self.stop(metrics))
                 overdue = time.monotonic() - saved > self.save_seconds
                 if metrics or overdue or stopped:
                     self.save(done, state, metrics)

@@ -1,0 +1,80 @@
+"""Python's cost per training step of the demo: the loop with its data, against the step alone.
+
+    python -m benchmarks.loop [--steps=200] [--job=m2mkd/1]
+
+Both are timed in turn, in one process, on the same compiled step; the difference is what fetching,
+placing and logging batches and Python add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import jax
+
+from configs import nac_digits
+from m2mkd_jax.data.pipeline import train_batches
+from m2mkd_jax.job import make_program, source
+from m2mkd_jax.parallel.mesh import make_mesh, put_batch
+from m2mkd_jax.phases import build_phase
+from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.optimizer import make_optimizer
+from m2mkd_jax.train.step import initial_state, make_step
+from m2mkd_jax.weights import _fresh
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--job", default="m2mkd/1")
+    arguments = parser.parse_args()
+    config, mesh = nac_digits.get_config(), make_mesh()
+    phase = build_phase(config, arguments.job)
+    stages = {name: _fresh(config, record, name, 0) for name, record in phase.stages.items()}
+    program = make_program(config, phase, stages)
+    params = {name: stages[name]["params"] for name in phase.trainable}
+    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
+    frozen = {name: stage for name, stage in stages.items() if name not in phase.trainable}
+    optimizer = make_optimizer(phase.recipe, 28, params)
+    step = make_step(program.loss, optimizer, phase.recipe, phase.data, 0)
+    state = initial_state(params, fixed, optimizer, phase.recipe)
+    train = source(phase.data, "train")
+
+    def batches(total):
+        options = dict(batch_size=phase.recipe.batch, total_steps=total, seed=0)
+        return (put_batch(mesh, b) for b in train_batches(train, phase.data, **options))
+
+    loop = Loop(
+        name=arguments.job, step=step, frozen=frozen, total_steps=arguments.steps,
+        log_every=config.log_every, evaluate_every=0, evaluate=lambda state: {"none": 0.0},
+        log=lambda record: None, save=lambda *_: None, save_seconds=1e9, stop=None,
+        learning_rate=lambda step: 0.0,
+    )  # fmt: skip
+    batch = next(batches(1))
+    state, _ = step(state, frozen, batch)
+    alone, whole = [], []
+    for _ in range(arguments.rounds):
+        began = time.perf_counter()
+        for _ in range(arguments.steps):
+            state, _ = step(state, frozen, batch)
+        jax.block_until_ready(state)
+        alone.append((time.perf_counter() - began) / arguments.steps)
+        stream = batches(arguments.steps)
+        began = time.perf_counter()
+        state, _, _ = loop.run(state, stream)
+        jax.block_until_ready(state)
+        whole.append((time.perf_counter() - began) / arguments.steps)
+    extra = [b - a for a, b in zip(alone, whole, strict=True)]
+    print(
+        f"{arguments.job}: step alone {1e3 * statistics.median(alone):.2f} ms, "
+        f"in the loop {1e3 * statistics.median(whole):.2f} ms, "
+        f"Python and data {1e3 * statistics.median(extra):.2f} ms per step "
+        f"(from {1e3 * min(extra):.2f} to {1e3 * max(extra):.2f} over {arguments.rounds} pairs)"
+    )
+
+
+if __name__ == "__main__":
+    main()
