@@ -22,7 +22,7 @@ from m2mkd_jax.phases import build_phase
 from m2mkd_jax.train.loop import Loop
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.step import initial_state, make_step
-from m2mkd_jax.weights import _fresh
+from m2mkd_jax.weights import fresh_stage
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config, mesh = nac_digits.get_config(), make_mesh()
     phase = build_phase(config, arguments.job)
-    stages = {name: _fresh(config, record, name, 0) for name, record in phase.stages.items()}
+    stages = {name: fresh_stage(config, record, name, 0) for name, record in phase.stages.items()}
     program = make_program(config, phase, stages)
     params = {name: stages[name]["params"] for name in phase.trainable}
     fixed = {name: stages[name]["fixed"] for name in phase.trainable}

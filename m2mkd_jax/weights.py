@@ -62,7 +62,8 @@ def _loaded(config: ConfigDict, workdir: Path, source: Source, shape: chain.Spli
     return {"params": tree["params"], "fixed": tree.get("fixed", {})}
 
 
-def _fresh(config: ConfigDict, record: StageRecord, name: str, seed: int) -> dict:
+def fresh_stage(config: ConfigDict, record: StageRecord, name: str, seed: int) -> dict:
+    """{"params", "fixed"} of a stage before any training; a NAC's mediators get their graph."""
     key = jax.random.key(seed)
     for letter in name:  # the same stage starts alike in whatever job it appears
         key = jax.random.fold_in(key, ord(letter))
@@ -82,7 +83,7 @@ def _fresh(config: ConfigDict, record: StageRecord, name: str, seed: int) -> dic
 
 
 def _assembled(config: ConfigDict, workdir: Path, record: StageRecord, name: str, seed: int):
-    fresh = _fresh(config, record, name, seed)
+    fresh = fresh_stage(config, record, name, seed)
     taught = []
     for i in range(config.student.iterations + 2):
         path = weights_directory(config, workdir, f"m2mkd/{i}")
@@ -114,6 +115,6 @@ def load_stages(
             stages[name] = _loaded(config, workdir, record.source, shape)
             origin[name] = record.source.job
         else:
-            stages[name] = _fresh(config, record, name, phase.seed)
+            stages[name] = fresh_stage(config, record, name, phase.seed)
             origin[name] = "fresh"
     return stages, origin
