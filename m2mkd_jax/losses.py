@@ -54,18 +54,25 @@ class Program:
     def __post_init__(self):
         assert not self.rates or len(self.rates) == len(self.student)
 
-    def stages(self, names, trainable: dict, frozen: dict) -> list[nnx.Module]:
-        return [
-            chain.merge(
-                self.graphs[name],
-                chain.cast_compute(
-                    trainable[name] if name in self.trainable else frozen[name]["params"],
-                    self.dtype,
-                ),
-                frozen[name]["fixed"],
-            )
-            for name in names
-        ]
+    def run(self, names, trainable: dict, frozen: dict, x, rates=None, key=None, train=False):
+        """Runs the stages `names` in the compute type."""
+        groups: list[tuple[bool, list, list]] = []
+        for i, name in enumerate(names):
+            trained = name in self.trainable
+            params = trainable[name] if trained else frozen[name]["params"]
+            params = chain.cast_compute(params, self.dtype)
+            stage = chain.merge(self.graphs[name], params, frozen[name]["fixed"])
+            # Joined are only stages that are trained alike: what is frozen needs no gradients.
+            if not groups or groups[-1][0] != trained:
+                groups.append((trained, [], []))
+            groups[-1][1].append(stage)
+            groups[-1][2].append(rates[i] if rates else None)
+        stages, ramps = [], []
+        for _, members, their_rates in groups:
+            members, their_rates = chain.join(members, their_rates)
+            stages += members
+            ramps += their_rates
+        return chain.run(stages, x, rates=ramps, key=key, train=train)
 
     @property
     def shared(self) -> int:
@@ -89,19 +96,15 @@ class Program:
         """
         shared = self.shared
         x = batch["image"].astype(self.dtype)
-        x = chain.run(self.stages(self.student[:shared], trainable, frozen), x)
-        logits = chain.run(
-            self.stages(self.student[shared:], trainable, frozen),
-            x,
-            rates=self.rates[shared:] or None,
-            key=key,
-            train=key is not None,
-        )
+        x = self.run(self.student[:shared], trainable, frozen, x)
+        rates = self.rates[shared:] or None
+        names = self.student[shared:]
+        logits = self.run(names, trainable, frozen, x, rates, key, train=key is not None)
         loss = classification.soft_cross_entropy(logits, batch["target"])
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}
         if self.teacher:
-            target = chain.run(self.stages(self.teacher[shared:], trainable, frozen), x)
+            target = self.run(self.teacher[shared:], trainable, frozen, x)
             target = jax.lax.stop_gradient(target)
             loss = distillation.distill(
                 loss, logits, target, self.kind, self.alpha, self.temperature
@@ -120,9 +123,8 @@ class Program:
 
     def logits(self, trainable: dict, frozen: dict, images: jax.Array, key=None) -> jax.Array:
         """Evaluation: images (B, H, W, 3) normalised -> logits (B, K)."""
-        stages = self.stages(self.student, trainable, frozen)
         key = key if self.sampled_evaluation else None
-        return chain.run(stages, images.astype(self.dtype), key=key)
+        return self.run(self.student, trainable, frozen, images.astype(self.dtype), key=key)
 
 
 def graph_regulariser(kind: str, options, mixture=None) -> Callable[[NAC], jax.Array]:

@@ -40,6 +40,10 @@ class Stage(nnx.Module):
 
     depth: int = 0
 
+    def join(self, after: Stage) -> Stage | None:
+        """One stage that does what this one and then `after` do, or None if there is none."""
+        return None
+
 
 @dataclass(frozen=True)
 class SplitStage:
@@ -99,6 +103,26 @@ def run(
             train=train,
         )
     return x
+
+
+def join(stages: Sequence[Stage], rates: Sequence | None) -> tuple[list[Stage], list | None]:
+    """The same chain in fewer stages, where neighbours can be joined.
+
+    Ten stages of equal blocks are ten loops to compile, and one when joined.
+    """
+    joined: list[Stage] = []
+    ramps: list = []
+    for i, stage in enumerate(stages):
+        ramp = rates[i] if rates is not None else None
+        both = joined[-1].join(stage) if joined else None
+        if both is None:
+            joined.append(stage)
+            ramps.append(ramp)
+            continue
+        if ramp is not None or ramps[-1] is not None:
+            ramps[-1] = (ramps[-1] or (0.0,) * joined[-1].depth) + (ramp or (0.0,) * stage.depth)
+        joined[-1] = both
+    return joined, None if rates is None else ramps
 
 
 def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:

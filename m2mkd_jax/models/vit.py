@@ -9,6 +9,7 @@ position embedding, exact GELU, final norm and linear head on token 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,19 @@ class ViTStage(chain.Stage):
                 d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs
             )
 
+    def join(self, after: chain.Stage) -> ViTStage | None:
+        """This stage and the next one as one loop over all their blocks."""
+        if self.last or not isinstance(after, ViTStage) or after.first or after.spec != self.spec:
+            return None
+        mine, theirs = chain.split(self).params, chain.split(after).params
+        params = {**mine, **theirs}
+        if "blocks" in mine and "blocks" in theirs:
+            params["blocks"] = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b]), mine["blocks"], theirs["blocks"]
+            )
+        graph = _graph(self.spec, self.depth + after.depth, self.first, after.last)
+        return chain.merge(graph, params, {})
+
     def embed(self, images: jax.Array) -> jax.Array:
         """Images (B, H, W, 3) -> tokens (B, T, D)."""
         patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
@@ -144,6 +158,14 @@ class ViTStage(chain.Stage):
         if self.last:
             x = self.head(self.features(x)).astype(jnp.float32)
         return x
+
+
+@functools.cache
+def _graph(spec: ViTSpec, depth: int, first: bool, last: bool) -> nnx.GraphDef:
+    """Structure of a stage, traced once."""
+    return chain.abstract(
+        lambda rngs: ViTStage(spec, depth, first=first, last=last, rngs=rngs)
+    ).graph
 
 
 def build(spec: ViTSpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[ViTStage]:

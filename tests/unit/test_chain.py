@@ -11,7 +11,14 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from tests.random_params import random_params
-from tests.support import NAC_SPEC, OUTPUT_TOLERANCE, assert_close
+from tests.support import (
+    GRADIENT_TOLERANCE,
+    NAC_SPEC,
+    OUTPUT_TOLERANCE,
+    VIT_SPECS,
+    assert_close,
+    assert_trees_close,
+)
 
 SPEC = vit.ViTSpec(16, 8, 12, 2, 5)
 SMALL_NAC = dataclasses.replace(NAC_SPEC, image_size=16, tokenizer_depths=(1, 1), iterations=2)
@@ -122,3 +129,25 @@ def test_bfloat16_is_close_to_float32(build):
     assert half.dtype == full.dtype == jnp.float32
     assert not (half == full).all()
     assert_close(half, full, BFLOAT16)
+
+
+def test_joined_stages_compute_what_the_chain_does():
+    spec = VIT_SPECS["a_vit_large"]
+    build = lambda rngs, i: vit.build(spec, (2, 1, 1), rngs=rngs)[i]  # noqa: E731
+    parts = [
+        chain.initialise(lambda rngs, i=i: build(rngs, i), jax.random.key(i)) for i in range(3)
+    ]
+    x = jax.random.normal(jax.random.key(9), (2, 64, 64, 3))
+
+    def value(params, join):
+        stages = [chain.merge(p.graph, q, {}) for p, q in zip(parts, params, strict=True)]
+        if join:
+            stages, rates = chain.join(stages, [(0.0, 0.1), None, (0.3,)])
+            assert len(stages) == 1 and rates == [(0.0, 0.1, 0.0, 0.3)]
+        return jnp.square(chain.run(stages, x)).sum()
+
+    params = [p.params for p in parts]
+    run = jax.jit(jax.value_and_grad(value), static_argnums=1)
+    apart, joined = run(params, False), run(params, True)
+    assert_close(joined[0], apart[0], OUTPUT_TOLERANCE)
+    assert_trees_close(joined[1], apart[1], GRADIENT_TOLERANCE)
