@@ -22,13 +22,13 @@ def get_config():
     student.input_latents, student.mediator_latents, student.output_latents = 8, 16, 8
 
     train = config.recipes
-    train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 24, 2e-3, 2
+    train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 18, 2e-3, 2
     train.mt.epochs, train.mt.lr, train.mt.warmup_epochs = 5, 2e-3, 1
     train.mt.modules = {"0": {"epochs": 12}}
-    train.ft.epochs, train.ft.lr, train.ft.clip = 6, 1e-3, 1.0
+    train.ft.epochs, train.ft.lr, train.ft.clip = 4, 1e-3, 1.0
     train.m2mkd.epochs, train.m2mkd.lr, train.m2mkd.warmup_epochs = 6, 2e-3, 1
-    train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
-    train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 14, 5e-3, 1
+    train.m2mkd.modules = {"0": {"epochs": 14, "lr": 3e-3}}
+    train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 8, 5e-3, 1
     train.e2e.decay_rule, train.e2e.drop_path = "all", 0.1
     config.log_every = 28
     return config
