@@ -22,7 +22,7 @@ test: .venv-test/stamp
 	@failed=; .venv-test/bin/ruff check . || failed=" ruff"; \
 	for lane in $(LANES); do \
 	  echo "== tests/$$lane"; \
-	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) tests/$$lane \
+	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/$$lane \
 	    || failed="$$failed tests/$$lane"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
