@@ -113,7 +113,8 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         file = tmp_path / "jobs" / job / "metrics.jsonl"
-        if wait_for_records(file, 4, process):
+        # By its seventh record a job has waited for the save at its first evaluation.
+        if wait_for_records(file, 7, process):
             process.send_signal(signal.SIGKILL)
             killed.append(job)
         process.wait(TIMEOUT)

@@ -30,5 +30,4 @@ def get_config():
     config.evaluation.batch = 64
     config.evaluation.every = 1
     config.log_every = 5
-    config.checkpoint_minutes = 0.0
     return config
