@@ -28,9 +28,9 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no dat
 
 
 def _one_line(error: BaseException) -> str:
-    # A KeyError's text is the repr of its argument.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    # A KeyError's text is the repr of its argument, with what ml_collections suggests inside.
+    text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+    return " ".join(text.split()).replace("Did you mean", "did you mean")
 
 
 def _parse(argv: list[str]) -> list[str]:
