@@ -24,8 +24,8 @@ def get_config():
     data.augment.crop, data.augment.shift = "shift", 2
 
     recipes.small_nac(config)
-    student = config.student
-    student.input_latents, student.mediator_latents, student.output_latents = 16, 32, 16
+    nac = config.nac
+    nac.input_latents, nac.mediator_latents, nac.output_latents = 16, 32, 16
 
     train = config.recipes
     train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 18, 3e-3, 1

@@ -16,12 +16,13 @@ def get_config(prior: str = "scale"):
     config.name = f"nac_{prior or 'scale'}_imnet"
     recipes.imagenet(config.data)
     recipes.vit_huge_teacher(config)
-    student = config.student
-    student.state_dim = student.code_dim = 512
-    student.heads, student.ffn_capacity = 8, 1.0
-    student.input_latents, student.mediator_latents, student.output_latents = 192, 768, 64
+    nac = config.nac
+    nac.state_dim = nac.code_dim = 512
+    nac.heads, nac.ffn_capacity = 8, 1.0
+    nac.input_latents, nac.mediator_latents, nac.output_latents = 192, 768, 64
     recipes.nac_prior(config, prior or "scale")
     recipes.published_teaching(config)
     recipes.published_nac_end_to_end(config, epochs=110, batch=256, decay=0.05)
+    recipes.published_few_shot(config)
     config.evaluation.every = 10.0
     return config

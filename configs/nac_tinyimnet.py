@@ -17,14 +17,13 @@ def get_config(prior: str = "scale"):
     config.name = f"nac_{prior or 'scale'}_tinyimnet"
     data = config.data
     data.name, data.image_size, data.classes = "tiny_imagenet", 64, 200
-    data.augment.crop, data.augment.flip = "random_resized", True
-    data.repeated_augmentation = 3
+    recipes.published_augmentation(data)
     recipes.imagenet(config.teaching_data)
     recipes.vit_huge_teacher(config)
-    student = config.student
-    student.state_dim = student.code_dim = 384
-    student.heads, student.ffn_capacity = 6, 2.0
-    student.input_latents, student.mediator_latents, student.output_latents = 64, 256, 64
+    nac = config.nac
+    nac.state_dim = nac.code_dim = 384
+    nac.heads, nac.ffn_capacity = 6, 2.0
+    nac.input_latents, nac.mediator_latents, nac.output_latents = 64, 256, 64
     recipes.nac_prior(config, prior or "scale")
     recipes.published_teaching(config)
     recipes.published_nac_end_to_end(config, epochs=400, batch=1024, decay=0.075)

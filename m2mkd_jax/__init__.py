@@ -4,3 +4,11 @@ The method is that of arXiv 2402.16918.
 """
 
 __version__ = "0.1.0"
+
+
+def load(path, module=None, *, arch="", seed=0):
+    """A network with its weights: `load(CHECKPOINT)(images)`; see m2mkd_jax/inference.py."""
+    # The package itself stays free of jax, so that importing it costs nothing.
+    from m2mkd_jax import inference  # noqa: PLC0415
+
+    return inference.load(path, module, arch=arch, seed=seed)

@@ -6,38 +6,31 @@ key that exists is in `base()`, with a line on what it means.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-
 from ml_collections import ConfigDict
 
-from m2mkd_jax.errors import UserError
-from m2mkd_jax.models.nac import priors
-from m2mkd_jax.models.nac.spec import NACSpec
-from m2mkd_jax.models.variants import vit_variant
-from m2mkd_jax.models.vit import ViTSpec
-from m2mkd_jax.objectives.distillation import KINDS
-from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
-from m2mkd_jax.train.schedule import SCHEDULES, scaled_lr
+from m2mkd_jax.train.schedule import scaled_lr
 
-PHASES = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "eval")
+PHASES = (
+    "pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "e2e_upcycled", "fewshot", "eval",
+)  # fmt: skip
 MODULE_PHASES = ("mt", "m2mkd")  # one job per module
-RECIPES = ("pt", "mt", "ft", "m2mkd", "e2e")
-REGULARISERS = ("none", "hinge", "stochastic_block", "gaussian_mixture")
-PRECISIONS = ("auto", "float32", "bfloat16")
+RECIPES = ("pt", "mt", "ft", "m2mkd", "e2e", "fewshot")
 # Keys whose subkeys are free.
 FREE = ("modules", "options")
 
 
 def _data() -> dict:
     return dict(
-        name="",  # digits, fashion_mnist, image_folder, tiny_imagenet, imagenet
+        # digits, fashion_mnist, image_folder, tiny_imagenet, imagenet, cifar100, cub, imagenet_r,
+        # tiny_imagenet_r; see data/sources.py
+        name="",
         root="",  # directory; "" is the dataset's default
         image_size=0,
         classes=0,
         train_images=0,  # 0: all; else a class-balanced subset
         test_images=0,
-        workers=0,  # processes that decode; 0: threads of this one
+        workers=-1,  # processes that decode; 0: threads of this one; -1: as fits the machine
+        damaged_share=0.001,  # of the images; so many are replaced, more are an error
         mean=(0.485, 0.456, 0.406),  # ImageNet's, of images in 0..1
         std=(0.229, 0.224, 0.225),
         repeated_augmentation=1,  # 3: the published repeated augmentation; 1: off
@@ -46,11 +39,14 @@ def _data() -> dict:
             shift=0,  # pixels, for "shift"
             scale=(0.08, 1.0),  # area, for "random_resized"
             flip=False,
+            rand_augment="",  # a policy such as rand-m9-mstd0.5-inc1 (the published one); "": off
+            color_jitter=0.0,  # brightness, contrast, saturation; only without rand_augment
+            erase=0.0,  # probability of random erasing
         ),
     )
 
 
-def _recipe() -> dict:
+def default_recipe() -> dict:
     return dict(
         epochs=0.0,
         batch=0,  # images per optimizer update, over all devices
@@ -77,6 +73,9 @@ def _recipe() -> dict:
         # Stop when the hybrid's accuracy is within this of its reference (mt: the meta model's,
         # m2mkd: the teacher hybrid's); 0: never. Looked at every `evaluation.every` epochs.
         stop_within=0.0,
+        # Weights of the routers' balance losses (V-MoE), summed over the layers.
+        importance_weight=0.0,
+        load_weight=0.0,
         modules=dict(),  # per module: {"0": dict(epochs=...)}
     )
 
@@ -102,7 +101,8 @@ def base() -> ConfigDict:
                 meta_depths=(),  # blocks of each meta module; (): one each
                 remat=False,
             ),
-            student=dict(
+            family="nac",  # of the students and their network: nac (config.nac), vmoe (config.vmoe)
+            nac=dict(
                 state_dim=0,
                 code_dim=0,
                 signature_dim=64,
@@ -140,159 +140,59 @@ def base() -> ConfigDict:
                 prior="none",  # graph of the mediators; see models/nac/priors.py
                 options=dict(),  # of the prior
             ),
+            vmoe=dict(
+                variant="",  # see models/variants.py; or "" and the five fields below
+                patch=0,
+                width=0,
+                heads=0,
+                qkv_bias=True,
+                eps=1e-6,
+                depths=(),  # blocks of each student module
+                moe_pos=(),  # numbers of the blocks with experts; (): all
+                experts=8,
+                top_k=2,
+                router="published",  # published, vmoe, expert_choice; see models/moe/router.py
+                noise=1.0,  # of the vmoe router's logits in training, times 1 / experts
+                dispatch="dropless",  # dropless, capacity; see models/moe/dispatch.py
+                capacity_factor=1.25,
+                group_images=0,  # images that share a capacity; 0: those of one device
+                keep_stitches=False,  # end to end too
+                remat=False,
+            ),
             distillation=dict(kind="soft", alpha=0.5, temperature=1.0),
             regulariser=dict(
                 kind="none", weight=0.1, hinge=0.4, clusters=8, p_in=0.9, p_out=0.2, components=1
             ),
-            recipes={name: _recipe() for name in RECIPES},
+            recipes={name: default_recipe() for name in RECIPES},
+            few_shot=dict(
+                network="e2e",  # the job whose network gets a new head for every episode
+                data=_data(),  # classes: all that are drawn from; image_size 0: the network's
+                ways=8,
+                shots=1,  # and 3 times as many queries per class
+                episodes=20,
+                selection="disjoint",  # published: the support images are queries too
+                seed=1,  # of the first episode; the next ones follow
+            ),
             init=dict(meta="", teacher="", students="", network=""),  # directories of weights
             evaluation=dict(
                 batch=500,
                 every=0.0,  # epochs; 0: only at the end
                 sampled=False,  # draw seeder and pooling noise, as the published evaluation does
+                renditions=(),  # of the job eval: imagenet_r, tiny_imagenet_r; see label_spaces.py
             ),
             checkpoint_minutes=10.0,  # at least this often, besides every evaluation
             log_every=50,  # steps
             precision="auto",  # bfloat16 on GPU and TPU, float32 on CPU
-            expert_parallel=1,  # devices per group of the mesh's expert axis
+            mesh=dict(
+                data=-1,  # devices along 'data'; -1: the rest
+                expert=1,  # devices that share the experts of one copy of the network; -1: the rest
+                fsdp=False,  # cut large parameters and their optimizer state over 'data'
+            ),
         )
     )
     for recipe in config.recipes.values():
         recipe.modules = ConfigDict(allow_dotted_keys=False)
     return config.lock()
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict) and key not in FREE:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _did_you_mean(word: str, words) -> str:
-    close = difflib.get_close_matches(word, list(words), 1)
-    return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(words)}"
-
-
-def _one_of(value, allowed, key: str) -> None:
-    if value not in allowed:
-        raise UserError(f'config.{key}: "{value}" is unknown{_did_you_mean(str(value), allowed)}')
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def check(config: ConfigDict, devices: int = 1) -> None:
-    """Refuses what cannot run, before anything does.
-
-    Args:
-        config: from a config file.
-        devices: how many devices the batch is cut over.
-
-    Raises:
-        UserError: one line naming the key.
-    """
-    known = dict(_leaves(base()))
-    for key, value in _leaves(config):
-        _require(key in known, f"config.{key} is unknown{_did_you_mean(key, known)}")
-        default = known[key]
-        whole_number = isinstance(default, float) and type(value) is int
-        optional = key == "student.truncation" and value is None
-        _require(
-            type(value) is type(default) or whole_number or optional,
-            f"config.{key} must be {type(default).__name__}, not {value!r}",
-        )
-    for phase in config.phases:
-        _one_of(phase, PHASES, "phases")
-    _one_of(config.distillation.kind, KINDS, "distillation.kind")
-    _one_of(config.regulariser.kind, REGULARISERS, "regulariser.kind")
-    _one_of(config.precision, PRECISIONS, "precision")
-    for name in RECIPES:
-        if any(recipe_name(phase) == name for phase in config.phases):
-            _check_recipe(config, name, devices)
-    _check_networks(config)
-
-
-def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
-    known = _recipe()
-    modules = len(config.teacher.depths)
-    for index, changes in config.recipes[name].modules.items():
-        where = f"recipes.{name}.modules.{index}"
-        _require(name in MODULE_PHASES, f"config.{where}: {name} has no modules")
-        _require(
-            index.isdigit() and int(index) < modules,
-            f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
-        )
-        for key in changes:
-            _require(key in known, f"config.{where}.{key} is unknown{_did_you_mean(key, known)}")
-    for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
-        recipe = module_recipe(config, name, index)
-        where = f"config.recipes.{name}"
-        _one_of(recipe.optimizer, OPTIMIZERS, f"recipes.{name}.optimizer")
-        _one_of(recipe.schedule, SCHEDULES, f"recipes.{name}.schedule")
-        _one_of(recipe.decay_rule, DECAY_RULES, f"recipes.{name}.decay_rule")
-        _require(recipe.epochs > 0, f"{where}.epochs is {recipe.epochs}; it must be above 0")
-        _require(
-            0 <= recipe.warmup_epochs <= recipe.epochs,
-            f"{where}.warmup_epochs is {recipe.warmup_epochs} of {recipe.epochs} epochs",
-        )
-        parts = recipe.accumulate * devices
-        _require(
-            recipe.batch > 0 and recipe.accumulate > 0 and recipe.batch % parts == 0,
-            f"{where}.batch is {recipe.batch}; it must be a multiple of {parts} "
-            f"(accumulate {recipe.accumulate} x devices {devices})",
-        )
-
-
-def _check_networks(config: ConfigDict) -> None:
-    teacher, modules = config.teacher, len(config.teacher.depths)
-    teaching = {"pt", "mt", "ft", "m2mkd", "e2e_kd"} & set(config.phases)
-    for key in ("data", "teaching_data") if teaching else ("data",):
-        data = teaching_data(config) if key == "teaching_data" else config.data
-        sized = data.image_size > 0 and data.classes > 1
-        _require(sized, f"config.{key} needs image_size and classes")
-    if teaching:
-        _require(modules >= 2, "config.teacher.depths must name at least two modules")
-        _require(
-            len(meta_depths(config)) == modules,
-            f"config.teacher.meta_depths has {len(meta_depths(config))} modules, "
-            f"config.teacher.depths {modules}",
-        )
-        _, depth = teacher_spec(config)
-        _require(
-            depth is None or sum(teacher.depths) == depth,
-            f"config.teacher.depths sum to {sum(teacher.depths)}; {teacher.variant} has {depth}",
-        )
-    student = config.student
-    nac_spec(config, config.data)
-    _require(
-        student.stitch_dim in (0, teacher_spec(config)[0].width) if teaching else True,
-        f"config.student.stitch_dim is {student.stitch_dim}; it must be the meta model's width "
-        f"{teacher_spec(config)[0].width if teaching else ''} (or 0 for just that)",
-    )
-    if "m2mkd" in config.phases or config.init.students:
-        _require(
-            modules == student.iterations + 2,
-            f"config.teacher.depths names {modules} modules; the student needs "
-            f"{student.iterations + 2} (read-in, {student.iterations} iterations, read-out)",
-        )
-        _require(
-            not (student.share_propagators or student.share_ffn),
-            "config.student: m2mKD teaches every propagator apart; switch share_propagators and "
-            "share_ffn off or drop the m2mkd phase",
-        )
-    priors.build_graph(student.prior, student.mediator_latents, dict(student.options), config.seed)
-    if "e2e_kd" in config.phases:
-        taught = teaching_data(config)
-        _require(
-            (taught.classes, taught.image_size) == (config.data.classes, config.data.image_size),
-            f"config.phases: e2e_kd needs a teacher of the same task; it was taught "
-            f"{taught.classes} classes at {taught.image_size} px, the network learns "
-            f"{config.data.classes} at {config.data.image_size} px",
-        )
 
 
 def recipe_name(phase: str) -> str:
@@ -317,36 +217,20 @@ def teaching_data(config: ConfigDict) -> ConfigDict:
     return config.teaching_data if config.teaching_data.name else config.data
 
 
+def few_shot_data(config: ConfigDict) -> ConfigDict:
+    """The data of few-shot episodes, at the network's image size."""
+    data = ConfigDict(config.few_shot.data.to_dict())
+    data.image_size = data.image_size or config.data.image_size
+    return data
+
+
+def renditions_data(config: ConfigDict, name: str) -> ConfigDict:
+    """The network's data, but the test images of a set of renditions of its classes."""
+    data = ConfigDict(config.data.to_dict())
+    data.name, data.root, data.test_images = name, "", 0
+    return data
+
+
 def meta_depths(config: ConfigDict) -> tuple[int, ...]:
+    """Blocks of each module of the meta model."""
     return tuple(config.teacher.meta_depths) or (1,) * len(config.teacher.depths)
-
-
-def teacher_spec(config: ConfigDict) -> tuple[ViTSpec, int | None]:
-    """The teacher's fields, and its published depth if it is a published variant."""
-    teacher, data = config.teacher, teaching_data(config)
-    if teacher.variant:
-        spec, depth = vit_variant(teacher.variant, data.classes, teacher.remat)
-        _require(
-            spec.image_size == data.image_size,
-            f"config.teacher.variant {teacher.variant} takes {spec.image_size} px, its data have "
-            f"{data.image_size}",
-        )
-        return spec, depth
-    _require(
-        min(teacher.patch, teacher.width, teacher.heads) > 0,
-        "config.teacher needs a variant, or patch, width and heads",
-    )
-    fields = (teacher.patch, teacher.width, teacher.heads, data.classes)
-    spec = ViTSpec(data.image_size, *fields, teacher.qkv_bias, teacher.eps, teacher.remat)
-    return spec, None
-
-
-def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
-    """The student's fields for some data: the network's own, or what its students are taught on."""
-    own = ("stitch_dim", "prior", "options")
-    fields = {k: v for k, v in config.student.items() if k not in own}
-    for key in ("state_dim", "code_dim", "heads", "input_latents", "mediator_latents",
-                "output_latents", "iterations"):  # fmt: skip
-        _require(fields[key] > 0, f"config.student.{key} must be above 0")
-    fields["tokenizer_depths"] = tuple(fields["tokenizer_depths"])
-    return NACSpec(image_size=data.image_size, classes=data.classes, **fields)

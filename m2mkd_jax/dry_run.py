@@ -5,17 +5,23 @@ Axes: B batch, H height, W width, K classes.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from m2mkd_jax import checks
 from m2mkd_jax.data.sources import describe_missing
-from m2mkd_jax.evaluate.flops import count_flops, kept_bytes, tree_bytes
+from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.job import compute_dtype
 from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.mesh import AXES, mesh_shape
 from m2mkd_jax.phases import Phase, build_phase, select
 from m2mkd_jax.pipeline import is_done, needs
 
@@ -23,10 +29,19 @@ ADAM_COPIES = 2  # first and second moment
 
 
 def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
-    """Prints jobs, stages, sizes, costs, sharding and missing data."""
-    devices = len(jax.devices())
-    print(f"{config.name}: {devices} {jax.default_backend()} device(s), compute type "
-          f"{compute_dtype(config.precision).name}")  # fmt: skip
+    """Prints jobs, stages, sizes, costs, sharding and missing data.
+
+    For the devices that are here, or, where config.mesh gives both numbers, for that many.
+
+    Raises:
+        UserError: the config cannot run.
+    """
+    mesh = planned_mesh(config)
+    checks.check(config, mesh.size)
+    here = len(jax.devices())
+    print(f"{config.name}: {mesh.size} {jax.default_backend()} device(s)"
+          + (f" (here {here})" if here != mesh.size else "")
+          + f", compute type {compute_dtype(config.precision).name}")  # fmt: skip
     missing: dict[str, None] = {}
     for job in select(config, only):
         status = "done" if is_done(workdir, job) else "to run"
@@ -44,7 +59,7 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
             + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
             + f", {recipe.optimizer} {recipe.lr:g}, decay {recipe.weight_decay:g}"
         )
-        for line in describe_phase(config, phase, devices):
+        for line in describe_phase(config, phase, mesh):
             print(f"  {line}")
         missing[describe_missing(phase.data)] = None
     missing.pop(None, None)
@@ -52,12 +67,19 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
         print(f"\nmissing data: {line}")
 
 
-def describe_phase(config: ConfigDict, phase: Phase, devices: int):
+def planned_mesh(config: ConfigDict) -> AbstractMesh:
+    """The shape of the mesh, without its devices."""
+    data, expert = config.mesh.data, config.mesh.expert
+    devices = data * expert if min(data, expert) > 0 else len(jax.devices())
+    return AbstractMesh(mesh_shape(devices, data, expert), AXES)
+
+
+def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
     """Lines on one training job."""
     shapes = {name: chain.abstract(r.build) for name, r in phase.stages.items()}
     program = phase.program(None, compute_dtype(config.precision), False)
     size = phase.data.image_size
-    images = max(phase.recipe.batch // phase.recipe.accumulate // devices, 1)
+    images = max(phase.recipe.batch // phase.recipe.accumulate // mesh.size, 1)
     x = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
     for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
         y = x
@@ -72,7 +94,7 @@ def describe_phase(config: ConfigDict, phase: Phase, devices: int):
                 f"-> {'x'.join(str(n) for n in ('B', *y.shape[1:])):<13}"
                 f"{chain.count(shapes[name].params):>13,} parameters"
             )
-    trainable = {name: shapes[name].params for name in phase.trainable}
+    trainable = phase.trained({name: shape.params for name, shape in shapes.items()})
     total = sum(chain.count(shapes[name].params) for name in set(phase.student))
     yield f"parameters: {total:,} in the chain, {chain.count(trainable):,} trained"
     frozen = {
@@ -80,8 +102,10 @@ def describe_phase(config: ConfigDict, phase: Phase, devices: int):
         for name, s in shapes.items()
     }
 
+    classes = jax.eval_shape(program.logits, trainable, frozen, x).shape[-1]
+
     def loss(params, frozen, images):
-        target = jnp.zeros((images.shape[0], phase.data.classes))
+        target = jnp.zeros((images.shape[0], classes))
         batch = {"image": images, "target": target}
         return program.loss(params, frozen, batch, jax.random.key(0))[0]
 
@@ -90,17 +114,38 @@ def describe_phase(config: ConfigDict, phase: Phase, devices: int):
     step = count_flops(jax.value_and_grad(loss), trainable, frozen, x) // images
     yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
     activations = kept_bytes(loss, trainable, frozen, x)
-    weights = tree_bytes(trainable)
+    held = functools.partial(bytes_held, mesh, config.mesh.fsdp)
+    weights = held(trainable)
     copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
     still = sum(
-        tree_bytes(tree) for name, tree in frozen.items() if name not in phase.trainable
+        held(tree) for name, tree in frozen.items() if name not in phase.trainable
     )
     yield (
         f"memory per device: {_bytes(weights)} trained + {_bytes(weights)} gradients + "
         f"{_bytes(copies)} optimizer + {_bytes(still)} frozen + {_bytes(activations)} activations "
         f"({images} images)"
     )
-    yield f"sharding: batch over {devices} device(s) (data x expert), all parameters replicated"
+    yield f"sharding: batch over {mesh.size} device(s) (data {mesh.shape['data']} x expert " + (
+        f"{mesh.shape['expert']}); parameters of the chain: "
+        + ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase, shapes))
+    )
+
+
+def bytes_held(mesh: AbstractMesh, fsdp: bool, tree) -> int:
+    """Bytes of a tree of shapes on one device."""
+    return partition.bytes_per_device(tree, partition.shardings(mesh, tree, fsdp))
+
+
+def describe_sharding(mesh: AbstractMesh, fsdp: bool, phase: Phase, shapes: dict):
+    """How many parameters are cut over which axes."""
+    tree = {name: shapes[name].params for name in set(phase.student)}
+    kinds = Counter()
+    places = jax.tree.leaves(partition.shardings(mesh, tree, fsdp))
+    for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
+        axes = [axis for axis in AXES if axis in place.spec and mesh.shape[axis] > 1]
+        kinds[" and ".join(axes)] += leaf.size
+    for axes, count in sorted(kinds.items()):
+        yield f"{count:,} " + (f"over {axes}" if axes else "on every device")
 
 
 def chain_cast(params: dict, dtype) -> dict:

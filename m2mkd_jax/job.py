@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -10,27 +11,32 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from m2mkd_jax import config as configs
 from m2mkd_jax.checkpoint.files import read_json, write_json
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
+from m2mkd_jax.data.class_lists import PARENTS
+from m2mkd_jax.data.grid import caption, draw_grid
 from m2mkd_jax.data.indices import BatchIndices
-from m2mkd_jax.data.pipeline import eval_batches, train_batches
+from m2mkd_jax.data.pipeline import eval_batches, first_images, train_batches
 from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.losses import Program, all_distances, graph_regulariser
 from m2mkd_jax.models import chain
 from m2mkd_jax.objectives.graph import fit_gaussian_mixture
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import is_main
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases import Phase, build_phase
-from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.loop import Loop, Preempted
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
-from m2mkd_jax.train.step import evaluated_params, initial_state, make_step, with_fixed
+from m2mkd_jax.train.step import evaluated_params, initial_state, make_step, prepare, with_fixed
 from m2mkd_jax.weights import job_directory, load_stages
 
 _SOURCES: dict[str, object] = {}
@@ -87,9 +93,15 @@ class Log:
 def evaluator(
     program: Program, data: ConfigDict, config: ConfigDict, mesh
 ) -> Callable[[dict, dict], dict]:
-    """(trainable, frozen) -> metrics over the whole test split, every image once."""
+    """(trainable, frozen) -> metrics over the whole test split, every image once.
+
+    On renditions only the logits of their classes compete.
+    """
     test = source(data, "test")
-    count = make_counter(program.logits, data.mean, data.std)
+    logits, everywhere = meshes.on(mesh, program.logits), meshes.replicated(mesh)
+    if data.name in PARENTS:
+        logits = restricted(logits, positions(data.name))
+    count = make_counter(logits, data.mean, data.std, everywhere)
     batch = -(-min(config.evaluation.batch, len(test)) // mesh.size) * mesh.size
 
     def run(trainable: dict, frozen: dict) -> dict:
@@ -104,6 +116,17 @@ def evaluator(
         return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
 
     return run
+
+
+def draw_images(path: Path, train, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int):
+    """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
+    batch = first_images(train, data, batch_size=micro, seed=seed)
+    keys = tuple(jax.random.split(jax.random.key(seed)))
+    images, targets = jax.jit(lambda keys, batch: prepare(keys, batch, recipe, data))(keys, batch)
+    pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
+    shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
+    captions = [caption(share, train.class_names) for share in shares]
+    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
 
 
 def make_program(config: ConfigDict, phase: Phase, stages: dict[str, dict]) -> Program:
@@ -132,9 +155,10 @@ def _reference(config: ConfigDict, workdir: Path, phase: Phase, program, stages,
         metrics = evaluator(teacher, phase.data, config, mesh)({}, stages)
         return {"teacher_accuracy": metrics["eval_accuracy"]}
     done = job_directory(workdir, "pt") / "done.json"
-    if phase.job.startswith("mt/") and done.is_file():
-        return {"meta_accuracy": read_json(done)["metrics"]["eval_accuracy"]}
-    return {}
+    found = {}
+    if is_main() and phase.job.startswith("mt/") and done.is_file():
+        found = {"meta_accuracy": read_json(done)["metrics"]["eval_accuracy"]}
+    return from_main(found)
 
 
 def run_job(config: ConfigDict, workdir: Path, job: str, mesh) -> dict:
@@ -163,7 +187,8 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     phase = build_phase(config, job)
     recipe, data = phase.recipe, phase.data
     train = source(data, "train")
-    stages, origin = load_stages(config, workdir, phase)
+    where = functools.partial(partition.shardings, mesh, fsdp=config.mesh.fsdp)
+    stages, origin = load_stages(config, workdir, phase, where)
     program = make_program(config, phase, stages)
     reference = _reference(config, workdir, phase, program, stages, mesh)
 
@@ -185,20 +210,26 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
         if name not in phase.trainable
     }
     optimizer = make_optimizer(recipe, updates_per_epoch, params)
-    everywhere = meshes.replicated(mesh)
-    state = jax.device_put(
-        jax.jit(lambda p, f: initial_state(p, f, optimizer, recipe))(params, fixed), everywhere
-    )
-    frozen = jax.device_put(frozen, everywhere)
     if is_main():
-        overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
+        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
         (directory / "parameters.txt").write_text(overview + "\n")
+        if not (directory / "images.png").is_file():
+            draw_images(directory / "images.png", train, data, recipe, micro, phase.seed)
 
+    def begin(params, fixed):
+        return initial_state(params, fixed, optimizer, recipe)
+
+    shapes = jax.eval_shape(begin, params, fixed)
+    placement = where(shapes)
     checkpoints = RunCheckpoints(directory / "checkpoints")
-    start, restored = 0, checkpoints.restore_latest(jax.tree.map(_shape, state))
+    start, restored = 0, checkpoints.restore_latest(jax.tree.map(_placed, shapes, placement))
     if restored:
         start, state = restored
-        print(f"[{job}] resumed at step {start}/{total}", flush=True)
+        say(f"[{job}] resumed at step {start}/{total}")
+    else:
+        # The state takes the parameters over: there is one copy of them.
+        state = jax.jit(begin, out_shardings=placement, donate_argnums=(0, 1))(params, fixed)
+    del stages, params, fixed
     log = Log(directory / "metrics.jsonl", job, total, start)
     metrics_of = evaluator(program, data, config, mesh)
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
@@ -218,7 +249,10 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     )
     loop = Loop(
         name=job,
-        step=make_step(program.loss, optimizer, recipe, data, phase.seed),
+        step=make_step(
+            meshes.on(mesh, program.loss), optimizer, recipe, data, phase.seed,
+            out_shardings=(placement, meshes.replicated(mesh)),
+        ),
         frozen=frozen,
         total_steps=total,
         log_every=config.log_every,
@@ -234,10 +268,14 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     try:
         placed = (meshes.put_batch(mesh, batch) for batch in batches)
         state, metrics, steps = loop.run(state, placed, start)
+    except Preempted:
+        checkpoints.close()
+        raise
     finally:
         batches.close()
         log.close()
-        checkpoints.close()
+    # Not after an error, which may have come to this process alone: it would wait for the others.
+    checkpoints.close()
     metrics = {**metrics, **reference}
     trees = {
         name: {"params": evaluated_params(state)[name], **_if_any(fixed=state["fixed"][name])}
@@ -256,6 +294,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     }
     if is_main():
         write_json(directory / "done.json", record)
+    barrier(f"{job} done")
     return record
 
 
@@ -263,5 +302,5 @@ def _if_any(**trees: dict) -> dict:
     return {name: tree for name, tree in trees.items() if tree}
 
 
-def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _placed(leaf: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,6 +1,6 @@
 """The one loss: some stages of a chain are trained, against labels and perhaps a teacher chain.
 
-Axes: B batch, H height, W width, K classes, U latents.
+Axes: B batch, H height, W width, K classes, U latents, L layers with experts, E experts.
 
 Every phase of m2mKD is a `Program`; below this file nobody knows which phase runs. Parameters of
 all chains live in two dicts keyed by stage name, `trainable[name]` and `frozen[name]`, so that a
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m2mkd_jax.models import chain
+from m2mkd_jax.models import chain, layers
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.objectives import classification, distillation, graph
@@ -35,6 +35,7 @@ class Program:
         teacher: names of the chain whose logits are imitated; empty without distillation.
         kind, alpha, temperature: see objectives/distillation.py.
         regulariser: (stages by name) -> scalar to add to the loss, or None.
+        balance: what of `Stage.observed` is added to the loss, summed over layers, and its weight.
         dtype: compute type of activations and parameters; logits and losses are float32.
         sampled_evaluation: draw the noise that the published evaluation draws.
     """
@@ -48,6 +49,7 @@ class Program:
     alpha: float = 0.5
     temperature: float = 1.0
     regulariser: Callable[[Mapping[str, nnx.Module]], jax.Array] | None = None
+    balance: Mapping[str, float] = field(default_factory=dict)
     dtype: jnp.dtype = field(default=jnp.float32)
     sampled_evaluation: bool = False
 
@@ -56,11 +58,17 @@ class Program:
 
     def run(self, names, trainable: dict, frozen: dict, x, rates=None, key=None, train=False):
         """Runs the stages `names` in the compute type."""
+        return self.observe(names, trainable, frozen, x, rates, key, train)[0]
+
+    def observe(self, names, trainable: dict, frozen: dict, x, rates=None, key=None, train=False):
+        """`run`, and what the stages let see of themselves: name -> (L, ...) over all layers."""
         groups: list[tuple[bool, list, list]] = []
         for i, name in enumerate(names):
             trained = name in self.trainable
-            params = trainable[name] if trained else frozen[name]["params"]
-            params = chain.cast_compute(params, self.dtype)
+            params = frozen[name].get("params", {})
+            if trained:  # the whole stage, or a part of it
+                params = chain.overlaid(params, trainable[name])
+            params = layers.whole(chain.cast_compute(params, self.dtype))
             stage = chain.merge(self.graphs[name], params, frozen[name]["fixed"])
             # Joined are only stages that are trained alike: what is frozen needs no gradients.
             if not groups or groups[-1][0] != trained:
@@ -72,7 +80,9 @@ class Program:
             members, their_rates = chain.join(members, their_rates)
             stages += members
             ramps += their_rates
-        return chain.run(stages, x, rates=ramps, key=key, train=train)
+        x, seen = chain.run_observed(stages, x, rates=ramps, key=key, train=train)
+        seen = [observed for observed in seen if observed]
+        return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
 
     @property
     def shared(self) -> int:
@@ -90,7 +100,8 @@ class Program:
 
         Args:
             trainable: {stage: params}.
-            frozen: {stage: {"params", "fixed"}}; of a trainable stage only "fixed" is used.
+            frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed", and "params" where
+                only a part of them is trained.
             batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one.
             key: for drop-path and the network's own noise; None switches all of it off.
         """
@@ -99,10 +110,13 @@ class Program:
         x = self.run(self.student[:shared], trainable, frozen, x)
         rates = self.rates[shared:] or None
         names = self.student[shared:]
-        logits = self.run(names, trainable, frozen, x, rates, key, train=key is not None)
+        logits, seen = self.observe(
+            names, trainable, frozen, x, rates, key, train=key is not None
+        )
         loss = classification.soft_cross_entropy(logits, batch["target"])
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}
+        metrics |= {f"router/{name}": layers for name, layers in seen.items()}
         if self.teacher:
             target = self.run(self.teacher[shared:], trainable, frozen, x)
             target = jax.lax.stop_gradient(target)
@@ -111,6 +125,9 @@ class Program:
             )
             agree = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
             metrics |= {"teacher_agreement": agree.mean()}
+        for name, weight in self.balance.items():
+            if weight and name in seen:
+                loss = loss + weight * seen[name].sum()
         if self.regulariser is not None:
             # In float32 whatever the compute type: distances are differences of near-equal sums.
             stages = {

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from m2mkd_jax import config as configs
 from m2mkd_jax.dry_run import dry_run
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel import process
 from m2mkd_jax.pipeline import print_summary, run
 from m2mkd_jax.train.loop import Preempted
 
-WRONG_INPUT, PREEMPTED = 2, 3
+BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -43,11 +44,9 @@ def _parse(argv: list[str]) -> list[str]:
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
-        print(f"m2mkd_jax: {_one_line(error)}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
+        sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
     except OSError as error:
-        print(f"m2mkd_jax: --config: {_one_line(error)}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
+        sys.exit(process.fail(f"m2mkd_jax: --config: {_one_line(error)}", WRONG_INPUT))
     return rest
 
 
@@ -56,20 +55,27 @@ def main(argv: list[str]) -> int:
     try:
         config, workdir = _CONFIG.value, Path(_WORKDIR.value)
         if _DRY_RUN.value:
-            configs.check(config)
             dry_run(config, workdir, _ONLY.value)
             return 0
         print_summary(run(config, workdir, _ONLY.value))
     except UserError as error:
-        print(f"m2mkd_jax: {_one_line(error)}", file=sys.stderr)
-        return WRONG_INPUT
+        return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
     except Preempted as stop:
-        print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
+        if process.is_main():
+            print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
         return PREEMPTED
+    except (Exception, KeyboardInterrupt):
+        if process.alone():
+            raise
+        return process.fail(traceback.format_exc(), BUG)
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    try:
+        process.start_distributed()
+    except UserError as error:
+        sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
     app.run(main, flags_parser=_parse)

@@ -10,6 +10,8 @@ The phases, in the order of the paper (section 3):
     e2e          the network assembled from students    all, labels (+ graph regulariser)
     e2e_scratch  the same network, fresh                all, likewise
     e2e_kd       the same network, fresh                all, likewise, and the teacher's logits
+    e2e_upcycled the same network, from the teacher     all, likewise (sparse upcycling, V-MoE)
+    fewshot      a trained network                      its head, labels of a few images
 """
 
 from __future__ import annotations
@@ -18,90 +20,22 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import jax.numpy as jnp
-from flax import nnx
 from ml_collections import ConfigDict
 
 from m2mkd_jax import config as configs
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.losses import Program
+from m2mkd_jax.families import family
 from m2mkd_jax.models import chain, vit
-from m2mkd_jax.models.nac.circuit import NAC
-from m2mkd_jax.models.nac.spec import NACSpec
-from m2mkd_jax.models.nac.students import build_student
+from m2mkd_jax.records import FRESH, Phase, Source, StageRecord
+from m2mkd_jax.specs import teacher_spec
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a stage's weights come from before the phase starts.
-
-    kind: 'fresh'; 'job' (tree `tree` of the finished job `job`); 'assembled' (a fresh NAC with the
-    weights of all jobs `m2mkd/i`).
-    """
-
-    kind: str
-    job: str = ""
-    tree: str = ""
-
-
-FRESH = Source("fresh")
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """A stage by name: how it is built, and where its weights come from."""
-
-    build: Callable[[nnx.Rngs], chain.Stage]
-    source: Source
-    title: str
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One job. `stages` holds every stage of both chains by name; see losses.Program."""
-
-    job: str
-    data: ConfigDict
-    recipe: ConfigDict
-    stages: dict[str, StageRecord]
-    student: tuple[str, ...]
-    trainable: tuple[str, ...]
-    rates: tuple = ()
-    teacher: tuple[str, ...] = ()
-    distillation: ConfigDict | None = None
-    regularised: str = ""  # name of the stage that the graph regulariser acts on
-    seed: int = 0
-    describe: dict = field(default_factory=dict)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Jobs whose weights this one starts from."""
-        names = []
-        for record in self.stages.values():
-            names += [record.source.job] if record.source.kind == "job" else []
-        return tuple(dict.fromkeys(names))
-
-    def program(self, regulariser, dtype: jnp.dtype, sampled_evaluation: bool) -> Program:
-        kind = self.distillation.kind if self.distillation is not None else "none"
-        options = {}
-        if self.distillation is not None:
-            options = dict(
-                alpha=self.distillation.alpha, temperature=self.distillation.temperature
-            )
-        return Program(
-            graphs={n: chain.abstract(r.build).graph for n, r in self.stages.items()},
-            student=self.student,
-            trainable=self.trainable,
-            rates=self.rates,
-            teacher=self.teacher if kind != "none" else (),
-            kind=kind,
-            regulariser=regulariser,
-            dtype=dtype,
-            sampled_evaluation=sampled_evaluation,
-            **options,
-        )
+END_TO_END = {
+    "e2e": Source("assembled"),
+    "e2e_scratch": FRESH,
+    "e2e_kd": FRESH,
+    "e2e_upcycled": Source("upcycled", "ft"),
+}
 
 
 def job_names(config: ConfigDict) -> list[str]:
@@ -129,7 +63,7 @@ def unnecessary(config: ConfigDict) -> set[str]:
         skip |= {"mt", "ft"} | (set() if "m2mkd" in config.phases else {"pt"})
     if init.students or init.network:
         skip |= {"m2mkd"}
-        if "e2e_kd" not in config.phases:
+        if not {"e2e_kd", "e2e_upcycled"} & set(config.phases):
             skip |= {"pt", "mt", "ft"}
     return skip
 
@@ -157,13 +91,15 @@ def build_phase(config: ConfigDict, job: str) -> Phase:
     name, _, index = job.partition("/")
     if name.startswith("e2e"):
         return _end_to_end(config, job, name, int(index or 0))
+    if name == "fewshot":
+        return _few_shot(config, job)
     return {"pt": _pretraining, "mt": _module_training, "ft": _fine_tuning, "m2mkd": _teaching}[
         name
     ](config, job, *([int(index)] if index else []))
 
 
 def _vit_records(config: ConfigDict, depths, prefix: str, source: Callable[[int], Source]) -> dict:
-    spec, _ = configs.teacher_spec(config)
+    spec, _ = teacher_spec(config)
     last = len(depths) - 1
 
     return {
@@ -180,22 +116,12 @@ def _vit_builder(spec: vit.ViTSpec, depth: int, first: bool, last: bool):
     return lambda rngs: vit.ViTStage(spec, depth, first=first, last=last, rngs=rngs)
 
 
-@functools.cache
-def _nac_builder(spec: NACSpec):
-    return lambda rngs: NAC(spec, rngs=rngs)
-
-
-@functools.cache
-def _student_builder(spec: NACSpec, index: int, modules: int, width: int, states: int):
-    return lambda rngs: build_student(spec, index, modules, width, states, rngs=rngs)
-
-
 def _meta(config: ConfigDict, source=lambda i: Source("job", "pt", f"meta_{i}")) -> dict:
     return _vit_records(config, configs.meta_depths(config), "meta", source)
 
 
 def _vit_description(config: ConfigDict, depths) -> dict:
-    spec, _ = configs.teacher_spec(config)
+    spec, _ = teacher_spec(config)
     return {"kind": "vit", "spec": dataclasses.asdict(spec), "depths": list(depths)}
 
 
@@ -273,66 +199,64 @@ def _teacher_modules(config: ConfigDict) -> dict:
 
 
 def _teaching(config: ConfigDict, job: str, index: int) -> Phase:
-    recipe = configs.module_recipe(config, "m2mkd", index)
-    data, modules = configs.teaching_data(config), len(config.teacher.depths)
-    spec, width = configs.nac_spec(config, data), configs.teacher_spec(config)[0].width
+    recipe, student = configs.module_recipe(config, "m2mkd", index), family(config).student(index)
     pupil, teacher = f"student_{index}", f"module_{index}"
-    states = recipe.batch // recipe.accumulate
-
-    # All mediators are built alike.
-    like = min(index, 1) if index < modules - 1 else index
-    build = _student_builder(spec, like, modules, width, states)
     student_chain, teacher_chain = (_hybrid(config, index, n) for n in (pupil, teacher))
     stages = {n: r for n, r in _meta(config).items() if n in student_chain}
     stages[teacher] = _teacher_modules(config)[teacher]
-    kind = "read-in" if index == 0 else "read-out" if index == modules - 1 else "mediator"
-    stages[pupil] = StageRecord(build, FRESH, f"NAC {kind} student")
-    mediator = kind == "mediator" and recipe.drop_path > 0
+    stages[pupil] = student.record
     return Phase(
         job,
-        data,
+        configs.teaching_data(config),
         recipe,
         stages,
         student=student_chain,
         trainable=(pupil,),
-        # Teacher and meta run without drop-path; only mediators have one of their own.
-        rates=tuple((recipe.drop_path,) if n == pupil and mediator else None
-                    for n in student_chain),
+        # Teacher and meta run without drop-path.
+        rates=tuple(student.rates if n == pupil else None for n in student_chain),
         teacher=teacher_chain,
         distillation=config.distillation,
         seed=config.seed,
-        describe={
-            "kind": "nac_student",
-            "spec": dataclasses.asdict(spec),
-            "module": index,
-            "modules": modules,
-            "stitch_dim": width,
-            "states": states,
-        },
-    )  # fmt: skip
+        describe=student.describe,
+    )
+
+
+def _few_shot(config: ConfigDict, job: str) -> Phase:
+    """The network built for as many classes as an episode has; its head is always a fresh one."""
+    few = ConfigDict(config.to_dict())
+    few.data.classes = config.few_shot.ways
+    network = family(few).network(Source("job", config.few_shot.network))
+    stage, head = family(few).head
+    return Phase(
+        job,
+        configs.few_shot_data(config),
+        configs.module_recipe(config, "fewshot"),
+        network.stages,
+        student=tuple(network.stages),
+        trainable=(stage,),
+        head=head,
+        seed=config.seed,
+        describe=network.describe,
+    )
 
 
 def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
-    recipe, spec = configs.module_recipe(config, "e2e"), configs.nac_spec(config, config.data)
-    source = Source("assembled") if name == "e2e" else FRESH
-    stages = {"nac": StageRecord(_nac_builder(spec), source, "NAC")}
-    teacher: tuple[str, ...] = ()
-    if name == "e2e_kd":
-        stages |= _teacher_modules(config)
-        teacher = tuple(n for n in stages if n != "nac")
+    network = family(config).network(END_TO_END[name])
+    names = tuple(network.stages)
+    teacher = _teacher_modules(config) if name == "e2e_kd" else {}
     return Phase(
         job,
         config.data,
-        recipe,
-        stages,
-        student=("nac",),
-        trainable=("nac",),
-        rates=((recipe.drop_path,) * spec.iterations,),
-        teacher=teacher,
+        configs.module_recipe(config, "e2e"),
+        {**network.stages, **teacher},
+        student=names,
+        trainable=names,
+        rates=network.rates,
+        teacher=tuple(teacher),
         distillation=config.distillation if teacher else None,
-        regularised="nac" if config.regulariser.kind != "none" else "",
+        regularised=network.regularised,
         # Every end-to-end run of one seed starts from the same fresh network and graph, so that
         # they differ in what the students brought alone.
         seed=config.seed + seed,
-        describe={"kind": "nac", "spec": dataclasses.asdict(spec)},
+        describe=network.describe,
     )

@@ -9,25 +9,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from m2mkd_jax import config as configs
+from m2mkd_jax import checks
 from m2mkd_jax.checkpoint.files import read_json, write_json
-from m2mkd_jax.checkpoint.store import load_weights
+from m2mkd_jax.config import renditions_data
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.families import family
+from m2mkd_jax.few_shot import run_few_shot
 from m2mkd_jax.job import evaluator, make_program, run_job
-from m2mkd_jax.parallel.mesh import make_mesh
-from m2mkd_jax.parallel.process import enable_compilation_cache, is_main
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups
+from m2mkd_jax.parallel.process import barrier, enable_compilation_cache, from_main, is_main, say
 from m2mkd_jax.phases import build_phase, job_names, select
-from m2mkd_jax.weights import job_directory, weights_directory
+from m2mkd_jax.records import Source
+from m2mkd_jax.weights import job_directory, load_stage, weights_directory
 
 # A run may go on with other values of these: they do not change what a job computes.
 HARMLESS = ("phases", "e2e_seeds", "log_every", "checkpoint_minutes", "data.workers",
-            "teaching_data.workers", "data.root", "teaching_data.root")  # fmt: skip
+            "teaching_data.workers", "data.root", "teaching_data.root", "evaluation.renditions",
+            "few_shot.data.workers", "few_shot.data.root")  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
@@ -37,36 +42,53 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
         UserError: before any work where the input is wrong.
         Preempted: a signal arrived; the same command goes on from there.
     """
-    configs.check(config, len(jax.devices()))
+    mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
+    checks.check(config, mesh.size)
     chosen = select(config, only)
-    todo = [job for job in chosen if not is_done(workdir, job)]
-    if "eval" in set(chosen) - set(todo) and _evaluated(workdir) != set(needs(config, "eval")):
-        todo.append("eval")  # networks have come since
+    todo = from_main(unfinished(config, workdir, chosen))
     check_data(config, todo)
     check_needs(config, workdir, todo)
-    mesh = make_mesh(expert=config.expert_parallel)
+    check_partition(config, todo, mesh)
+    if spanning_groups(mesh) > 1:
+        say(f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
+            "processes; its tokens cross the network between them")  # fmt: skip
     workdir.mkdir(parents=True, exist_ok=True)
     if is_main():
         remember(config, workdir)
     enable_compilation_cache()
     for job in chosen:
         if job not in todo:
-            print(f"[{job}] done already", flush=True)
+            say(f"[{job}] done already")
         elif job == "eval":
             evaluate_networks(config, workdir, mesh)
+        elif job == "fewshot":
+            run_few_shot(config, workdir, mesh)
         else:
             record = run_job(config, workdir, job, mesh)
             accuracy = record["metrics"]["eval_accuracy"]
-            print(f"[{job}] done in {record['seconds']:.1f} s, accuracy {accuracy:.4f}", flush=True)
+            say(f"[{job}] done in {record['seconds']:.1f} s, accuracy {accuracy:.4f}")
     return summarise(config, workdir)
+
+
+def unfinished(config: ConfigDict, workdir: Path, chosen: list[str]) -> list[str]:
+    """Those of the chosen jobs that are to run."""
+    todo = [job for job in chosen if not is_done(workdir, job)]
+    if "eval" in set(chosen) - set(todo) and not _evaluated(config, workdir):
+        todo.append("eval")  # networks or renditions have come since
+    return todo
 
 
 def is_done(workdir: Path, job: str) -> bool:
     return (job_directory(workdir, job) / "done.json").is_file()
 
 
-def _evaluated(workdir: Path) -> set[str]:
-    return set(read_json(job_directory(workdir, "eval") / "done.json")["networks"])
+def _evaluated(config: ConfigDict, workdir: Path) -> bool:
+    """Whether the finished job 'eval' has every network on all that it is asked for."""
+    networks = read_json(job_directory(workdir, "eval") / "done.json")["networks"]
+    wanted = {f"{name}_accuracy" for name in config.evaluation.renditions}
+    return networks.keys() == set(needs(config, "eval")) and all(
+        wanted <= metrics.keys() for metrics in networks.values()
+    )
 
 
 def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
@@ -75,8 +97,8 @@ def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
         return tuple(n for n in job_names(config) if n.startswith("e2e"))
     phase = build_phase(config, job)
     needed = list(phase.needs)
-    if any(r.source.kind == "assembled" for r in phase.stages.values()) and not config.init.network:
-        needed += [f"m2mkd/{i}" for i in range(config.student.iterations + 2)]
+    if phase.assembled and not config.init.network:
+        needed += [f"m2mkd/{i}" for i in range(family(config).modules)]
     return tuple(needed)
 
 
@@ -92,12 +114,23 @@ def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
                 weights_directory(config, workdir, needed)
 
 
+def check_partition(config: ConfigDict, todo: list[str], mesh) -> None:
+    """Raises UserError where the experts of a job that is to run cannot be dealt over the mesh."""
+    if mesh.shape["expert"] == 1:
+        return
+    for job in todo:
+        for record in () if job == "eval" else build_phase(config, job).stages.values():
+            partition.shardings(mesh, chain.abstract(record.build).params, config.mesh.fsdp)
+
+
 def check_data(config: ConfigDict, todo: list[str]) -> None:
     """Raises UserError when the data of a job that is to run are not there."""
     missing = {}
     for job in todo:
         data = config.data if job == "eval" else build_phase(config, job).data
         missing[describe_missing(data)] = job
+        for name in config.evaluation.renditions if job == "eval" else ():
+            missing[describe_missing(renditions_data(config, name))] = job
     missing.pop(None, None)
     if missing:
         raise UserError("; ".join(missing))
@@ -137,14 +170,22 @@ def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
     began, metrics = time.monotonic(), {}
     for job in needs(config, "eval"):
         phase = build_phase(config, job)
-        path = weights_directory(config, workdir, job)
-        trees, _ = load_weights(path)
-        stages = {n: {"params": t["params"], "fixed": t.get("fixed", {})} for n, t in trees.items()}
+        stages = {
+            name: load_stage(
+                config, workdir, Source("job", job, name), chain.abstract(phase.stages[name].build)
+            )
+            for name in phase.student
+        }
+        stages = partition.put(stages, partition.shardings(mesh, stages, config.mesh.fsdp))
         program = make_program(config, phase, stages)
         params = {name: stage["params"] for name, stage in stages.items()}
         result = evaluator(program, config.data, config, mesh)(params, stages)
+        for name in config.evaluation.renditions:
+            data = renditions_data(config, name)
+            renditions = evaluator(program, data, config, mesh)(params, stages)
+            result[f"{name}_accuracy"] = renditions["eval_accuracy"]
         metrics[job] = result
-        print(f"[eval] {job}: accuracy {result['eval_accuracy']:.4f}", flush=True)
+        say(f"[eval] {job}: accuracy {result['eval_accuracy']:.4f}")
     record = {
         "name": "eval",
         "status": "done",
@@ -157,6 +198,7 @@ def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
         directory = job_directory(workdir, "eval")
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "done.json", record)
+    barrier("eval done")
 
 
 def summarise(config: ConfigDict, workdir: Path) -> dict:
@@ -191,6 +233,7 @@ def results(jobs: list[dict]) -> dict:
     if {"e2e", "e2e_scratch"} <= seeds.keys():
         pairs = zip(seeds["e2e"], seeds["e2e_scratch"], strict=False)
         found["e2e_minus_scratch"] = interval([a - b for a, b in pairs])
+    found |= {j["name"]: interval(j["episodes"]) for j in jobs if "episodes" in j}
     hybrids = [j for j in jobs if "teacher_accuracy" in j["metrics"]]
     if hybrids:
         found["hybrids"] = [

@@ -54,20 +54,44 @@ def nac_prior(config: ConfigDict, prior: str) -> None:
     if prior not in NAC_PRIORS:
         raise UserError(f'config argument: no prior "{prior}"; one of {", ".join(NAC_PRIORS)}')
     graph, small, large = NAC_PRIORS[prior]
-    student = config.student
-    student.prior = graph
-    student.options = small if student.mediator_latents == 256 else large
+    nac = config.nac
+    nac.prior = graph
+    nac.options = small if nac.mediator_latents == 256 else large
     if prior == "planted":
         config.regulariser.kind, config.regulariser.weight = "stochastic_block", 1.0
     else:
         config.regulariser.kind, config.regulariser.weight = "hinge", 0.1
 
 
-def imagenet(data: ConfigDict) -> None:
-    """ImageNet-1k at 224 px: random resized crops, flips, repeated augmentation."""
-    data.name, data.image_size, data.classes = "imagenet", 224, 1000
-    data.augment.crop, data.augment.flip = "random_resized", True
+def published_augmentation(data: ConfigDict) -> None:
+    """Random resized crops, flips, RandAugment, random erasing, repeated augmentation."""
+    augment = data.augment
+    augment.crop, augment.flip = "random_resized", True
+    augment.rand_augment, augment.erase = "rand-m9-mstd0.5-inc1", 0.25
+    augment.color_jitter = 0.4  # acts only where rand_augment is switched off
     data.repeated_augmentation = 3
+
+
+def imagenet(data: ConfigDict) -> None:
+    """ImageNet-1k at 224 px, with the published augmentation."""
+    data.name, data.image_size, data.classes = "imagenet", 224, 1000
+    published_augmentation(data)
+
+
+def published_few_shot(config: ConfigDict) -> None:
+    """Heads for 8 classes of CIFAR-100, one image of each: NAC by SGD, V-MoE by AdamW."""
+    data = config.few_shot.data
+    data.name, data.classes = "cifar100", 100
+    published_augmentation(data)
+    data.repeated_augmentation = 1
+    recipe = config.recipes.fewshot
+    recipe.batch, recipe.lr_per = 8, 0
+    if config.family == "nac":
+        recipe.epochs, recipe.optimizer, recipe.decay_rule = 500, "sgd", "none"
+        recipe.lr = recipe.min_lr = 3e-4  # it does not change
+        recipe.weight_decay = 0.0
+    else:
+        recipe.epochs, recipe.warmup_epochs, recipe.lr = 100, 20, 2e-3
 
 
 def vit_huge_teacher(config: ConfigDict) -> None:
@@ -83,14 +107,47 @@ def small_nac(config: ConfigDict) -> None:
     The networks and rates at which the published modules were seen to work on Fashion-MNIST at
     32 px. The latents of each group, epochs and rates per phase are left to the config.
     """
-    teacher, student = config.teacher, config.student
+    teacher, nac = config.teacher, config.nac
     teacher.patch, teacher.width, teacher.heads = 8, 64, 4
     teacher.depths = (2,) * 6
-    student.state_dim = student.code_dim = 64
-    student.heads, student.head_dim = 2, 32
-    student.iterations, student.position_dim = 4, 16
-    student.prior, student.options = "barabasi-albert", {"m": 2}
+    nac.state_dim = nac.code_dim = 64
+    nac.heads, nac.head_dim = 2, 32
+    nac.iterations, nac.position_dim = 4, 16
+    nac.prior, nac.options = "barabasi-albert", {"m": 2}
     config.regulariser.kind = "hinge"
+    for recipe in config.recipes.values():
+        recipe.batch, recipe.lr_per = 50, 0
+        recipe.mixup = recipe.cutmix = 0.0
+        recipe.min_lr, recipe.warmup_lr = 1e-5, 1e-5
+
+
+def vit_large_teacher(config: ConfigDict) -> None:
+    """ViT-L/16 in four modules, with a meta model of four blocks."""
+    config.teacher.variant = "vit_large_patch16_224"
+    config.teacher.depths = (6, 6, 6, 6)
+    config.teacher.remat = True
+
+
+def published_vmoe_end_to_end(config: ConfigDict) -> None:
+    """V-MoE end to end as published: no warmup, clipped, batch 1024, drop-path over all blocks."""
+    recipe = config.recipes.e2e
+    recipe.epochs, recipe.warmup_epochs, recipe.batch = 100, 0, 1024
+    recipe.lr, recipe.min_lr, recipe.weight_decay = 5e-4, 1e-5, 0.05
+    recipe.drop_path, recipe.clip = 0.1, 1.0
+
+
+def small_vmoe(config: ConfigDict) -> None:
+    """A V-MoE of width 48 and four blocks, taught by a ViT of width 64 in four modules of two.
+
+    The student is narrower than the teacher, as in the paper, so that its modules need stitches.
+    Epochs and rates per phase are left to the config.
+    """
+    config.family = "vmoe"
+    teacher, vmoe = config.teacher, config.vmoe
+    teacher.patch, teacher.width, teacher.heads = 8, 64, 4
+    teacher.depths = (2,) * 4
+    vmoe.patch, vmoe.width, vmoe.heads = 8, 48, 4
+    vmoe.depths, vmoe.experts = (1,) * 4, 4
     for recipe in config.recipes.values():
         recipe.batch, recipe.lr_per = 50, 0
         recipe.mixup = recipe.cutmix = 0.0

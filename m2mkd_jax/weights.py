@@ -1,21 +1,29 @@
 """Where the weights of a phase's stages come from: fresh, finished jobs, or `config.init`.
 
-A directory of weights is what a finished job leaves in DIR/jobs/JOB/weights (checkpoint/store.py).
+A directory of weights is what a finished job leaves in DIR/jobs/JOB/weights (checkpoint/store.py),
+or what `python -m m2mkd_jax.convert` makes; `config.init` also takes torch and safetensors files.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.store import load_weights
+from m2mkd_jax.checkpoint.arch import job_fields
+from m2mkd_jax.checkpoint.layouts import has_weights
+from m2mkd_jax.checkpoint.opened import HUB, Weights, local_path, open_weights
 from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain
-from m2mkd_jax.models.nac import priors, students
-from m2mkd_jax.phases import Phase, Source, StageRecord
+from m2mkd_jax.families import family
+from m2mkd_jax.models import chain, registry, vit
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.records import Phase, Source, StageRecord
+from m2mkd_jax.specs import teacher_spec
 
 # Which `config.init` field stands for the weights of which job.
 INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students"}
@@ -26,7 +34,7 @@ def job_directory(workdir: Path, job: str) -> Path:
 
 
 def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
-    """The weights of `job`: those that `config.init` names, else those of this run.
+    """The weights of `job`, a directory or a file: those that `config.init` names, else this run's.
 
     Raises:
         UserError: they are not there.
@@ -40,81 +48,128 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
             hint = f", or set config.init.{field}" if field else ""
             raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
         return path
-    # A directory of weights, one subdirectory a student, or another run's directory.
-    root = Path(given).expanduser()
+    # Another run's directory, one subdirectory a student, weights, or torch files.
+    root = local_path(given) if given.startswith(HUB) else Path(given).expanduser()
     inside = [root / "jobs" / job / "weights"]
-    inside += [root / index / "weights", root / index] if index else [root]
-    for path in inside:
+    inside += [root / index / "weights", root / index] if index else []
+    for path in [*inside, root]:
         if (path / "description.json").is_file():
             return path
+    if has_weights(root):
+        return root
+    looked = ", ".join(str(p / "description.json") for p in [*inside, root])
     raise UserError(
-        f"config.init.{field}: no weights of {job} in {root}; looked for "
-        f"{', '.join(str(p / 'description.json') for p in inside)}"
+        f"config.init.{field}: no weights of {job} in {root}; looked for {looked} and torch files"
     )
 
 
-def _loaded(config: ConfigDict, workdir: Path, source: Source, shape: chain.SplitStage) -> dict:
-    path = weights_directory(config, workdir, source.job)
-    trees, _ = load_weights(path, [source.tree])
+@functools.lru_cache(maxsize=4)
+def _from_torch(path: Path, fields: str) -> Weights:
+    return open_weights(path, fields=json.loads(fields))
+
+
+def read_tree(config: ConfigDict, workdir: Path, job: str, name: str) -> tuple[dict, str]:
+    """The tree `name` of `job`'s weights, and where it is from.
+
+    Converted weights and those of other jobs may call a stage differently (module_2 for meta_2):
+    then its number decides.
+
+    Raises:
+        UserError: the weights, or the tree among them, are not there or cannot be read.
+    """
+    path = weights_directory(config, workdir, job)
+    if (path / "description.json").is_file():
+        weights = open_weights(path)
+    else:
+        weights = _from_torch(path, json.dumps(job_fields(config, job)))
+    names = list(weights.trees)
+    same = [n for n in names if registry.index_of(n) == registry.index_of(name)]
+    chosen = [name] if name in names else same if len(same) == 1 else names
+    if len(chosen) != 1:
+        raise UserError(f"{path} has no weights named {name!r}, only {', '.join(names)}")
+    return weights.trees[chosen[0]], f"{path}/{chosen[0]}"
+
+
+def load_stage(config: ConfigDict, workdir: Path, source: Source, shape: chain.SplitStage) -> dict:
+    """{"params", "fixed"} of a stage from a job's weights. Raises UserError as `read_tree` does."""
+    tree, where = read_tree(config, workdir, source.job, source.tree)
     expected = {"params": shape.params, "fixed": shape.fixed}
     expected = {name: tree for name, tree in expected.items() if tree}
-    tree = match_tree(trees[source.tree], expected, f"{path}/{source.tree}")
+    tree = match_tree(tree, expected, where)
     return {"params": tree["params"], "fixed": tree.get("fixed", {})}
 
 
-def fresh_stage(config: ConfigDict, record: StageRecord, name: str, seed: int) -> dict:
+def fresh_stage(
+    config: ConfigDict, record: StageRecord, name: str, seed: int, shardings=None
+) -> dict:
     """{"params", "fixed"} of a stage before any training; a NAC's mediators get their graph."""
     key = jax.random.key(seed)
     for letter in name:  # the same stage starts alike in whatever job it appears
         key = jax.random.fold_in(key, ord(letter))
-    stage = chain.initialise(record.build, key)
-    params = stage.params
-    if name == "nac":
-        student = config.student
-        if student.prior != "none":
-            params["mediator_latents"]["signatures"] = priors.prior_signatures(
-                student.prior,
-                student.mediator_latents,
-                student.signature_dim,
-                dict(student.options),
-                seed,
-            )
+    stage = chain.initialise(record.build, key, shardings)
+    params = family(config).prepare(name, stage.params, seed)
     return {"params": params, "fixed": stage.fixed}
 
 
-def _assembled(config: ConfigDict, workdir: Path, record: StageRecord, name: str, seed: int):
-    fresh = fresh_stage(config, record, name, seed)
+def _assembled(config: ConfigDict, workdir: Path, network: dict[str, dict]):
+    students = family(config)
     taught = []
-    for i in range(config.student.iterations + 2):
-        path = weights_directory(config, workdir, f"m2mkd/{i}")
-        trees, _ = load_weights(path, [f"student_{i}"])
-        taught.append(trees[f"student_{i}"]["params"])
-    params, origin = students.assemble(fresh["params"], taught)
-    return {**fresh, "params": params}, origin
+    for i in range(students.modules):
+        tree, _ = read_tree(config, workdir, f"m2mkd/{i}", f"student_{i}")
+        taught.append(tree["params"])
+    return students.assemble(network, taught)
+
+
+def _upcycled(config: ConfigDict, workdir: Path, job: str, network: dict[str, dict]):
+    """The dense teacher, cut like the network, as the network's start."""
+    spec, depths = teacher_spec(config)[0], config.teacher.depths
+    loaded = []
+    for i, depth in enumerate(depths):
+        first, last = i == 0, i == len(depths) - 1
+        shape = chain.abstract(
+            lambda rngs, d=depth, f=first, e=last: vit.ViTStage(spec, d, first=f, last=e, rngs=rngs)
+        )
+        stage = load_stage(config, workdir, Source("job", job, f"module_{i}"), shape)
+        loaded.append(chain.merge(shape.graph, stage["params"], stage["fixed"]))
+    dense = [chain.split(stage).params for stage in vit.cut(loaded, config.vmoe.depths)]
+    return family(config).upcycle(network, dense)
 
 
 def load_stages(
-    config: ConfigDict, workdir: Path, phase: Phase
+    config: ConfigDict, workdir: Path, phase: Phase, shardings: Callable | None = None
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """{stage: {"params", "fixed"}} for every stage of a phase, and where each came from.
+
+    shardings: a tree of arrays or shapes -> where its arrays go (parallel/partition.py); None: the
+    first device, or the host.
 
     Raises:
         UserError: weights are missing, damaged, or of another shape.
     """
     stages, origin = {}, {}
+    upcycled = {n: r.source.job for n, r in phase.stages.items() if r.source.kind == "upcycled"}
     for name, record in phase.stages.items():
-        if record.source.kind == "assembled" and config.init.network:
+        source = record.source
+        if source.kind == "assembled" and config.init.network:
             source = Source("job", "e2e", name)
-            stages[name] = _loaded(config, workdir, source, chain.abstract(record.build))
-            origin[name] = config.init.network
-        elif record.source.kind == "assembled":
-            stages[name], parts = _assembled(config, workdir, record, name, phase.seed)
-            origin |= {f"{name}/{part}": where for part, where in parts.items()}
-        elif record.source.kind == "job":
-            shape = chain.abstract(record.build)
-            stages[name] = _loaded(config, workdir, record.source, shape)
-            origin[name] = record.source.job
+        if source.kind == "job":
+            stages[name] = load_stage(config, workdir, source, chain.abstract(record.build))
+            given = config.init.network if record.source.kind == "assembled" else ""
+            origin[name] = given or source.job
         else:
-            stages[name] = fresh_stage(config, record, name, phase.seed)
+            stages[name] = fresh_stage(config, record, name, phase.seed, shardings)
             origin[name] = "fresh"
+    if phase.assembled and not config.init.network:
+        network = {name: stages[name]["params"] for name in phase.assembled}
+        taught, parts = _assembled(config, workdir, network)
+        origin = {n: where for n, where in origin.items() if n not in taught} | parts
+        stages |= {n: {**stages[n], "params": params} for n, params in taught.items()}
+    if upcycled:
+        job = next(iter(upcycled.values()))
+        network = {name: stages[name]["params"] for name in upcycled}
+        dense = _upcycled(config, workdir, job, network)
+        stages |= {n: {**stages[n], "params": params} for n, params in dense.items()}
+        origin |= dict.fromkeys(upcycled, f"{job}, experts from its MLPs, routers fresh")
+    if shardings is not None:
+        stages = partition.put(stages, shardings(stages))
     return stages, origin

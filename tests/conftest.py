@@ -22,6 +22,8 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if inside and all(inside) and "xla_force_host_platform_device_count" not in flags:
         flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+        # These programs run for milliseconds and compile for seconds.
+        flags += " --xla_backend_optimization_level=0"
         os.environ["XLA_FLAGS"] = flags.strip()
 
 

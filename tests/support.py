@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.checkpoint import torch_names, torch_names_moe
 from m2mkd_jax.models import chain
+from m2mkd_jax.models.moe import vmoe
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.vit import ViTSpec
 
@@ -102,3 +103,19 @@ STUDENT_SPEC = NACSpec(
     **{**NAC_SPEC.__dict__, "image_size": 56},
 )
 STITCH_DIM = 30
+
+# The original's V-MoE of fixtures d and g, plain and with a stitch wherever two modules meet.
+VMOE_DEPTHS = (2, 1, 1, 1)
+VMOE_SPEC = vmoe.VMoESpec(ViTSpec(64, 16, 16, 2, 10), tuple(range(5)), experts=8)
+VMOE_STITCHED = vmoe.student_spec(VMOE_SPEC, VMOE_DEPTHS, stitch_dim=24)
+
+
+def vmoe_stage_params(spec: vmoe.VMoESpec, weights: dict) -> list[dict]:
+    """Parameters of every stage from one state dict with global block numbers."""
+    stages, start = [], 0
+    for i, depth in enumerate(VMOE_DEPTHS):
+        ends = {"first": i == 0, "last": i == len(VMOE_DEPTHS) - 1}
+        table = torch_names_moe.vmoe_stage(spec, start, depth, **ends, offset=start)
+        stages.append(torch_names.from_torch(table, {e.torch: weights[e.torch] for e in table}))
+        start += depth
+    return stages

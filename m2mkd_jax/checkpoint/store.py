@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +161,21 @@ class RunCheckpoints:
 
 
 def save_weights(
-    directory: str | os.PathLike, trees: Mapping[str, Tree], description: Mapping[str, Any]
+    directory: str | os.PathLike,
+    trees: Mapping[str, Tree],
+    description: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
     """Writes finished weights: DIRECTORY/<name> (an Orbax PyTree each) and description.json.
 
     The directory appears complete or not at all; one that is there is replaced.  In a multi-process
-    run every process makes the call, and process 0 writes the description.
+    run every process makes the call, and process 0 writes the description.  Trees are taken out of
+    `trees` one by one, each when it is written.
 
     Args:
       directory: the new directory.
       trees: name -> nested dict of arrays; names of letters, digits, '_', '-' and '.'.
-      description: what a reader should know (architecture, who made it, step, metrics); JSON.
+      description: what a reader should know (architecture, who made it, step, metrics); JSON.  A
+        function is called once all trees are written.
 
     Raises:
       ValueError: a name is not a plain file name.
@@ -185,16 +189,14 @@ def save_weights(
         shutil.rmtree(tmp, ignore_errors=True)  # of a killed process
         tmp.mkdir(parents=True)
     barrier(f"weights begin {target}")
-    sums = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for name, tree in trees.items():
-            flat = flatten(tree)
-            sums[name] = {"sha256": checksum(tree), "arrays": len(flat)}
-            if flat:  # a module without weights is a legitimate module; Orbax refuses an empty tree
-                arrays = nested({path: _array(leaf) for path, leaf in flat.items()})
-                checkpointer.save(epath.Path(tmp / name), ocp.args.PyTreeSave(arrays))
+    try:
+        sums = {name: _save_tree(tmp / name, trees[name]) for name in trees}
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     if is_main():
-        content = {"format": _FORMAT, "description": dict(description), "trees": sums}
+        described = description() if callable(description) else description
+        content = {"format": _FORMAT, "description": dict(described), "trees": sums}
         write_json(tmp / "description.json", content)
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -203,6 +205,22 @@ def save_weights(
         tmp.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     barrier(f"weights end {target}")
+
+
+def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
+    flat = flatten(tree)
+    if flat:  # a module without weights is a legitimate module; Orbax refuses an empty tree
+        arrays = nested({key: _array(leaf) for key, leaf in flat.items()})
+        # Without a second copy of host arrays, which only a save in the background needs.
+        handlers = ocp.type_handlers
+        registry = handlers.create_type_handler_registry(
+            (jax.Array, handlers.ArrayHandler()),
+            (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(epath.Path(path), ocp.args.PyTreeSave(arrays))
+    return {"sha256": checksum(tree), "arrays": len(flat)}
 
 
 def load_weights(

@@ -3,15 +3,21 @@
 Axes: N images, B batch, H height, W width, C channels (3), S the wanted image size.
 """
 
+from types import MappingProxyType
+
 import numpy as np
 from PIL import Image
 
+from m2mkd_jax.data import augment
+
 
 class ArraySource:
-    """Images that are already decoded and of the wanted size.
+    """Images that are already decoded.
 
-    Attributes: images uint8 (N, S, S, 3), labels int32 (N,), class_names, a tuple of strings.
+    Attributes: images uint8 (N, H, W, 3), labels int32 (N,), class_names, a tuple of strings.
     """
+
+    replaced = MappingProxyType({})  # nothing here can be damaged
 
     def __init__(self, images, labels, class_names):
         self.images = images
@@ -21,13 +27,30 @@ class ArraySource:
     def __len__(self):
         return len(self.labels)
 
-    def read(self, index):
-        """One image as a PIL image in RGB."""
-        return Image.fromarray(self.images[index])
+    def name(self, index):
+        """What a message calls an image."""
+        return f"number {index}"
 
-    def evaluation_images(self, indices):
-        """The images at `indices` int (B,), as they are: uint8 (B, S, S, 3), a copy."""
-        return self.images[indices]
+    def read(self, index, shrink=None):
+        """One image: uint8 (H, W, 3); `shrink` is for sources that decode."""
+        return self.images[index]
+
+    def reader(self):
+        """What a batch reads its images through: itself."""
+        return self
+
+    def evaluation_images(self, indices, size):
+        """The images at `indices` int (B,): uint8 (B, S, S, 3), a copy.
+
+        As they are where they have the wanted size S, else resized and cut to the centre.
+        """
+        if self.images.shape[1:3] == (size, size):
+            return self.images[indices]
+        return np.stack([augment.evaluation_image(self.read(i), size) for i in indices])
+
+    def labels_of(self, indices):
+        """int32 (B,)."""
+        return self.labels[indices]
 
     def select(self, indices, labels=None, class_names=None):
         """A source of only these images, in this order; with other labels where given."""

@@ -1,6 +1,7 @@
 """Training and evaluation transforms on the host: uint8 in, uint8 out (reference section 6).
 
-Normalising, RandAugment, erasing and mixing are not done here.
+In this order: crop, flip, RandAugment or colour jitter. What needs normalised pixels, erasing and
+mixing, happens on the device (train/step.py).
 Axes: B batch, H height, W width, C channels (3), T tries (10), S the wanted image size.
 """
 
@@ -8,14 +9,19 @@ import dataclasses
 import difflib
 import math
 
+import cv2
 import numpy as np
 from PIL import Image
 
+from m2mkd_jax.data import rand_augment
 from m2mkd_jax.errors import UserError
 
 CROPS = ("none", "shift", "random_resized")
 TRIES = 10
 RATIO = (3 / 4, 4 / 3)
+# A JPEG may be decoded at a half, a quarter or an eighth while the crop stays this many times the
+# wanted size: Pillow's own choice for thumbnails, close to resampling the whole.
+_REDUCING_GAP = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +29,16 @@ class Augmentation:
     """What happens to a training image. Small and picklable: it travels to Grain's workers.
 
     crop: one of CROPS; shift: largest shift in pixels; scale: smallest and largest share of the
-    image's area; flip: mirror half of the images.
+    image's area; flip: mirror half of the images; policy: RandAugment, or None; color_jitter:
+    largest change of brightness, contrast and saturation where there is no policy.
     """
 
     crop: str
     shift: int
     scale: tuple[float, float]
     flip: bool
+    policy: rand_augment.Policy | None = None
+    color_jitter: float = 0.0
 
     @classmethod
     def from_config(cls, config):
@@ -49,32 +58,49 @@ class Augmentation:
             raise UserError(
                 f"data.augment.scale is {scale}: use (smallest, largest) area, within (0, 1]"
             )
-        return cls(augment.crop, int(augment.shift), scale, bool(augment.flip))
+        if not 0 <= augment.color_jitter <= 1:
+            raise UserError(f"data.augment.color_jitter is {augment.color_jitter}: use 0 to 1")
+        if not 0 <= augment.erase <= 1:
+            raise UserError(f"data.augment.erase is {augment.erase}: use a probability, 0 to 1")
+        text = augment.rand_augment
+        policy = rand_augment.Policy.parse(text) if text else None
+        return cls(augment.crop, int(augment.shift), scale, bool(augment.flip), policy,
+                   float(augment.color_jitter))  # fmt: skip
+
+    @property
+    def layers(self):
+        """RandAugment's operations per image."""
+        return self.policy.layers if self.policy else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The uniform numbers in [0, 1) behind B augmentations.
+    """The random numbers behind B augmentations.
 
     They are drawn for the GLOBAL batch before anything is known about the images, so that every
     process and worker sees the same numbers for the same image.
-    crop: (B, T, 2), area and aspect of each try; place: (B, 2), row and column; flip: (B,).
+    Uniform in [0, 1): crop (B, T, 2), area and aspect of each try; place (B, 2), row and column;
+    flip (B,); jitter (B, 2, 3), factors and order. choices: of RandAugment.
     """
 
     crop: np.ndarray
     place: np.ndarray
     flip: np.ndarray
+    jitter: np.ndarray
+    choices: rand_augment.Choices
 
     @classmethod
-    def of(cls, rng, batch_size):
+    def of(cls, rng, batch_size, layers=0):
         """Draws for `batch_size` images from an np.random.Generator."""
         return cls(
-            rng.random((batch_size, TRIES, 2)), rng.random((batch_size, 2)), rng.random(batch_size)
-        )
+            rng.random((batch_size, TRIES, 2)), rng.random((batch_size, 2)),
+            rng.random(batch_size), rng.random((batch_size, 2, 3)),
+            rand_augment.Choices.of(rng, batch_size, layers),
+        )  # fmt: skip
 
     def __getitem__(self, part):
         """The draws of some of the images (a slice)."""
-        return Draws(self.crop[part], self.place[part], self.flip[part])
+        return Draws(*(getattr(self, f.name)[part] for f in dataclasses.fields(self)))
 
 
 def shift_batch(images, place, shift):
@@ -102,11 +128,10 @@ def shift_batch(images, place, shift):
 
 def flip_batch(images, draws):
     """Mirrors the images (B, H, W, C) whose draw (B,) in [0, 1) is below 0.5, left to right."""
-    mirrored = draws < 0.5
-    # A pixel as one item: reversing whole pixels takes a third of the time of reversing bytes.
-    pixels = np.array(images, order="C").view(f"V{images.shape[-1]}")
-    pixels[mirrored] = pixels[mirrored][:, :, ::-1]
-    return pixels.view(np.uint8)
+    flipped = images.copy()
+    for i in np.flatnonzero(draws < 0.5):
+        flipped[i] = cv2.flip(images[i], 1)
+    return flipped
 
 
 def crop_box(height, width, tries, place, scale=(0.08, 1.0), ratio=RATIO):
@@ -137,48 +162,104 @@ def crop_box(height, width, tries, place, scale=(0.08, 1.0), ratio=RATIO):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def resized_crop(image, box, size):
-    """Cuts `box` (top, left, height, width) out of a PIL image, bicubic to uint8 (S, S, 3)."""
-    top, left, height, width = box
-    # Crop first: resize(box=...) would let the filter see pixels outside of the box.
-    cut = image.crop((left, top, left + width, top + height))
-    return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
+def resized_crop(image, box, size, times=1):
+    """Cuts `box` out of uint8 (H, W, C), bicubic to uint8 (S, S, C).
+
+    box: (top, left, height, width) in pixels of an image that is `times` as large as this one.
+    """
+    top, left, height, width = (side / times for side in box)
+    # Crop first: the filter must not see pixels outside of the box.
+    rows = slice(math.floor(top), math.ceil(top + height))
+    columns = slice(math.floor(left), math.ceil(left + width))
+    top, left = top - rows.start, left - columns.start
+    return _resize(image[rows, columns], size, size, (left, top, left + width, top + height))
+
+
+def _resize(image, height, width, box=None):
+    """Pillow's bicubic, which smooths where it makes smaller; OpenCV's does not."""
+    image = Image.fromarray(image)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 def evaluation_image(image, size):
     """Resizes the shorter side to int(256 / 224 * size), bicubic, and cuts the centre.
 
-    Args: image, a PIL image in RGB; size S in pixels.
-    Returns: uint8 (S, S, 3).
+    Args: image uint8 (H, W, C); size S in pixels.
+    Returns: uint8 (S, S, C).
     """
     short = int(256 / 224 * size)
-    width, height = image.size
+    height, width = image.shape[:2]
     if width <= height:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return _resize(image, height, width)[top : top + size, left : left + size]
 
 
 def training_images(source, indices, augmentation, draws, size):
     """Loads and augments some images of a source.
 
-    Args: source (see sources.py); indices int (B,); draws for these B images; size S in pixels.
+    Args: source, or its reader (see sources.py); indices int (B,); draws for these B images; size S
+      in pixels.
     Returns: uint8 (B, S, S, 3).
     """
     if augmentation.crop == "random_resized":
-        images = np.stack([
-            _random_resized(source.read(index), tries, place, augmentation.scale, size)
-            for index, tries, place in zip(indices, draws.crop, draws.place, strict=True)
-        ])
+        images = _random_resized(source, indices, augmentation.scale, draws, size)
     else:
-        images = source.evaluation_images(indices)
+        images = source.evaluation_images(indices, size)
     if augmentation.crop == "shift":
         images = shift_batch(images, draws.place, augmentation.shift)
-    return flip_batch(images, draws.flip) if augmentation.flip else images
+    if augmentation.flip:
+        images = flip_batch(images, draws.flip)
+    return _recolour(images, augmentation, draws)
 
 
-def _random_resized(image, tries, place, scale, size):
-    return resized_crop(image, crop_box(image.height, image.width, tries, place, scale), size)
+def _random_resized(source, indices, scale, draws, size):
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    # The copies of repeated augmentation stand side by side: decoded once, cropped many times.
+    starts = np.flatnonzero(np.diff(indices, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+        crops = _Crops(draws[start:end], scale, size)
+        image = source.read(indices[start], crops.shrink)
+        images[start:end] = crops.cut(image)
+    return images
+
+
+class _Crops:
+    """The crops of one image's copies; it learns the size of the file before it is decoded."""
+
+    def __init__(self, draws, scale, size):
+        self._draws, self._scale, self._size = draws, scale, size
+        self._boxes = self._height = None
+
+    def shrink(self, height, width):
+        """How many times smaller an image of this size may be decoded."""
+        self._height = height
+        self._boxes = [
+            crop_box(height, width, tries, place, self._scale)
+            for tries, place in zip(self._draws.crop, self._draws.place, strict=True)
+        ]
+        return min(min(box[2:]) for box in self._boxes) / (_REDUCING_GAP * self._size)
+
+    def cut(self, image):
+        """The crops: a list of uint8 (S, S, 3)."""
+        if self._boxes is None:  # it came from memory
+            self.shrink(*image.shape[:2])
+        times = round(self._height / len(image))
+        return [resized_crop(image, box, self._size, times) for box in self._boxes]
+
+
+def _recolour(images, augmentation, draws):
+    """RandAugment, or colour jitter where there is none. images (B, S, S, 3), may be changed."""
+    policy, strength = augmentation.policy, augmentation.color_jitter
+    if policy is None and not strength:
+        return images
+    images = np.ascontiguousarray(images)
+    for i, image in enumerate(images):
+        if policy is not None:
+            steps = rand_augment.operations(policy, draws.choices[i])
+            images[i] = rand_augment.apply(image, steps)
+        else:
+            images[i] = rand_augment.jitter(image, strength, draws.jitter[i])
+    return images

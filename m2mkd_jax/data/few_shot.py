@@ -10,6 +10,8 @@ import numpy as np
 
 from m2mkd_jax.errors import UserError
 
+SELECTIONS = ("disjoint", "published")
+
 
 @dataclasses.dataclass(frozen=True)
 class FewShotTask:
@@ -92,6 +94,43 @@ def disjoint_selection(train_targets, test_targets, k_way, n_shot, query_samples
     support, support_labels = _draw(train_targets, drawn, n_shot, rng)
     query, query_labels = _draw(test_targets, drawn, query_samples, rng)
     return FewShotTask(drawn, support, support_labels, query, query_labels)
+
+
+def draw_tasks(train, test, config):
+    """The episodes of a few-shot run, one after the other; episode e depends on (seed, e) alone.
+
+    Args:
+      train, test: sources (see sources.py) of the two splits.
+      config: fields ways, shots, episodes, selection ('disjoint' or 'published') and seed; episode
+        e has seed + e. Queries are 3 * shots images per class, as published.
+    Yields: (support, query), sources whose labels are 0..ways-1 and whose class names are those of
+      the drawn classes, in that order.
+    Raises: UserError for what `disjoint_selection` and `published_selection` refuse, and for
+      another selection.
+    """
+    if config.selection not in SELECTIONS:
+        raise UserError(
+            f"the few-shot selection is {config.selection!r}: use one of {', '.join(SELECTIONS)}"
+        )
+    if config.episodes < 1:
+        raise UserError(f"few-shot with {config.episodes} episodes: use 1 or more")
+    targets, queries = np.asarray(train.labels), 3 * config.shots
+    for seed in range(config.seed, config.seed + config.episodes):
+        if config.selection == "published":
+            pool = train
+            task = published_selection(
+                targets, config.ways, config.shots, queries, seed, len(train.class_names)
+            )
+        else:
+            pool = test
+            task = disjoint_selection(
+                targets, np.asarray(test.labels), config.ways, config.shots, queries, seed
+            )
+        names = tuple(train.class_names[label] for label in np.sort(task.classes))
+        yield (
+            train.select(task.support_indices, task.support_labels, names),
+            pool.select(task.query_indices, task.query_labels, names),
+        )
 
 
 def _check_ways(k_way, classes):

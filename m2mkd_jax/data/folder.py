@@ -1,96 +1,49 @@
-"""Folders of image files: ImageNet's layout, and the original Tiny-ImageNet archive's.
+"""Folders of image files: ImageNet's layout, the original Tiny-ImageNet archive's, ImageNet-R's.
 
     root/train/CLASS/*.JPEG          or   root/train/CLASS/images/*.JPEG
     root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt
 
-Classes are the folder names of train/, sorted; the class of a file is its folder.
-Axes: N images, B batch, H height, W width, C channels (3), S the wanted image size.
+    root/CLASS/*.jpg                 only a test split, as ImageNet-R has
+
+Classes are the folder names, sorted; the class of a file is its folder. Axes: N images.
 """
 
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from m2mkd_jax.data import augment
+from m2mkd_jax.data.decode import SUFFIXES
 from m2mkd_jax.errors import UserError
 
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 _FOLDERS = {"train": "train", "test": "val"}
 _ANNOTATIONS = "val_annotations.txt"
+EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
-class FolderSource:
-    """Images that are decoded when they are asked for.
+def check_layout(root):
+    """Looks whether train/ and val/ are there and agree, by listing folders only.
 
-    Attributes: root, a path; files bytes (N,), paths below root; labels int32 (N,);
-    class_names, a tuple of strings; size S, pixels of `evaluation_images`.
-    """
-
-    def __init__(self, root, files, labels, class_names, size):
-        self.root = os.fspath(root)
-        # Encoded, in one array: a million str objects take 150 MB in every worker.
-        self.files = np.asarray(files)
-        self.labels = np.asarray(labels, np.int32)
-        self.class_names = tuple(class_names)
-        self.size = size
-
-    def __len__(self):
-        return len(self.labels)
-
-    def path(self, index):
-        """Where an image lies."""
-        return os.path.join(self.root, os.fsdecode(bytes(self.files[index])))
-
-    def read(self, index):
-        """One image as a PIL image in RGB, as large as the file has it.
-
-        Raises: UserError for a file that cannot be decoded.
-        """
-        try:
-            with Image.open(self.path(index)) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"cannot decode the image {self.path(index)} ({reason}): replace or remove it"
-            ) from error
-
-    def evaluation_images(self, indices):
-        """The images at `indices` int (B,), resized and cut to the centre: uint8 (B, S, S, 3)."""
-        return np.stack([augment.evaluation_image(self.read(i), self.size) for i in indices])
-
-    def select(self, indices, labels=None, class_names=None):
-        """A source of only these images, in this order; with other labels where given."""
-        labels = self.labels[indices] if labels is None else labels
-        return FolderSource(
-            self.root, self.files[indices], labels, class_names or self.class_names, self.size
-        )
-
-
-def check_layout(root, classes, advice):
-    """Looks whether a data set is there, by listing folders only.
-
-    Args: root, a path; classes, how many there must be; advice, one phrase on how to get it.
     Returns: the class names, sorted.
-    Raises: UserError for a missing folder, or another number of classes.
+    Raises: UserError for a missing folder, a val/ without classes, or with others than train/.
     """
     root = Path(root)
     for name in ("train", "val"):
         if not (root / name).is_dir():
-            raise UserError(
-                f"no data in {root}: there is no folder {name}/, and train/CLASS/*.JPEG and"
-                f" val/CLASS/*.JPEG are expected (data.root says where to look); {advice}"
-            )
-    names = _class_folders(root / "train")
-    if len(names) != classes:
-        raise UserError(
-            f"{root / 'train'} has {len(names)} class folders and data.classes is {classes}:"
-            f" set data.classes={len(names)} or point data.root elsewhere; {advice}"
-        )
+            raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
+    names = class_folders(root / "train")
+    if not names:
+        raise UserError(f"{root / 'train'} has no class folders: {EXPECTED} are expected")
     if not (root / "val" / _ANNOTATIONS).is_file():
-        _check_same_classes(root / "val", names, _class_folders(root / "val"))
+        found = class_folders(root / "val")
+        flat = not found or found == ["images"]
+        loose = image_files(root / "val") or image_files(root / "val" / "images")
+        if flat and loose:
+            raise UserError(
+                f"{root / 'val'} is flat, {len(loose)} images without their classes:"
+                f" val/CLASS/*.JPEG or val/{_ANNOTATIONS} (Tiny-ImageNet's) is expected"
+            )
+        check_same_classes(root / "val", names, found)
     return names
 
 
@@ -98,19 +51,26 @@ def list_images(root, split, names):
     """The files of a split, in a fixed order, without opening any.
 
     Args: root, a path that `check_layout` accepts; split 'train' or 'test'; names, the classes.
-    Returns: files bytes (N,), paths below root; labels int32 (N,).
+    Returns: paths bytes (N,), below root; labels int32 (N,).
     Raises: UserError for a class without images or a broken annotation file.
     """
     root = Path(root)
-    folder = _FOLDERS[split]
-    if split == "test" and (root / folder / _ANNOTATIONS).is_file():
+    if split == "test" and (root / "val" / _ANNOTATIONS).is_file():
         return _annotated(root, names)
-    files, labels = [], []
+    return list_classes(root, _FOLDERS[split], names)
+
+
+def list_classes(root, folder, names):
+    """The files of the class folders `names` in root/folder: paths bytes (N,), labels int32 (N,).
+
+    Raises: UserError for a class without images.
+    """
+    root, files, labels = Path(root), [], []
     for label, name in enumerate(names):
         below = os.path.join(folder, name)
         if (root / below / "images").is_dir():
             below = os.path.join(below, "images")
-        found = sorted(_image_files(root / below))
+        found = sorted(image_files(root / below))
         if not found:
             raise UserError(f"no image file in {root / below}: add some or remove the folder")
         files += [os.fsencode(os.path.join(below, file)) for file in found]
@@ -121,7 +81,7 @@ def list_images(root, split, names):
 def _annotated(root, names):
     """Tiny-ImageNet's val/: flat, with lines of file name, tab, class, tab, box."""
     path = root / "val" / _ANNOTATIONS
-    present = set(_image_files(root / "val" / "images"))
+    present = set(image_files(root / "val" / "images"))
     numbers = {name: label for label, name in enumerate(names)}
     files, labels = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -142,11 +102,12 @@ def _annotated(root, names):
             )
         files.append(os.fsencode(os.path.join("val", "images", file)))
         labels.append(numbers[name])
-    _check_same_classes(path, names, [names[label] for label in sorted(set(labels))])
+    check_same_classes(path, names, [names[label] for label in sorted(set(labels))])
     return np.array(files), np.array(labels, np.int32)
 
 
-def _check_same_classes(where, names, found):
+def check_same_classes(where, names, found):
+    """Raises UserError unless the classes `found` in `where` are those of training, `names`."""
     missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if missing:
         raise UserError(
@@ -160,15 +121,17 @@ def _check_same_classes(where, names, found):
         )
 
 
-def _class_folders(folder):
+def class_folders(folder):
+    """Names of the folders in a folder, sorted; hidden ones left out."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _image_files(folder):
+def image_files(folder):
+    """Names of the image files in a folder; none where it is not there."""
     if not os.path.isdir(folder):
         return []
     return [
         name for name in os.listdir(folder)
-        if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
     ]

@@ -15,15 +15,17 @@ from m2mkd_jax.objectives.classification import top_k_correct
 from m2mkd_jax.train.step import normalise
 
 
-def make_counter(logits: Callable, mean, std) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
+def make_counter(
+    logits: Callable, mean, std, out_shardings=None
+) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
     """(trainable, frozen, batch, key) -> (4,) sums over the images that are not padding.
 
     The sums: images, right answers, right among the first five, negative log-likelihood.
     `logits` is (trainable, frozen, images, key) -> (B, K); the batch has "image" uint8
-    (B, H, W, 3), "label" (B,) and "mask" (B,), 0 for padding.
+    (B, H, W, 3), "label" (B,) and "mask" (B,), 0 for padding. `out_shardings`: where the sums are
+    wanted; with several processes, whole in each.
     """
 
-    @jax.jit
     def count(trainable, frozen, batch, key):
         images = normalise(batch["image"], mean, std)
         outputs = logits(trainable, frozen, images, key)
@@ -37,7 +39,7 @@ def make_counter(logits: Callable, mean, std) -> Callable[[dict, dict, dict, jax
         )
         return jnp.stack([jnp.sum(value * mask) for value in sums])
 
-    return count
+    return jax.jit(count, out_shardings=out_shardings)
 
 
 def evaluate(count: Callable, trainable: dict, frozen: dict, batches: Iterable[dict], key) -> dict:

@@ -21,6 +21,8 @@ from flax import nnx
 
 # Parameters whose values are small sums or differences of near-equal numbers: always float32.
 FLOAT32_NAMES = ("signatures", "codes", "bandwidth", "gain")
+# Modules that stay in float32 as a whole: a router compares near-equal numbers.
+FLOAT32_MODULES = ("router",)
 
 
 class Fixed(nnx.Variable):
@@ -39,6 +41,10 @@ class Stage(nnx.Module):
     """
 
     depth: int = 0
+
+    def observed(self, x, *, rates=None, key=None, train=False) -> tuple[jax.Array, dict]:
+        """Like calling the stage, and arrays to watch or to put into a loss, by name."""
+        return self(x, rates=rates, key=key, train=train), {}
 
     def join(self, after: Stage) -> Stage | None:
         """One stage that does what this one and then `after` do, or None if there is none."""
@@ -69,16 +75,30 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
 
-def initialise(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> SplitStage:
-    """A stage with fresh arrays, drawn in one compiled program: op by op takes ten times longer."""
+def initialise(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    key: jax.Array,
+    shardings: Callable[[dict], dict] | None = None,
+) -> SplitStage:
+    """A stage with fresh arrays, drawn in one compiled program: op by op takes ten times longer.
+
+    shardings: a tree of shapes -> where its arrays are wanted. Each device then draws its part of
+    the same numbers; None: all of them on the first device.
+    """
 
     def arrays(key):
         parts = split(build(nnx.Rngs(key)))
-        return parts.params, parts.fixed
+        # Constants come weakly typed, optimizers give back strong types: the step of a fresh
+        # network would be compiled twice more.
+        strong = lambda x: jax.lax.convert_element_type(x, x.dtype)  # noqa: E731
+        return jax.tree.map(strong, (parts.params, parts.fixed))
 
     # It runs once: optimising it takes the CPU compiler six times as long as not to.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return SplitStage(abstract(build).graph, *jax.jit(arrays, compiler_options=options)(key))
+    shapes = abstract(build)
+    where = None if shardings is None else (shardings(shapes.params), shardings(shapes.fixed))
+    draw = jax.jit(arrays, compiler_options=options, out_shardings=where)
+    return SplitStage(shapes.graph, *draw(key))
 
 
 def merge(graph: nnx.GraphDef, params: dict, fixed: dict) -> nnx.Module:
@@ -95,14 +115,28 @@ def run(
     train: bool = False,
 ) -> jax.Array:
     """Runs a chain. `rates[i]` are the drop-path rates of stage i's blocks (None: none)."""
+    return run_observed(stages, x, rates=rates, key=key, train=train)[0]
+
+
+def run_observed(
+    stages: Sequence[Stage],
+    x: jax.Array,
+    *,
+    rates: Sequence[Sequence[float] | None] | None = None,
+    key: jax.Array | None = None,
+    train: bool = False,
+) -> tuple[jax.Array, list[dict]]:
+    """`run`, and what each stage lets see of itself (`Stage.observed`)."""
+    seen = []
     for i, stage in enumerate(stages):
-        x = stage(
+        x, observed = stage.observed(
             x,
             rates=None if rates is None else rates[i],
             key=None if key is None else jax.random.fold_in(key, i),
             train=train,
         )
-    return x
+        seen.append(observed)
+    return x, seen
 
 
 def join(stages: Sequence[Stage], rates: Sequence | None) -> tuple[list[Stage], list | None]:
@@ -137,15 +171,30 @@ def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:
 
 
 def cast_compute(params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters in the compute type; see FLOAT32_NAMES for those that stay in float32."""
+    """Parameters in the compute type; FLOAT32_NAMES and FLOAT32_MODULES stay in float32."""
     if dtype == jnp.float32:
         return params
 
     def cast(path, leaf):
         names = [entry.key for entry in path]
-        return leaf if names[-1] in FLOAT32_NAMES else leaf.astype(dtype)
+        kept = names[-1] in FLOAT32_NAMES or any(name in FLOAT32_MODULES for name in names)
+        return leaf if kept else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def part(params: dict, path: Sequence[str]) -> dict:
+    """Only what lies at `path` in nested dicts, nested as it was; all of it for an empty path."""
+    return {path[0]: part(params[path[0]], path[1:])} if path else params
+
+
+def overlaid(params: dict, changed: dict) -> dict:
+    """Nested dicts with what `changed` has, a part of them or all, in its place."""
+    new = dict(params)
+    for name, value in changed.items():
+        nested = isinstance(value, dict) and name in params
+        new[name] = overlaid(params[name], value) if nested else value
+    return new
 
 
 def count(params: dict) -> int:

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
+
+from m2mkd_jax import paths
 
 # PyTorch's LayerNorm subtracts the mean before squaring; E[x^2] - E[x]^2 would lose digits.
 EXACT_VARIANCE = {"use_fast_variance": False}
@@ -87,9 +90,53 @@ def scan_stack(module: nnx.Module, x, inputs, apply: Callable, *, remat: bool = 
 
     def body(x, layer):
         state, inputs = layer
-        return apply(nnx.merge(graph, state), x, inputs), None
+        return apply(nnx.merge(graph, whole(state)), x, inputs), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (state, inputs))[0]
+    return jax.lax.scan(kept(body, remat), x, (state, inputs))[0]
+
+
+def whole(weights):
+    """Weights as a layer computes with them: what FSDP cut over 'data' is gathered.
+
+    Left to itself the compiler may multiply with the parts instead, and move activations about.
+    Experts stay where they are (parallel/partition.py), and so do stacked layers, which are
+    gathered one by one when their turn comes.
+    """
+    if not _data_groups():
+        return weights
+
+    def gather(path, leaf):
+        names = paths.names(path)
+        if paths.is_stacked(names):
+            return leaf
+        place = PartitionSpec("expert" if "experts" in names else None)
+        return jax.lax.with_sharding_constraint(leaf, place)
+
+    return jax.tree_util.tree_map_with_path(gather, weights)
+
+
+def kept(body: Callable, remat: bool) -> Callable:
+    """`body`, keeping all it computes for the backward pass but gathered weights; `remat`: nothing.
+
+    Kept, those of all layers would be on every device at once.
+    """
+    if remat:
+        return jax.checkpoint(body)
+    if _data_groups():
+        return jax.checkpoint(body, policy=_is_no_gathered_weight)
+    return body
+
+
+def _is_no_gathered_weight(primitive, *_, **parameters) -> bool:
+    # All that is put somewhere and not cut over 'data' is a weight.
+    constrained = primitive.name == "sharding_constraint"
+    return not constrained or "data" in str(parameters["sharding"].spec)
+
+
+def _data_groups() -> bool:
+    """Whether a mesh in context cuts the batch into groups, over which weights may be cut too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["data"] > 1
 
 
 class Patches(nnx.Module):

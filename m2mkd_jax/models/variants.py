@@ -34,3 +34,11 @@ def vit_variant(name: str, classes: int, remat: bool = False) -> tuple[ViTSpec, 
         raise UserError(f'teacher.variant: no variant "{name}"; {hint}')
     size, patch, width, depth, heads, bias, eps = _TABLE[name]
     return ViTSpec(size, patch, width, heads, classes, bias, eps, remat), depth
+
+
+def name_of(spec: ViTSpec) -> str:
+    """The variant that has these fields (classes and remat apart); "" if none does."""
+    for name in NAMES:
+        if vit_variant(name, spec.classes, spec.remat)[0] == spec:
+            return name
+    return ""

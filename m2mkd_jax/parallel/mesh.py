@@ -6,7 +6,7 @@ share of the batch is always B / processes (cut over 'data' alone it is not, whe
 processes).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,35 +14,84 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2mkd_jax.errors import UserError
 
+AXES = ("data", "expert")
+REST = -1
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, expert: int = 1) -> Mesh:
-    """A mesh (devices / expert, expert) named ('data', 'expert').
+
+def mesh_shape(devices: int, data: int = REST, expert: int = 1) -> tuple[int, int]:
+    """(D, E) with D * E = devices; one of the two may be -1, the rest.
+
+    Raises:
+      UserError: there is no such shape.
+    """
+    asked = f"config.mesh: data {data} x expert {expert}"
+    if any(size < 1 and size != REST for size in (data, expert)):
+        raise UserError(f"{asked} is no mesh; give numbers of devices, or -1 for the rest")
+    if data == expert == REST:
+        raise UserError(f"{asked}: only one of them can be the rest")
+    known = expert if data == REST else data
+    if REST in (data, expert):
+        if devices % known:
+            fitting = [n for n in range(1, devices + 1) if devices % n == 0]
+            raise UserError(f"{asked}: {known} does not divide {devices} device(s); use one of "
+                            f"{fitting}")  # fmt: skip
+        return (devices // known, known) if data == REST else (known, devices // known)
+    if data * expert != devices:
+        raise UserError(f"{asked} is {data * expert} device(s), but there are {devices}; "
+                        "-1 means the rest")  # fmt: skip
+    return data, expert
+
+
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, data: int = REST, expert: int = 1
+) -> Mesh:
+    """The mesh ('data', 'expert') of these devices.
+
+    They are lined up process by process, groups one after the other: a group lies within one
+    process wherever `expert` divides a process's devices (tokens are exchanged within groups, and
+    between processes that is slow), and a process's images are consecutive ones of the batch.
 
     Args:
       devices: the devices to use; all of them, over all processes, by default.
-      expert: devices per group.
+      data: groups; -1: the rest.
+      expert: devices per group; -1: the rest.
 
     Raises:
-      UserError: `expert` does not divide the number of devices.
+      UserError: no such shape.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    if expert < 1 or len(devices) % expert:
-        raise UserError(
-            f"an expert axis of {expert} does not divide {len(devices)} device(s); "
-            f"choose one of {[n for n in range(1, len(devices) + 1) if len(devices) % n == 0]}"
-        )
-    # Auto: make_mesh defaults to Explicit, where with_sharding_constraint asserts, not constrains.
-    return jax.make_mesh(
-        (len(devices) // expert, expert),
-        ("data", "expert"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices,
-    )
+    devices = in_line(jax.devices() if devices is None else devices)
+    shape = mesh_shape(len(devices), data, expert)
+    # Auto: with_sharding_constraint asserts on Explicit axes instead of constraining.
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def in_line(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Process by process."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def spanning_groups(mesh: Mesh) -> int:
+    """How many processes the widest group lies in; above 1, tokens cross the network."""
+    return max(len({device.process_index for device in group}) for group in mesh.devices)
+
+
+def on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced where layers find the mesh by `jax.sharding.get_abstract_mesh()`.
+
+    Set while tracing alone: `jax.set_mesh` around a run would also spread every small array that
+    is made beside it over all devices and processes.
+    """
+
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis (images) cut over all devices of the mesh, the others whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "expert")))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

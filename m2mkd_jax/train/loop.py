@@ -5,9 +5,7 @@ It knows neither models nor phases: it is handed a compiled step, batches and ca
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ import jax
 import numpy as np
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel.process import alone, from_main, stopping
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT arrived; the state has been saved."""
+    """SIGTERM or SIGINT arrived (in one of the processes); the state has been saved."""
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Loop:
         evaluate: state -> metrics (`eval_*`).
         log: (record) -> None; called with plain numbers.
         save: (step, state, metrics) -> None; must copy before it returns.
-        save_seconds: longest time without a checkpoint.
+        save_seconds: longest time without a checkpoint (several processes: looked at when logging).
         stop: metrics of an evaluation -> whether to end early; None: never.
         learning_rate: update number -> rate, for the log.
         accumulate: calls of `step` per optimizer update.
@@ -77,13 +76,14 @@ class Loop:
             metrics = self.evaluate(state)
             if self.stop(metrics):
                 return state, metrics, done
-        with _signals() as stopped:
+        with stopping() as asked_to_stop:
             while done < self.total_steps:
                 state, step_metrics = self.step(state, self.frozen, next(batches))
                 pending.append(step_metrics)
                 done += 1
                 last = done == self.total_steps
-                if last or len(pending) == self.log_every:
+                logs = last or len(pending) == self.log_every
+                if logs:
                     # The only place where the host waits for the device between evaluations.
                     clock = self._log(done, pending, clock)
                     pending = []
@@ -94,10 +94,14 @@ class Loop:
                     clock = time.monotonic()
                 early = bool(metrics and self.stop and self.stop(metrics))
                 overdue = time.monotonic() - saved > self.save_seconds
+                if not alone():
+                    # Their clocks differ; asking at every step would be a wait at every step.
+                    overdue = logs and from_main(overdue)
+                stopped = asked_to_stop()
                 if metrics or overdue or stopped:
                     self.save(done, state, metrics)
                     saved = time.monotonic()
-                if stopped and not last:
+                if stopped:
                     raise Preempted(f"{self.name}: stopped by a signal at step {done}, state saved")
                 if early:
                     break
@@ -107,7 +111,8 @@ class Loop:
 
     def _log(self, done: int, pending: list[dict], clock: float) -> float:
         values = jax.device_get(pending)
-        mean = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+        # Scalars become numbers, what is measured per layer becomes lists.
+        mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in values[0]}
         now = time.monotonic()
         first = done - len(pending) + 1
         rate = self.learning_rate(max(done // self.accumulate - 1, 0))
@@ -119,24 +124,3 @@ class Loop:
                 "lower the learning rate or set clip in its recipe, then delete the job's directory"
             )
         return now
-
-
-@contextlib.contextmanager
-def _signals():
-    """A list that becomes non-empty when SIGTERM or SIGINT arrives (main thread only)."""
-    arrived: list[int] = []
-    previous = {}
-
-    def handler(number, _):
-        arrived.append(number)
-        if len(arrived) > 1:  # a second one means it
-            raise KeyboardInterrupt
-
-    with contextlib.suppress(ValueError):  # not the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handler)
-    try:
-        yield arrived
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -4,35 +4,18 @@ recipe fields read here: optimizer ('adamw' | 'sgd'), weight_decay, decay_rule, 
 only), clip (0 = off), accumulate (1 = off), and the fields of train/schedule.py.
 """
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
+from m2mkd_jax import paths
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.train.schedule import learning_rate
 
 DECAY_RULES = ("published", "published_stage", "all", "none")
 OPTIMIZERS = ("adamw", "sgd")
-# Identical blocks are stacked under these names: their leaves have one extra leading axis.
-STACKED = ("blocks", "propagators")
 EMBEDDINGS = ("pos_embed", "cls_token")
-
-
-def _names(path: Sequence[Any]) -> list[Any]:
-    # DictKey has .key, GetAttrKey .name, SequenceKey .idx.
-    return [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path]
-
-
-def _is_index(name: Any) -> bool:
-    return isinstance(name, int) or (isinstance(name, str) and name.isdigit())
-
-
-def _is_stacked(names: Sequence[Any]) -> bool:
-    # blocks/0/... is a list of blocks that differ: not stacked.
-    return any(a in STACKED and not _is_index(b) for a, b in itertools.pairwise(names))
 
 
 def decay_mask(params: Any, rule: str) -> Any:
@@ -51,11 +34,11 @@ def decay_mask(params: Any, rule: str) -> Any:
     def decays(path, leaf) -> bool:
         if rule in ("all", "none"):
             return rule == "all"
-        names = _names(path)
-        kind = [name for name in names if not _is_index(name)][-1]
+        names = paths.names(path)
+        kind = [name for name in names if not paths.is_index(name)][-1]
         if kind in EMBEDDINGS:
             return rule == "published_stage"
-        return kind != "bias" and leaf.ndim - _is_stacked(names) != 1
+        return kind != "bias" and leaf.ndim - paths.is_stacked(names) != 1
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

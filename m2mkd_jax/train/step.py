@@ -16,13 +16,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from m2mkd_jax.train import mixing
+from m2mkd_jax.train import erasing, mixing
 from m2mkd_jax.train.optimizer import ema_update
 
 
 def normalise(images: jax.Array, mean, std) -> jax.Array:
     """uint8 (B, H, W, 3) -> float32, ((x / 255) - mean) / std per channel."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def prepare(
+    keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What a step does to a batch from the host: normalise, erase, mix.
+
+    keys: of erasing and of mixing. Returns images (B, H, W, 3) float32 and targets (B, K).
+    """
+    images = normalise(batch["image"], data.mean, data.std)
+    images = erasing.erase(keys[0], images, data.augment.erase)
+    return mixing.mix(keys[1], images, batch["label"], data.classes, recipe)
 
 
 def initial_state(
@@ -47,6 +59,7 @@ def make_step(
     recipe: Any,
     data: Any,
     seed: int,
+    out_shardings: Any = None,
 ) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
     """(state, frozen, batch) -> (state, metrics), compiled, the old state's buffers reused.
 
@@ -54,17 +67,18 @@ def make_step(
         loss: (trainable, frozen, batch, key) -> (scalar, metrics); losses.Program.loss.
         optimizer: of train/optimizer.py.
         recipe: mixing and ema fields.
-        data: mean, std, classes.
+        data: mean, std, classes, augment.erase.
         seed: of all randomness; a step's key depends on it and on the step number alone.
+        out_shardings: (of the state, of the metrics); the new state must lie where the old one
+            does, or its buffers cannot be reused. None: the compiler's choice.
 
     The batch holds "image" uint8 (B, H, W, 3) and "label" int32 (B,).
     """
 
     def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        mix_key, loss_key = jax.random.split(key)
-        images = normalise(batch["image"], data.mean, data.std)
-        images, targets = mixing.mix(mix_key, images, batch["label"], data.classes, recipe)
+        mix_key, loss_key, erase_key = jax.random.split(key, 3)
+        images, targets = prepare((erase_key, mix_key), batch, recipe, data)
         frozen = with_fixed(frozen, state["fixed"])
         batch = {"image": images, "target": targets}
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -78,12 +92,12 @@ def make_step(
             new["ema"] = ema_update(state["ema"], params, recipe.ema)
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def with_fixed(frozen: dict, fixed: dict) -> dict:
     """The frozen stages, and the fixed arrays of the trained ones."""
-    return {**frozen, **{name: {"fixed": arrays} for name, arrays in fixed.items()}}
+    return frozen | {n: {**frozen.get(n, {}), "fixed": arrays} for n, arrays in fixed.items()}
 
 
 def evaluated_params(state: dict) -> dict:

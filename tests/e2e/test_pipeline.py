@@ -1,50 +1,26 @@
 """The command as a user runs it: every phase, kills, resumes, wrong input."""
 
+import functools
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "e2e" / "tiny.py"
+from tests.e2e import command as commands
+from tests.e2e.command import ROOT, TIMEOUT, summary
+
 JOBS = ["pt", "mt/0", "mt/1", "mt/2", "ft", "m2mkd/0", "m2mkd/1", "m2mkd/2", "e2e", "e2e_scratch",
         "e2e_kd", "eval"]  # fmt: skip
-TIMEOUT = 1200
+command = functools.partial(commands.command, "tiny")
+run = functools.partial(commands.run, "tiny")
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    # One cache of compiled programs for all runs of this file: they compile the same programs.
-    cache = str(tmp_path_factory.mktemp("xla"))
-    # Unoptimised code: these networks are tiny, and compiling them is what takes the time.
-    flags = "--xla_backend_optimization_level=0"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
-            "XLA_FLAGS": flags}  # fmt: skip
-
-
-def command(workdir, *flags) -> list[str]:
-    return [sys.executable, "-m", "m2mkd_jax.main", f"--config={TINY}", f"--workdir={workdir}",
-            *flags]  # fmt: skip
-
-
-def run(environment, workdir, *flags) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(workdir, *flags), cwd=ROOT, env=environment, timeout=TIMEOUT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
-def summary(workdir) -> dict:
-    """summary.json without the clock."""
-    found = json.loads((workdir / "summary.json").read_text())
-    for job in found["jobs"]:
-        job.pop("seconds")
-    return found
+    return commands.environment(str(tmp_path_factory.mktemp("xla")))
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +155,10 @@ def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
         ("--config.recipes.pt.epoch=3", 'did you mean "epochs"'),
         ("--config.recipes.pt.batch=7.5", "batch"),
         ("--config.teacher.depths=(1,2)", "3 (read-in, 1 iterations, read-out)"),
-        ("--config.student.stitch_dim=24", "meta model's width 16"),
+        ("--config.nac.stitch_dim=24", "meta model's width 16"),
         ("--only=m2mkd/3", 'no job "m2mkd/3"'),
         ("--only=m2mdk", 'did you mean "m2mkd'),
-        ("--config.student.options.m=8", "prior"),
+        ("--config.nac.options.m=8", "prior"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(environment, tmp_path, flag, says):

@@ -14,12 +14,12 @@ def get_config():
     teacher = config.teacher
     teacher.patch, teacher.width, teacher.heads = 8, 16, 2
     teacher.depths = (1, 2, 1)
-    student = config.student
-    student.state_dim = student.code_dim = 16
-    student.heads, student.head_dim, student.signature_dim = 2, 8, 8
-    student.input_latents, student.mediator_latents, student.output_latents = 4, 8, 4
-    student.iterations, student.position_dim, student.tokenizer_depths = 1, 4, (1, 1)
-    student.prior, student.options = "barabasi-albert", {"m": 2}
+    nac = config.nac
+    nac.state_dim = nac.code_dim = 16
+    nac.heads, nac.head_dim, nac.signature_dim = 2, 8, 8
+    nac.input_latents, nac.mediator_latents, nac.output_latents = 4, 8, 4
+    nac.iterations, nac.position_dim, nac.tokenizer_depths = 1, 4, (1, 1)
+    nac.prior, nac.options = "barabasi-albert", {"m": 2}
     config.regulariser.kind = "hinge"
     for recipe in config.recipes.values():
         recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 4, 16, 0, 1e-3

@@ -1,10 +1,12 @@
 """The mesh on 8 devices: where a batch lies, and checkpoints from one mesh on another."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, checksum, load_weights, save_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.parallel.mesh import batch_sharding, make_mesh, put_batch, replicated
+from m2mkd_jax.parallel.mesh import (
+    batch_sharding,
+    in_line,
+    make_mesh,
+    mesh_shape,
+    put_batch,
+    replicated,
+    spanning_groups,
+)
 from m2mkd_jax.parallel.process import enable_compilation_cache, is_main
 
 
@@ -23,10 +33,43 @@ def test_the_mesh_has_the_axes_asked_for():
     assert dict(mesh.shape) == {"data": 2, "expert": 4}
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
     assert dict(make_mesh(jax.devices()[:3]).shape) == {"data": 3, "expert": 1}
-    for expert in (3, 0, 16):
-        with pytest.raises(UserError, match=rf"{expert} does not divide 8 .* \[1, 2, 4, 8\]"):
-            make_mesh(expert=expert)
+    assert dict(make_mesh(data=2, expert=-1).shape) == {"data": 2, "expert": 4}
+    assert dict(make_mesh(data=4, expert=2).shape) == {"data": 4, "expert": 2}
     assert is_main()
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "says"),
+    [
+        (-1, 3, "3 does not divide 8 .*one of [1, 2, 4, 8]"),
+        (16, -1, "16 does not divide 8"),
+        (-1, 0, "no mesh"),
+        (-2, 1, "no mesh"),
+        (-1, -1, "only one of them can be the rest"),
+        (2, 3, "is 6 device(s), but there are 8"),
+        (8, 8, "is 64 device(s), but there are 8"),
+    ],
+)
+def test_impossible_shapes_are_refused(data, expert, says):
+    says = ".*".join(map(re.escape, says.split(".*")))
+    with pytest.raises(UserError, match=rf"^config.mesh: data {data} x expert {expert}.*{says}"):
+        make_mesh(data=data, expert=expert)
+
+
+def test_groups_lie_within_processes():
+    def processes(count, of, expert):
+        """A mesh of so many processes with so many devices each, listed in an odd order."""
+        devices = [SimpleNamespace(process_index=i, id=10 * i + j)
+                   for j in reversed(range(of)) for i in range(count)]  # fmt: skip
+        shape = mesh_shape(len(devices), expert=expert)
+        return SimpleNamespace(devices=np.array(in_line(devices)).reshape(shape))
+
+    assert spanning_groups(processes(4, of=4, expert=2)) == 1
+    assert spanning_groups(processes(4, of=4, expert=4)) == 1
+    assert spanning_groups(processes(4, of=4, expert=8)) == 2
+    assert spanning_groups(processes(4, of=2, expert=8)) == 4
+    order = [device.process_index for device in processes(2, of=4, expert=1).devices.ravel()]
+    assert order == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("expert", [1, 2, 8])

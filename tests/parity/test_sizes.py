@@ -47,8 +47,9 @@ def torch_shapes(table, params, patch=None) -> dict[str, list[int]]:
             node = node[name]
         shape = node.shape
         if entry.index is not None:
-            assert entry.index < shape[0], entry
-            shape = shape[1:]
+            index = entry.index if isinstance(entry.index, tuple) else (entry.index,)
+            assert all(i < n for i, n in zip(index, shape, strict=False)), entry
+            shape = shape[len(index) :]
         if entry.layout == "linear":
             c, d = shape
             shape = (d, c)
@@ -64,6 +65,8 @@ def torch_shapes(table, params, patch=None) -> dict[str, list[int]]:
         elif entry.layout == "grid":
             h, w, c = shape
             shape = (c, h, w)
+        elif entry.layout == "expert":
+            shape = (1, *shape[::-1])
         else:
             assert entry.layout == "same"
         shapes[entry.torch] = list(shape)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from m2mkd_jax import checks
 from m2mkd_jax import config as configs
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain
@@ -31,7 +32,7 @@ def digits() -> ConfigDict:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_shipped_configs(file):
     config = load(file)
-    configs.check(config)
+    checks.check(config)
     for job in job_names(config):
         if job != "eval":
             phase = build_phase(config, job)
@@ -42,7 +43,7 @@ def test_shipped_configs(file):
 @pytest.mark.parametrize("name", ["nac_tinyimnet", "nac_imnet"])
 def test_priors(name, prior):
     config = load(ROOT / "configs" / f"{name}.py", prior)
-    configs.check(config)
+    checks.check(config)
     kind = "stochastic_block" if prior == "planted" else "hinge"
     assert config.regulariser.kind == kind
 
@@ -70,6 +71,27 @@ def test_the_papers_jobs():
 def test_parameters_of_the_papers_jobs(job, parameters):
     """Reference section 9; the students are taught at 224 px, so their grid is 28x28."""
     phase = build_phase(load(ROOT / "configs" / "nac_tinyimnet.py"), job)
+    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
+    assert sum(counts) == parameters
+
+
+@pytest.mark.parametrize(
+    ("job", "parameters", "stitches"),
+    [
+        ("pt", 52_402_152, False),
+        ("ft", 304_326_632, False),
+        ("m2mkd/0", 121_984_792, False),
+        ("m2mkd/1", 122_031_384, False),
+        ("m2mkd/3", 122_012_928, False),
+        ("e2e", 483_325_768, False),
+        ("e2e", 488_060_488, True),
+    ],
+)
+def test_parameters_of_the_papers_vmoe(job, parameters, stitches):
+    """Reference section 9."""
+    config = load(ROOT / "configs" / "vmoe_imnet.py")
+    config.vmoe.keep_stitches = stitches
+    phase = build_phase(config, job)
     counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
     assert sum(counts) == parameters
 
@@ -130,12 +152,12 @@ def change(key, value):
         (change("teacher.meta_depths", (1, 1)), "meta_depths"),
         (change("teacher.depths", (2, 2)), "needs 6"),
         (change("teacher.heads", 7), "multiple of the 7 heads"),
-        (change("student.iterations", 3), "needs 5"),
-        (change("student.stitch_dim", 1024), "meta model's width 64"),
-        (change("student.options", {"m": 2, "n": 7}), "prior"),
-        (change("student.share_ffn", True), "share_ffn"),
-        (change("student.pooling", "gumble"), "pooling"),
-        (change("student.truncation", "far"), "config.student.truncation"),
+        (change("nac.iterations", 3), "needs 5"),
+        (change("nac.stitch_dim", 1024), "meta model's width 64"),
+        (change("nac.options", {"m": 2, "n": 7}), "prior"),
+        (change("nac.share_ffn", True), "share_ffn"),
+        (change("nac.pooling", "gumble"), "pooling"),
+        (change("nac.truncation", "far"), "config.nac.truncation"),
         (change("data.image_size", 36), "36"),
     ],
 )  # fmt: skip
@@ -143,30 +165,61 @@ def test_what_cannot_run_is_refused(changed, says):
     config = digits()
     changed(config)
     with pytest.raises(UserError) as error:
-        configs.check(config)
+        checks.check(config)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (change("family", "vmeo"), 'did you mean "vmoe"'),
+        (change("vmoe.depths", (2, 2)), "needs 2"),
+        (change("vmoe.depths", (4,)), "at least two modules"),
+        (change("vmoe.moe_pos", (0, 4)), "blocks are 0 to 3"),
+        (change("vmoe.router", "publisht"), "publisht"),
+        (change("vmoe.dispatch", "droples"), "droples"),
+        (change("vmoe.top_k", 5), "top"),
+        (change("vmoe.heads", 7), "multiple of the 7 heads"),
+        (change("mesh.expert", 3), "must divide the 4 experts"),
+        (change("regulariser.kind", "hinge"), "has no graph"),
+        (change("phases", ("pt", "mt", "ft", "e2e_upcycled")), "the teacher is 64 wide"),
+    ],
+)  # fmt: skip
+def test_a_vmoe_that_cannot_run_is_refused(changed, says):
+    config = load(ROOT / "configs" / "vmoe_digits.py")
+    changed(config)
+    with pytest.raises(UserError) as error:
+        checks.check(config)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_upcycling_and_stitches_exclude_each_other():
+    config = load(ROOT / "configs" / "vmoe_fashion.py")
+    config.vmoe.keep_stitches = True
+    with pytest.raises(UserError, match="has no stitches"):
+        checks.check(config)
 
 
 def test_depths_of_a_variant_must_sum():
     config = load(ROOT / "configs" / "nac_tinyimnet.py")
     config.teacher.depths = (3, 3, 3, 3, 3, 3, 3, 3, 3, 2)
     with pytest.raises(UserError, match="sum to 29; vit_huge_patch14_224 has 32"):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_kd_needs_a_teacher_of_the_same_task():
     config = load(ROOT / "configs" / "nac_tinyimnet.py")
     config.phases = (*config.phases, "e2e_kd")
     with pytest.raises(UserError, match="1000 classes at 224 px"):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_the_batch_must_be_cut_over_the_devices():
     with pytest.raises(UserError, match="multiple of 8"):
-        configs.check(digits(), devices=8)
+        checks.check(digits(), devices=8)
 
 
 def test_truncation_may_be_none():
     config = digits()
-    change("student.truncation", None)(config)
-    configs.check(config)
+    change("nac.truncation", None)(config)
+    checks.check(config)

@@ -1,11 +1,13 @@
 """Augmentation against closed forms and against images whose answer is known."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from m2mkd_jax.data.arrays import ArraySource, to_images
 from m2mkd_jax.data.augment import (
@@ -18,6 +20,8 @@ from m2mkd_jax.data.augment import (
     shift_batch,
     training_images,
 )
+from m2mkd_jax.data.decode import decode
+from m2mkd_jax.data.rand_augment import Policy, apply, operations
 from m2mkd_jax.errors import UserError
 
 COUNT = 10_000
@@ -83,7 +87,7 @@ def test_crop_box_takes_the_first_try_that_fits():
 def test_resized_crop_sees_nothing_outside_of_its_box():
     pixels = np.full((64, 64, 3), 255, np.uint8)
     pixels[16:48, 16:48] = 100
-    cut = resized_crop(Image.fromarray(pixels), (16, 16, 32, 32), 8)
+    cut = resized_crop(pixels, (16, 16, 32, 32), 8)
     assert cut.shape == (8, 8, 3) and (cut == 100).all()
 
 
@@ -118,7 +122,7 @@ def test_flip_mirrors_columns_of_the_drawn_half():
 def test_evaluation_scales_the_shorter_side_and_cuts_the_centre(width, height):
     rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
     ramp = rows[:, None] * 100 / height + columns[None] * 100 / width
-    image = Image.fromarray(np.repeat(ramp[..., None], 3, -1).round().astype(np.uint8))
+    image = np.repeat(ramp[..., None], 3, -1).round().astype(np.uint8)
     out = evaluation_image(image, 64)
     assert out.shape == (64, 64, 3) and out.dtype == np.uint8
     # The ramp's value at the centre is 100, and an odd margin puts the cut half a pixel (0.7)
@@ -152,18 +156,148 @@ def test_every_crop_gives_images_of_the_wanted_size():
         assert (out == images[[3, 0, 1]]).all() == (crop == "none")
 
 
+class CountingSource(ArraySource):
+    """Counts how often it decodes."""
+
+    reads = 0
+
+    def read(self, index, shrink=None):
+        self.reads += 1
+        return super().read(index, shrink)
+
+
+def test_copies_of_an_image_are_decoded_once_and_cropped_apart():
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    source = CountingSource(images, np.arange(4), "abcd")
+    draws = Draws.of(np.random.default_rng(0), 7)
+    augmentation = Augmentation("random_resized", 0, (0.08, 1.0), False)
+    indices = np.array([2, 2, 2, 0, 3, 3, 2])
+    together = training_images(source, indices, augmentation, draws, 16)
+    assert source.reads == 4
+    assert len({image.tobytes() for image in together}) == 7
+    for i in range(7):
+        alone = training_images(source, indices[i : i + 1], augmentation, draws[i : i + 1], 16)
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
+def encoded(image, **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, **options)
+    return file.getvalue()
+
+
+def with_pillow(content):
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+PHOTO = load_sample_image("china.jpg")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(PHOTO, format="JPEG", quality=90),
+        encoded(PHOTO, format="JPEG", progressive=True, subsampling=0),
+        encoded(PHOTO[..., 0], format="JPEG"),
+        encoded(PHOTO, format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"
+                                           b"\0\x06\0\0\0\0\0\0"),  # turned: not followed
+        encoded(PHOTO, format="JPEG") + b"after the end",
+        encoded(np.repeat(PHOTO[..., :1], 4, -1), format="PNG"),  # transparent
+        encoded(PHOTO, format="WEBP", lossless=True),
+        encoded(np.array(Image.fromarray(PHOTO).convert("CMYK")).view(), format="PNG"),
+    ],
+    ids=["jpeg", "progressive", "grey", "turned", "tail", "alpha", "webp", "png"],
+)  # fmt: skip
+def test_files_are_decoded_as_pillow_does(content):
+    image = decode(content, "it")
+    assert image.dtype == np.uint8 and image.shape == PHOTO.shape
+    # The same library decodes for both, but maybe not in the same version.
+    assert abs(image - with_pillow(content)).max() <= 2
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (1.9, 1), (2, 2), (7, 4), (8, 8), (99, 8)])
+def test_a_large_jpeg_may_come_smaller_but_never_than_asked(asked, given):
+    sizes = []
+    image = decode(encoded(PHOTO, format="JPEG"), "it", lambda *size: sizes.append(size) or asked)
+    assert sizes == [PHOTO.shape[:2]]
+    assert image.shape[:2] == (-(-427 // given), -(-640 // given))
+
+
+def test_a_crop_of_a_reduced_image_is_nearly_that_of_the_whole():
+    """640x427 to 32 pixels: crops of 128 pixels and more are taken at a half or less."""
+    content = encoded(PHOTO, format="JPEG", quality=95)
+
+    class Whole(ArraySource):
+        def read(self, index, shrink=None):
+            return decode(content, "it")
+
+    class Reduced(ArraySource):
+        def read(self, index, shrink=None):
+            image = decode(content, "it", shrink)
+            self.reduced = self.reduced or image.shape[0] < 427
+            return image
+
+        reduced = False
+
+    draws = Draws.of(np.random.default_rng(0), 12)
+    augmentation = Augmentation("random_resized", 0, (0.08, 1.0), False)
+    results = []
+    reduced = Reduced(PHOTO[None], [0], "a")
+    for source in (Whole(PHOTO[None], [0], "a"), reduced):
+        images = [
+            training_images(source, np.array([0]), augmentation, draws[i : i + 1], 32)[0]
+            for i in range(12)
+        ]
+        results.append(np.stack(images).astype(int))
+    assert reduced.reduced
+    apart = abs(results[0] - results[1])
+    assert 0 < apart.mean() < 1.5 and np.percentile(apart, 99) < 12
+
+
+def test_rand_augment_comes_after_the_flip_and_to_every_image_its_own():
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    source = ArraySource(np.repeat(images, 40, 0), np.zeros(40), "a")
+    policy = Policy.parse("rand-m9-mstd0.5-inc1")
+    draws = Draws.of(np.random.default_rng(0), 40, policy.layers)
+    augmentation = Augmentation("none", 0, (0.08, 1.0), True, policy, 0.4)
+    out = training_images(source, np.arange(40), augmentation, draws, 16)
+    flipped = flip_batch(source.images, draws.flip)
+    for i in range(40):
+        expected = apply(flipped[i], operations(policy, draws.choices[i]))
+        np.testing.assert_array_equal(out[i], expected)
+    assert len({image.tobytes() for image in out}) > 25
+    assert (source.images == images).all()
+
+
+def test_colour_jitter_acts_only_without_a_policy():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    source = ArraySource(images, np.zeros(2), "a")
+    draws = Draws.of(np.random.default_rng(0), 2, 1)
+    # A policy whose draws are never applied.
+    draws.choices.applied[:] = 0.9
+    for policy, strength, same in ((None, 0.0, True), (None, 0.4, False), (Policy(), 0.4, True)):
+        augmentation = Augmentation("none", 0, (0.08, 1.0), False, policy, strength)
+        out = training_images(source, np.arange(2), augmentation, draws, 16)
+        assert (out == images).all() == same
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("crop", "random_resize", "did you mean 'random_resized'"),
         ("shift", 16, "use 0 to 15"),
         ("scale", (0.5, 0.1), "within"),
+        ("rand_augment", "rand-m9-k2", 'cannot read "k2" at position 8'),
+        ("color_jitter", 1.5, "color_jitter is 1.5"),
+        ("erase", -0.1, "use a probability"),
     ],
 )
 def test_wrong_augmentation_is_a_user_error(field, value, words):
     config = ConfigDict(
         {"image_size": 16, "augment": {"crop": "shift", "shift": 2, "scale": (0.08, 1.0),
-                                       "flip": True}}
+                                       "flip": True, "rand_augment": "", "color_jitter": 0.0,
+                                       "erase": 0.0}}
     )
     config.augment[field] = value
     with pytest.raises(UserError) as error:

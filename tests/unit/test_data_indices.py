@@ -1,9 +1,12 @@
 """Batch indices: every image once per epoch, repeats, nested subsets; few-shot tasks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from m2mkd_jax.data.few_shot import disjoint_selection
+from m2mkd_jax.data.arrays import ArraySource
+from m2mkd_jax.data.few_shot import disjoint_selection, draw_tasks
 from m2mkd_jax.data.indices import (
     BatchIndices,
     class_balanced_order,
@@ -107,3 +110,59 @@ def test_queries_of_a_task_come_from_the_test_split():
 def test_a_task_that_cannot_be_drawn_is_a_user_error(numbers, words):
     with pytest.raises(UserError, match=words):
         disjoint_selection(np.arange(400) % 20, np.arange(200) % 20, *numbers, seed=0)
+
+
+def splits():
+    """Two splits of ten classes, every image told by its first pixel."""
+    rng, sources = np.random.default_rng(0), []
+    for count, first in ((120, 0), (100, 120)):
+        labels = rng.permutation(np.arange(count) % 10)
+        images = np.zeros((count, 4, 4, 3), np.uint8)
+        images[:, 0, 0, 0] = first + np.arange(count)
+        sources.append(ArraySource(images, labels, [f"class {i}" for i in range(10)]))
+    return sources
+
+
+def few_shot(**fields):
+    numbers = dict(ways=4, shots=3, episodes=5, selection="disjoint", seed=1)
+    return SimpleNamespace(**{**numbers, **fields})
+
+
+def test_episodes_draw_from_both_splits_and_name_their_classes():
+    train, test = splits()
+    episodes = list(draw_tasks(train, test, few_shot()))
+    assert len(episodes) == 5
+    for support, query in episodes:
+        assert (np.bincount(support.labels) == 3).all() and (np.bincount(query.labels) == 9).all()
+        for part, whole in ((support, train), (query, test)):
+            for image, label in zip(part.images, part.labels, strict=True):
+                place = int(image[0, 0, 0]) - (0 if whole is train else 120)
+                original = whole.class_names[whole.labels[place]]
+                assert part.class_names[label] == original
+    pictures = {support.images.tobytes() for support, _ in episodes}
+    assert len(pictures) == 5
+    # Episode e does not depend on how many there are, nor on those before it.
+    later = next(draw_tasks(train, test, few_shot(seed=3, episodes=1)))
+    np.testing.assert_array_equal(later[0].images, episodes[2][0].images)
+
+
+def test_published_episodes_ask_what_was_trained_on():
+    train, test = splits()
+    config = few_shot(selection="published", episodes=2)
+    for support, query in draw_tasks(train, test, config):
+        asked = set(query.images[:, 0, 0, 0].tolist())
+        assert set(support.images[:, 0, 0, 0].tolist()) <= asked and max(asked) < 120
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"selection": "other"}, "use one of disjoint, published"),
+        ({"episodes": 0}, "0 episodes"),
+        ({"ways": 11}, "11 ways of 10"),
+        ({"selection": "published", "seed": 0}, "no seed 0"),
+    ],
+)
+def test_episodes_that_cannot_be_drawn_are_user_errors(fields, words):
+    with pytest.raises(UserError, match=words):
+        list(draw_tasks(*splits(), few_shot(**fields)))

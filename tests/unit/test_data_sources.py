@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2mkd_jax.data import sources
-from m2mkd_jax.data.folder import FolderSource
+from m2mkd_jax.data.encoded import EncodedSource
 from m2mkd_jax.errors import UserError
 
 CLASSES = ("n01", "n02", "n03")
@@ -77,7 +77,7 @@ def message(call, *arguments):
 def check_colours(source):
     """Every test image is as bright as its class says (JPEG may be off by one)."""
     for index, label in enumerate(source.labels):
-        image = source.evaluation_images([index])[0]
+        image = source.reader().evaluation_images([index], 16)[0]
         assert image.shape == (16, 16, 3) and image.dtype == np.uint8
         assert abs(image.astype(int) - (80 * label + 10)).max() <= 2
 
@@ -138,7 +138,7 @@ def test_subsets_are_balanced_and_nested(tmp_path, name):
         counts = np.bincount(source.labels, minlength=classes)
         assert len(source) == count and counts.max() - counts.min() <= 1
         pictures = [
-            source.path(i) if isinstance(source, FolderSource) else source.images[i].tobytes()
+            source.name(i) if isinstance(source, EncodedSource) else source.images[i].tobytes()
             for i in range(count)
         ]
         assert larger is None or pictures == larger[:count]
@@ -153,7 +153,7 @@ def test_selected_images_keep_their_pictures(tmp_path):
     write_imagenet(tmp_path)
     source = sources.load_source(make_config("image_folder", tmp_path), "train")
     chosen = source.select(np.array([9, 1]), labels=[1, 0], class_names=("a", "b"))
-    assert chosen.path(0) == source.path(9) and chosen.path(1) == source.path(1)
+    assert chosen.name(0) == source.name(9) and chosen.name(1) == source.name(1)
     np.testing.assert_array_equal(chosen.labels, [1, 0])
     assert chosen.class_names == ("a", "b")
 
@@ -196,7 +196,8 @@ def _remove_val_class(root):
     [
         (write_imagenet, _remove_val_class, "lacks 1 of the 3 classes of train/ (the first: n02)"),
         (write_imagenet, lambda root: (root / "val" / "n09").mkdir(), "the first: n09"),
-        (write_imagenet, lambda root: (root / "train" / "n04").mkdir(), "set data.classes=4"),
+        (write_imagenet, lambda root: (root / "train" / "n04").mkdir(), "lacks 1 of the 4"),
+        (write_tiny, lambda root: (root / "train" / "n04").mkdir(), "set data.classes=4"),
         (write_imagenet, lambda root: (root / "val").rename(root / "v"), "no folder val/"),
         (write_imagenet, lambda root: (root / "val/n02/v1.png").unlink(), "no image file in"),
         (write_tiny, lambda root: (root / "val/images/val_2.JPEG").unlink(), "line 3: no image"),

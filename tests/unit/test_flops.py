@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from m2mkd_jax.evaluate.flops import count_flops, kept_bytes, tree_bytes
+from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
+from m2mkd_jax.models.moe.grouped import METHODS, grouped_linear
 
 B, C, D, L = 3, 5, 7, 4
 
@@ -46,6 +48,36 @@ def test_convolutions():
     assert count_flops(depthwise, shape(B, 8, 8, C), shape(3, 3, 1, C)) == 2 * (B * 16 * C) * 9
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_by_one_expert(method):
+    """Every row counts once, whatever the number of experts; the bias of 'ragged' is a product."""
+    rows, experts = 40, 4
+    shapes = (shape(rows, C), shape(experts, C, D), shape(experts, D),
+              shape(experts, dtype=jnp.int32))  # fmt: skip
+    bias = 2 * rows * experts * D if method == "ragged" else 0
+    product = 2 * rows * C * D
+
+    def linear(x, w, b, sizes):
+        return grouped_linear(x, w, b, sizes, method)
+
+    assert count_flops(linear, *shapes) == product + bias
+    loss = lambda *a: jnp.square(linear(*a)).sum()  # noqa: E731
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert count_flops(gradient, *shapes) == 3 * product + 2 * bias
+
+
+def test_each_row_by_one_expert_recomputed():
+    """A rematerialised loop over layers: four products instead of three."""
+
+    def two_layers(x, w, b, sizes):
+        linear = lambda x, _: (jnp.sin(grouped_linear(x, w, b, sizes, "tiles")), 0)  # noqa: E731
+        return jnp.square(jax.lax.scan(jax.checkpoint(linear), x, length=2)[0]).sum()
+
+    gradient = jax.value_and_grad(two_layers, argnums=(0, 1, 2))
+    shapes = (shape(40, C), shape(4, C, C), shape(4, C), shape(4, dtype=jnp.int32))
+    assert count_flops(gradient, *shapes) == 2 * 4 * (2 * 40 * C * C)
+
+
 def test_backward():
     def loss(x, w):
         return (x @ w).sum()
@@ -69,11 +101,6 @@ def test_backward_of_a_loop_with_and_without_remat():
     args, forward = (shape(L, C, C), shape(B, C)), 2 * L * B * C * C
     assert count_flops(jax.value_and_grad(loss(False)), *args) == 3 * forward
     assert count_flops(jax.value_and_grad(loss(True)), *args) == 4 * forward
-
-
-def test_bytes_of_a_tree():
-    tree = {"a": shape(B, C), "b": [shape(D, dtype=jnp.bfloat16)]}
-    assert tree_bytes(tree) == 4 * B * C + 2 * D
 
 
 def test_kept_bytes():

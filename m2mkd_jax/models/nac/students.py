@@ -136,7 +136,7 @@ def assemble(
     if len(mediators) != count:
         raise UserError(
             f"assemble: {len(mediators)} mediator students for {count} propagators; "
-            "config.student.iterations must be the number of modules minus 2"
+            "config.nac.iterations must be the number of modules minus 2"
         )
     result = jax.tree.map(lambda a: a, nac)
     origin = dict.fromkeys(nac, "fresh")

@@ -1,0 +1,89 @@
+"""Fields of a network from three places: its weights, `--arch`, and published variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from m2mkd_jax.errors import UserError
+
+
+class Shapes:
+    """Shapes of tensors by name, asked for with the rank that they should have."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], where: str):
+        self.shapes, self.where = dict(shapes), where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def of(self, name: str, rank: int) -> tuple[int, ...]:
+        """Raises UserError where there is no such tensor, or none of that rank."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise UserError(f'{self.where}: tensor "{name}" is missing')
+        if len(shape) != rank or 0 in shape:
+            raise UserError(f'{self.where}: tensor "{name}" has shape {shape}, not {rank} axes')
+        return shape
+
+    def ending(self, suffix: str, rank: int) -> list[tuple[int, ...]]:
+        """Shapes of all tensors whose name ends so. Raises UserError as `of` does."""
+        return [self.of(name, rank) for name in self.shapes if name.endswith(suffix)]
+
+    def numbered(self, pattern: str, what: str) -> list[list[str]]:
+        """The rest of all names `pattern` + N + "." + rest, by N.
+
+        Raises:
+            UserError: the numbers leave a gap.
+        """
+        found: dict[int, list[str]] = {}
+        for name in self.shapes:
+            if match := re.match(rf"{pattern}(\d+)\.(.+)$", name):
+                found.setdefault(int(match[1]), []).append(match[2])
+        if sorted(found) != list(range(len(found))):
+            missing = next(i for i in range(len(found)) if i not in found)
+            raise UserError(f"{self.where}: {what} {missing} is missing")
+        return [found[i] for i in range(len(found))]
+
+
+class Decision:
+    """Settles fields.
+
+    Args:
+        found: what the weights show.
+        given: what `--arch` says; it must agree, but for the fields in `free`.
+        where: the path, for messages.
+    """
+
+    def __init__(
+        self, found: Mapping[str, Any], given: Mapping[str, Any], free: Iterable[str], where: str
+    ):
+        self.found, self.where = found, where
+        self.given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+        for field, value in self.given.items():
+            if field in found and field not in free and found[field] != value:
+                raise UserError(
+                    f"{where}: --arch says {field} {value}, the weights have {found[field]}"
+                )
+        self.published: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def assume(self, fields: Mapping[str, Any], source: str) -> None:
+        """Published values for what is neither in the weights nor given."""
+        for field, value in fields.items():
+            if not {field} & (self.found.keys() | self.given.keys() | self.published.keys()):
+                self.published[field] = value
+                self.notes.append(f"{field} {value}: that of {source}")
+
+    def get(self, *fields: str) -> dict[str, Any]:
+        """These fields. Raises UserError asking for those that nobody knows."""
+        values = {**self.published, **self.given, **self.found}
+        missing = [field for field in fields if field not in values]
+        if missing:
+            example = ", ".join(f'"{field}": ...' for field in missing)
+            raise UserError(
+                f"{self.where}: {' and '.join(missing)} cannot be read off these weights; say it "
+                f"with --arch=VARIANT:DEPTHS, a config, or a JSON file {{{example}}}"
+            )
+        return {field: values[field] for field in fields}

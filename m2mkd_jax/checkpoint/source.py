@@ -1,0 +1,186 @@
+"""Weights of one network, in canonical names: from a file, or from a directory of its modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m2mkd_jax.checkpoint import layouts
+from m2mkd_jax.checkpoint.layouts import BLOCK, SUFFIXES, Contents, canonical, expert_names
+from m2mkd_jax.checkpoint.tensors import Tensor, same
+from m2mkd_jax.errors import UserError
+
+_PARTS = ("readin", "mediator", "readout")
+
+
+@dataclass
+class Source:
+    """Weights in canonical names, and the layout they came in.
+
+    Attributes:
+        kind: 'vit', 'vmoe', 'nac' or 'nac_student'.
+        tensors: canonical name -> tensor. Of students in a directory: "student_i/NAME".
+        aliases: canonical name -> every other name it had, for the report.
+        depths: blocks of each stage, where the layout says; a lone module's among those of all.
+        module: which stage a lone teacher module is.
+        parts: what the students are, in order: 'readin', 'mediator', 'readout', or 'vmoe'.
+        words: plain values that may describe the network (model_name).
+        layout: as written into the description.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    aliases: dict[str, list[str]]
+    ignored: dict[str, str]
+    depths: list[int] | None
+    module: int | None
+    parts: list[str]
+    words: dict[str, Any]
+    layout: dict
+    extra: dict[str, Tensor]
+
+
+def read_source(path: Path) -> Source:
+    """Opens a file, or a directory of module files, and finds out what is in it.
+
+    Raises:
+        UserError: nothing there, nothing known, two tensors of one name that differ, or modules
+            that do not belong together.
+    """
+    if path.is_dir():
+        return _directory(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: weights are files that end in {', '.join(SUFFIXES)}")
+    return source_of(layouts.read_file(path), path)
+
+
+def source_of(contents: Contents, path: Path) -> Source:
+    """The weights of one file. Raises UserError as `read_source` does."""
+    kind, part = _known(contents, path)
+    module, depths = None, None
+    if kind in ("vit", "vmoe"):
+        depths = layouts.stage_depths(contents, path)
+        module = contents.containers[0].module
+    source = Source(
+        kind, {}, {}, dict(contents.ignored), depths, module, [part] if part else [],
+        dict(contents.entries), {"files": {"": layouts.record(contents)}, "depths": depths},
+        dict(contents.extra),
+    )  # fmt: skip
+    _gather(source, contents, path, depths)
+    return source
+
+
+def _known(contents: Contents, path: Path) -> tuple[str, str]:
+    kind, part = layouts.kind_of(contents.containers[0].tensors)
+    if not kind:
+        names = ", ".join(list(contents.containers[0].tensors)[:3])
+        raise UserError(
+            f"{path}: no vision transformer, V-MoE, NAC or NAC student has tensors called {names}"
+        )
+    return kind, part
+
+
+def _gather(
+    source: Source, contents: Contents, path: Path, depths: list[int] | None, group: str = "",
+    label: str = "",
+) -> None:  # fmt: skip
+    for container in contents.containers:
+        for name, tensor in container.tensors.items():
+            whole = group + canonical(name, container.module, depths)
+            shown = label + ".".join([*map(str, container.keys), name])
+            parts = {whole: tensor}
+            if tensor.shape and (singles := expert_names(whole, tensor.shape[0])):
+                parts = {single: tensor[e] for e, single in enumerate(singles)}
+            for target, part in parts.items():
+                known = source.tensors.setdefault(target, part)
+                if known is not part and not same(known, part):
+                    first = source.aliases[target][0]
+                    raise UserError(f'{path}: "{first}" and "{shown}" are one tensor, and differ')
+                source.aliases.setdefault(target, []).append(shown)
+
+
+def _directory(path: Path) -> Source:
+    found = layouts.weight_files(path)
+    files = {str(file.relative_to(path)): layouts.read_file(file) for file in found}
+    if not files:
+        raise UserError(f"{path} holds no weights: no description.json, no {', '.join(SUFFIXES)}")
+    others = [file.name for file in sorted(path.iterdir()) if file.is_file() and file not in found]
+    kinds = {name: _known(contents, path / name) for name, contents in files.items()}
+    if len({kind for kind, _ in kinds.values()}) > 1:
+        listed = ", ".join(f"{name} ({kind})" for name, (kind, _) in kinds.items())
+        raise UserError(f"{path} mixes networks: {listed[:300]}")
+    kind = next(iter(kinds.values()))[0]
+    if kind == "nac_student":
+        source = _students(path, files, {name: part for name, (_, part) in kinds.items()}, kind)
+    elif kind == "vmoe":
+        source = _students(path, files, {n: _end_of(c) for n, c in files.items()}, kind)
+    elif kind == "vit":
+        source = _modules(path, files)
+    else:
+        raise UserError(f"{path} holds {len(files)} {kind} checkpoints; give one of the files")
+    for name, contents in files.items():
+        source.ignored |= {f"{name}: {key}": reason for key, reason in contents.ignored.items()}
+    source.ignored |= dict.fromkeys(others, "not a file of weights")
+    return source
+
+
+def _end_of(contents: Contents) -> str:
+    names = [canonical(n, None, None) for n in contents.containers[0].tensors]
+    return "readin" if "cls_token" in names else "readout" if "head.weight" in names else "mediator"
+
+
+def _students(path: Path, files: dict, parts: dict[str, str], kind: str) -> Source:
+    """Students in their order: the one that reads images, the middle ones, the one with logits."""
+    order = sorted(parts, key=lambda name: _PARTS.index(parts[name]))  # stable: by name
+    counts = {part: list(parts.values()).count(part) for part in _PARTS}
+    if counts["readin"] != 1 or counts["readout"] != 1:
+        raise UserError(
+            f"{path} holds {counts['readin']} first, {counts['mediator']} middle and "
+            f"{counts['readout']} last students; one first and one last belong to a set"
+        )
+    records, depths = {}, [] if kind == "vmoe" else None
+    source = Source(
+        kind, {}, {}, {}, depths, None, [parts[n] for n in order], {}, {}, {}
+    )  # fmt: skip
+    for i, name in enumerate(order):
+        own = layouts.stage_depths(files[name], path / name) if kind == "vmoe" else None
+        if kind == "vmoe":
+            own = own or [_block_count(files[name])]
+            depths.append(sum(own))
+        _gather(source, files[name], path / name, own, f"student_{i}/", f"{name}: ")
+        records[name] = {**layouts.record(files[name]), "group": f"student_{i}/", "depths": own}
+        source.extra |= {f"student_{i}/{k}": t for k, t in files[name].extra.items()}
+    source.layout = {"files": records, "depths": depths}
+    return source
+
+
+def _block_count(contents: Contents) -> int:
+    blocks = {m[1] for n in contents.containers[0].tensors if (m := BLOCK.match(n))}
+    return len(blocks)
+
+
+def _modules(path: Path, files: dict[str, Contents]) -> Source:
+    """The modules of one teacher, each split off into its own file."""
+    by_index: dict[int, str] = {}
+    depths, words = None, {}
+    for name, contents in files.items():
+        index = contents.containers[0].module
+        if index is None:
+            raise UserError(f"{path / name} is not a single module (it has no block_index)")
+        if index in by_index:
+            raise UserError(f"{path}: {by_index[index]} and {name} are both module {index}")
+        by_index[index] = name
+        own, words = layouts.stage_depths(contents, path / name), words | contents.entries
+        if depths is not None and own != depths:
+            raise UserError(f"{path / name}: divided_depths is {own}, elsewhere {depths}")
+        depths = own
+    missing = sorted(set(range(len(depths))) - set(by_index))
+    if missing:
+        raise UserError(f"{path}: module {missing[0]} of divided_depths {depths} is missing")
+    records = {name: layouts.record(files[name]) for _, name in sorted(by_index.items())}
+    layout = {"files": records, "depths": depths}
+    source = Source("vit", {}, {}, {}, depths, None, [], words, layout, {})
+    for _, name in sorted(by_index.items()):
+        _gather(source, files[name], path / name, depths, label=f"{name}: ")
+    return source

@@ -1,0 +1,116 @@
+"""Says what a directory of images holds: layout, counts, damaged files, missing classes.
+
+    python -m m2mkd_jax.data.check ROOT [--quick]
+
+Every image is decoded, on all cores (--quick: none is). Exit code 0: nothing is wrong; 2: something
+is, or there is nothing.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from m2mkd_jax.data import layouts
+from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
+from m2mkd_jax.data.decode import DamagedImage
+from m2mkd_jax.data.workers import usable_cores
+from m2mkd_jax.errors import UserError
+
+_SHOWN = 10  # damaged files and missing classes that are named
+_CHUNK = 256  # images that a thread takes at once
+
+
+def check(root, quick=False, out=print):
+    """Checks a directory and tells `out` line by line. Returns whether nothing is wrong.
+
+    Raises: UserError for a directory that holds nothing, or cannot be read as what it seems to be.
+    """
+    layout = layouts.require(root, tuple(layouts.LAYOUTS))
+    out(f"{root}: {layouts.LAYOUTS[layout]}")
+    good, found = True, 0
+    for split in ("test",) if layout == "classes" else ("train", "test"):
+        try:
+            source = layouts.open_split(root, layout, split)
+        except UserError as error:
+            out(f"{split}: {error}")
+            good = False
+            continue
+        found += 1
+        good &= _check_split(source, split, quick, out)
+    return good and found > 0
+
+
+def _check_split(source, split, quick, out):
+    names = source.class_names
+    counts = np.bincount(np.asarray(source.labels), minlength=len(names))
+    held = counts[counts > 0]
+    out(
+        f"{split}: {len(source)} images of {len(held)} classes,"
+        f" {held.min(initial=len(source))} to {held.max(initial=0)} of each{_known(names)}"
+    )
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        out(f"{split}: {len(empty)} classes without an image: {_some(empty)}")
+    damaged = [] if quick else _damaged(source, split)
+    if damaged:
+        out(f"{split}: {len(damaged)} damaged images ({len(damaged) / len(source):.3%}):")
+        for line in damaged[:_SHOWN]:
+            out(f"  {line}")
+        if len(damaged) > _SHOWN:
+            out(f"  and {len(damaged) - _SHOWN} more")
+    return not empty and not damaged
+
+
+def _damaged(source, split):
+    """The messages of the images that do not decode, in their order."""
+
+    def messages(start):
+        found = []
+        for index in range(start, min(start + _CHUNK, len(source))):
+            try:
+                source.read(index)
+            except DamagedImage as error:
+                found.append(str(error))
+            bar.update()
+        return found
+
+    bar = tqdm(total=len(source), desc=split, unit=" images", file=sys.stderr)
+    # Decoding lets other threads run.
+    with bar, ThreadPoolExecutor(usable_cores()) as pool:
+        chunks = pool.map(messages, range(0, len(source), _CHUNK))
+        return [line for chunk in chunks for line in chunk]
+
+
+def _known(names):
+    """Whose classes these are."""
+    for name in ("imagenet", "tiny_imagenet", *PARENTS):
+        if tuple(names) == wordnet_ids(name):
+            return f" (the classes of {name})"
+    return ""
+
+
+def _some(names):
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def main(arguments=None):
+    """The command. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m m2mkd_jax.data.check", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("root")
+    parser.add_argument("--quick", action="store_true", help="count only, decode nothing")
+    given = parser.parse_args(arguments)
+    try:
+        return 0 if check(given.root, given.quick) else 2
+    except UserError as error:
+        print(f"m2mkd_jax: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""CUB-200-2011's own files: images/, and tables of lines "number value" beside it.
+
+    root[/CUB_200_2011]/images.txt, image_class_labels.txt, train_test_split.txt, classes.txt
+
+Axes: N images.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
+from m2mkd_jax.errors import UserError
+
+TABLES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+
+
+def find(root):
+    """The folder of the tables, or None."""
+    for folder in (Path(root), Path(root) / "CUB_200_2011"):
+        if all((folder / name).is_file() for name in TABLES):
+            return folder
+    return None
+
+
+def open_split(root, split):
+    """A split, in the order of the tables. Raises: UserError for tables that do not agree."""
+    folder = find(root)
+    paths, labels, training, classes = (_table(folder / name) for name in TABLES)
+    if not paths.keys() == labels.keys() == training.keys():
+        raise UserError(f"the tables of {folder} name different images: unpack the archive again")
+    wanted = "1" if split == "train" else "0"
+    chosen = [number for number in paths if training[number] == wanted]
+    order = {number: label for label, number in enumerate(classes)}
+    try:
+        numbers = np.array([order[labels[number]] for number in chosen], np.int32)
+    except KeyError as error:
+        raise UserError(
+            f"{folder / TABLES[1]} names class {error}, {TABLES[3]} does not: unpack it again"
+        ) from error
+    files = [os.fsencode(os.path.join("images", paths[number])) for number in chosen]
+    return EncodedSource(FolderFiles(folder, np.array(files)), numbers, classes.values())
+
+
+def _table(path):
+    """{first word: second word} of every line."""
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    short = next((number for number, words in enumerate(lines, 1) if len(words) != 2), None)
+    if short:
+        raise UserError(f"{path} line {short}: two words expected: unpack the archive again")
+    return dict(lines)

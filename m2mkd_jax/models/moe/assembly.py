@@ -1,0 +1,154 @@
+"""Parameters of a V-MoE from those of its students, or of a dense vision transformer.
+
+Axes: L stacked blocks, E experts.
+
+Works on plain nested dicts of arrays. Those of a stage are the ends (embedding, norm and head) and
+`segment_0`, `segment_1`, ..., each with `blocks` stacked along L; which blocks share a segment
+depends on their stitches, so weights move from block to block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from m2mkd_jax.errors import UserError
+
+STITCHES = ("pre_stitch", "post_stitch")
+
+
+def assemble(
+    network: Sequence[dict], students: Sequence[dict], *, keep_stitches: bool
+) -> tuple[list[dict], dict[str, str]]:
+    """Puts the students' weights into the network's stages.
+
+    Args:
+        network: parameters of the network's freshly initialised stages, cut like the students.
+        students: parameters of the students, in order.
+        keep_stitches: take the stitches along (the network must have them) or leave them out. The
+            head stays fresh where the network has other classes than the students.
+
+    Returns:
+        The stages' new parameters, and for every stage, by its number, where it came from.
+
+    Raises:
+        UserError: numbers of modules or blocks, or a shape, do not fit.
+    """
+    if len(network) != len(students):
+        raise UserError(f"assemble: {len(students)} students for {len(network)} stages")
+    result, origin = [], {}
+    for i, (stage, student) in enumerate(zip(network, students, strict=True)):
+        given = blocks(student)
+        if not keep_stitches:
+            given = [{k: v for k, v in block.items() if k not in STITCHES} for block in given]
+        params, fresh = _filled(stage, given, ends(student), f"assemble: stage {i}")
+        result.append(params)
+        had = any(name in block for block in blocks(student) for name in STITCHES)
+        note = ", stitches " + ("kept" if keep_stitches else "dropped") if had else ""
+        origin[str(i)] = f"m2mkd/{i}{note}{fresh}"
+    return result, origin
+
+
+def upcycle(network: Sequence[dict], dense: Sequence[dict]) -> list[dict]:
+    """A V-MoE that starts from a dense ViT (sparse upcycling, Komatsuzaki et al. 2023).
+
+    Every expert starts as a copy of its block's MLP, everything else is copied too; the routers
+    stay fresh, and so does the head where the number of classes differs.
+
+    Args:
+        network: parameters of the network's freshly initialised stages, without stitches.
+        dense: parameters of the ViT's stages, cut alike.
+
+    Raises:
+        UserError: numbers of stages or blocks, or a shape, do not fit.
+    """
+    if len(network) != len(dense):
+        raise UserError(f"upcycle: {len(dense)} dense stages for {len(network)} stages")
+    result = []
+    for i, (stage, source) in enumerate(zip(network, dense, strict=True)):
+        where = f"upcycle: stage {i}"
+        own, given = blocks(stage), unstacked(source.get("blocks", {}))
+        _check_number(own, given, where)
+        given = [_upcycled(*pair) for pair in zip(own, given, strict=True)]
+        rest = {k: v for k, v in source.items() if k != "blocks"}
+        result.append(_filled(stage, given, rest, where)[0])
+    return result
+
+
+def _upcycled(block: dict, dense: dict) -> dict:
+    """A dense block's parameters, its MLP as every expert where `block` has experts."""
+    if "moe" not in block:
+        return dense
+    count = block["moe"]["experts"]["fc1"]["bias"].shape[0]
+    copies = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), dense["mlp"])
+    rest = {k: v for k, v in dense.items() if k != "mlp"}
+    return rest | {"moe": {"router": block["moe"]["router"], "experts": copies}}
+
+
+def ends(params: dict) -> dict:
+    """What is not in a block."""
+    return {k: v for k, v in params.items() if not k.startswith("segment_")}
+
+
+def stacks(params: dict) -> list[dict]:
+    """The stacked blocks of every segment, in order."""
+    return [params[f"segment_{i}"]["blocks"] for i in range(len(params) - len(ends(params)))]
+
+
+def segments(stacked: Sequence[dict]) -> dict:
+    """The other way round."""
+    return {f"segment_{i}": {"blocks": blocks} for i, blocks in enumerate(stacked)}
+
+
+def unstacked(stack: dict) -> list[dict]:
+    """Stacked blocks one by one."""
+    leaves = jax.tree.leaves(stack)
+    count = leaves[0].shape[0] if leaves else 0
+    return [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)]
+
+
+def blocks(params: dict) -> list[dict]:
+    """A stage's blocks one by one."""
+    return [block for stack in stacks(params) for block in unstacked(stack)]
+
+
+def _filled(stage: dict, given: Sequence[dict], its_ends: dict, where: str) -> tuple[dict, str]:
+    """A stage with other blocks and ends, and a note on what stayed fresh."""
+    own, counts = blocks(stage), [jax.tree.leaves(s)[0].shape[0] for s in stacks(stage)]
+    _check_number(own, given, where)
+    for i, (target, source) in enumerate(zip(own, given, strict=True)):
+        _check(target, source, f"{where}, block {i}")
+    note = ""
+    if "head" in stage and "head" in its_ends:
+        classes = [part["head"]["bias"].shape for part in (stage, its_ends)]
+        if classes[0] != classes[1]:
+            its_ends, note = {**its_ends, "head": stage["head"]}, ", head fresh"
+    _check(ends(stage), its_ends, where)
+    stacked, at = [], 0
+    for count in counts:
+        stacked.append(jax.tree.map(lambda *a: jnp.stack(a), *given[at : at + count]))
+        at += count
+    return {**its_ends, **segments(stacked)}, note
+
+
+def _check_number(own: Sequence[dict], given: Sequence[dict], where: str) -> None:
+    if len(own) != len(given):
+        raise UserError(f"{where} has {len(own)} blocks, its source has {len(given)}")
+
+
+def _check(target: dict, source: dict, where: str) -> None:
+    """Raises UserError at the first array that only one of them has or that differs in shape."""
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (target, source)
+    ]  # fmt: skip
+    for path in sorted(set(shapes[0]) | set(shapes[1])):
+        have = [tree.get(path) for tree in shapes]
+        if have[0] != have[1]:
+            text = ["absent" if shape is None else f"of shape {shape}" for shape in have]
+            raise UserError(
+                f"{where}: {path} is {text[1]} in the source and {text[0]} in the network"
+            )

@@ -1,0 +1,241 @@
+"""Moves tokens to their experts and back; the router has decided who goes where.
+
+Axes: G groups of tokens, S tokens of a group, K choices per token, N = S K assignments of a group,
+E experts, C slots per expert and group, D channels.
+
+Two dispatches, (x, routing, weights, apply) -> (y, dropped):
+
+    dropless    every assignment is served, as published
+    capacity    each expert has C slots per group; assignments that come too late are dropped
+
+    x           tokens (G, S, D)
+    weights     pytree of arrays with a leading axis E
+    apply       (weights, rows, linear) -> rows: what the experts compute. Rows lie as the dispatch
+                likes; linear(rows, {"kernel": (E, D, F), "bias": (E, F)}) applies to each the layer
+                of its own expert
+    y           (G, S, D), the experts' outputs weighted and summed; zero where all was dropped
+    dropped     share of the assignments that were dropped; with expert choice, which drops none,
+                share of the tokens that no expert took
+
+On a mesh ('data', 'expert') in context the groups lie over both axes and the experts over 'expert';
+`capacity` then moves slots by an all-to-all. Without a mesh everything is local.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models.moe.grouped import grouped_linear
+from m2mkd_jax.models.moe.router import ExpertChoice, Routing, TokenChoice
+
+KINDS = ("dropless", "capacity")
+ALL_DEVICES = PartitionSpec(("data", "expert"))
+
+
+def _mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh in context; None where there is nothing to share out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def groups(images: int, group_images: int) -> int:
+    """How many groups a batch is cut into.
+
+    Args:
+        images: of the batch.
+        group_images: images of a group, at most the batch; 0: as many as lie on one device.
+
+    Raises:
+        UserError: the batch cannot be cut so, or a group would lie on several devices.
+    """
+    mesh = _mesh()
+    devices = mesh.size if mesh else 1
+    count = max(images // group_images, 1) if group_images else devices
+    if images % count or count % devices or (group_images and images > count * group_images):
+        size = f"groups of {group_images} images" if group_images else "equal groups"
+        raise UserError(
+            f"moe: a batch of {images} images cannot be cut into {size} on {devices} device(s); "
+            "change the batch size or vmoe.group_images"
+        )
+    return count
+
+
+def dropless(
+    x: jax.Array, routing: Routing, weights, apply: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Serves every assignment.
+
+    Where experts lie on several devices each has as many slots as a group has tokens, the worst
+    case, since a token picks an expert at most once: exact, at E/K times the FLOPs, memory and
+    traffic of the experts. `capacity` is the cheap one there. On one device, and on a mesh without
+    an expert axis, rows are sorted by expert and nothing but gradients leaves a device.
+    """
+    mesh = _mesh()
+    if isinstance(routing, ExpertChoice):
+        return _chosen_by_experts(x, routing, weights, apply)
+    if mesh and mesh.shape["expert"] > 1:
+        return capacity(x, routing, weights, apply, slots=x.shape[1])
+    local = functools.partial(_sorted, apply=apply)
+    if mesh:
+        local = jax.shard_map(
+            local,
+            in_specs=(ALL_DEVICES, ALL_DEVICES, ALL_DEVICES, PartitionSpec()),
+            out_specs=ALL_DEVICES,
+            check_vma=False,  # its checks know nothing of the custom gradients inside
+        )
+    return local(x, routing.experts, routing.weights, weights), jnp.zeros(())
+
+
+def capacity(
+    x: jax.Array, routing: Routing, weights, apply: Callable, slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """Serves what fits into `slots` per expert and group, in the routing's order.
+
+    With expert choice the routing itself says how many slots there are.
+    """
+    if isinstance(routing, ExpertChoice):
+        return _chosen_by_experts(x, routing, weights, apply)
+    experts = _count(weights)
+    source, slot = fill_slots(routing, experts, slots)
+    g, s, k = routing.experts.shape
+    # Both moves are lookups, and so are their gradients: no scatter in either direction.
+    rows = _take(x, source // k, slot.reshape(g, s, k))
+    rows = on_experts(rows.reshape(g, experts, slots, -1), weights, apply)
+    rows = _take(rows.reshape(g, experts * slots, -1), slot, source[..., None])
+    y = _weighted_sum(rows.reshape(g, s, k, -1), routing.weights)
+    return y.astype(x.dtype), jnp.mean(slot == experts * slots, dtype=jnp.float32)
+
+
+def fill_slots(routing: TokenChoice, experts: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Which assignment s * K + k is in which slot e * C + c, and the other way round.
+
+    First choices of all tokens go before second ones, tokens in the routing's order.
+
+    Returns:
+        source: (G, E * C) int32, the assignment in a slot; N in one that stays empty.
+        slot: (G, N) int32, the slot of an assignment; E * C for one that is dropped.
+    """
+    g, s, k = routing.experts.shape
+    order = jnp.arange(s)[None] if routing.order is None else routing.order
+    order = jnp.broadcast_to(order[..., None], (g, s, 1))
+    chosen = jnp.take_along_axis(routing.experts, order, axis=1)
+    queue = [jnp.swapaxes(a, 1, 2).reshape(g, s * k) for a in (chosen, order * k + jnp.arange(k))]
+    expert, assignment = jax.lax.sort(queue, dimension=1, is_stable=True, num_keys=1)
+    counts = _sizes(routing.experts.reshape(g, s * k), experts)
+    starts = jnp.cumsum(counts, axis=1) - counts
+    # The other way round first: an assignment's place in its expert's queue.
+    place = jnp.arange(s * k) - jnp.take_along_axis(starts, expert, axis=1)
+    slot = jnp.where(place < slots, expert * slots + place, experts * slots)
+    slot = jax.lax.sort([assignment, slot], dimension=1, num_keys=1)[1]
+    places = jnp.arange(slots)
+    source = jnp.take_along_axis(
+        assignment, (starts[..., None] + places).reshape(g, -1), axis=1, mode="clip"
+    )
+    filled = (places < counts[..., None]).reshape(g, -1)
+    return jnp.where(filled, source, s * k), slot
+
+
+def _sorted(x, experts, token_weights, weights, *, apply):
+    """Dropless on one device: rows sorted by expert, experts with as many rows as they have."""
+    s, k, count = x.shape[0] * x.shape[1], experts.shape[-1], _count(weights)
+    chosen = experts.reshape(1, s * k)
+    assignments = jnp.arange(s * k)[None]
+    _, source = jax.lax.sort([chosen, assignments], dimension=1, is_stable=True, num_keys=1)
+    slot = jax.lax.sort([source, assignments], dimension=1, num_keys=1)[1]
+    sizes = _sizes(chosen, count)[0]
+
+    def linear(rows, layer):
+        return grouped_linear(rows, layer["kernel"], layer["bias"], sizes)
+
+    rows = _take(x.reshape(1, s, -1), source // k, slot.reshape(1, s, k))
+    rows = apply(weights, rows[0], linear)[None]
+    rows = _take(rows, slot, source[..., None])
+    y = _weighted_sum(rows.reshape(*experts.shape, -1), token_weights)
+    return y.astype(x.dtype)
+
+
+def _chosen_by_experts(x, routing: ExpertChoice, weights, apply):
+    g, e, c = routing.tokens.shape
+    tokens = routing.tokens.reshape(g, e * c)
+    rows = jnp.take_along_axis(x, tokens[..., None], axis=1)
+    rows = on_experts(rows.reshape(g, e, c, -1), weights, apply)
+    rows = (rows * routing.weights[..., None]).reshape(g, e * c, -1)
+    # A token may have been taken by any number of experts: sums, not lookups.
+    y, taken = jax.vmap(
+        lambda rows, tokens: (
+            jnp.zeros((x.shape[1], rows.shape[-1])).at[tokens].add(rows),
+            jnp.zeros((x.shape[1],), bool).at[tokens].set(True),
+        )
+    )(rows, tokens)
+    return y.astype(x.dtype), jnp.mean(~taken, dtype=jnp.float32)
+
+
+def on_experts(rows: jax.Array, weights, apply: Callable) -> jax.Array:
+    """Rows (G, E, C, D) through the experts of axis E, on the devices where these are."""
+    mesh = _mesh()
+    if mesh and rows.shape[1] % mesh.shape["expert"]:
+        raise UserError(
+            f"moe: {rows.shape[1]} experts cannot be shared out over the mesh's expert axis of "
+            f"{mesh.shape['expert']}"
+        )
+    at_home, abroad = ALL_DEVICES, PartitionSpec("data", "expert")
+    rows = _constrain(_constrain(rows, at_home), abroad)
+    # Whatever else is cut (FSDP) is gathered here, not multiplied in parts.
+    weights = jax.tree.map(lambda a: _constrain(a, PartitionSpec("expert")), weights)
+
+    def linear(rows, layer):
+        return (
+            jnp.einsum("egcd,edf->egcf", rows, layer["kernel"]) + layer["bias"][:, None, None]
+        )
+
+    rows = jnp.swapaxes(apply(weights, jnp.swapaxes(rows, 0, 1), linear), 0, 1)
+    return _constrain(_constrain(rows, abroad), at_home)
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec) if _mesh() else x
+
+
+def _count(weights) -> int:
+    return jax.tree.leaves(weights)[0].shape[0]
+
+
+def _sizes(experts: jax.Array, count: int) -> jax.Array:
+    """(G, N) -> how many assignments each expert has, (G, E)."""
+    return jnp.sum(experts[..., None] == jnp.arange(count), axis=1, dtype=jnp.int32)
+
+
+def _weighted_sum(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """(G, S, K, D) by (G, S, K), over K, in float32."""
+    return jnp.einsum("gskd,gsk->gsd", rows.astype(jnp.float32), weights)
+
+
+@jax.custom_vjp
+def _take(rows: jax.Array, source: jax.Array, readers: jax.Array) -> jax.Array:
+    """rows (G, N, D) at source (G, M) -> (G, M, D); zeros where the source is N.
+
+    readers (G, N, R) says where each row went: positions in M, or M for none. With it the gradient
+    is a lookup too.
+    """
+    del readers
+    return jnp.take_along_axis(rows, source[..., None], axis=1, mode="fill", fill_value=0)
+
+
+def _take_forward(rows, source, readers):
+    return _take(rows, source, readers), readers
+
+
+def _take_backward(readers, grad):
+    g, n, r = readers.shape
+    flat = readers.reshape(g, n * r, 1)
+    parts = jnp.take_along_axis(grad, flat, axis=1, mode="fill", fill_value=0)
+    return parts.reshape(g, n, r, -1).sum(2), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)

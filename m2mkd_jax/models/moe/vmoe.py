@@ -1,0 +1,214 @@
+"""V-MoE: a vision transformer with experts, in stages, and its students.
+
+Axes: B images, T tokens of an image, D width, X stitch width, L blocks, E experts.
+
+A network is cut into stages like a ViT. A student module is a stage of the same network with
+stitches where it is cut open: the assembled network with its stitches kept is exactly the chain of
+the students (reference section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import chain, layers
+from m2mkd_jax.models.moe import assembly
+from m2mkd_jax.models.moe.assembly import assemble, upcycle
+from m2mkd_jax.models.moe.blocks import Block, BlockKind, VMoESpec
+
+__all__ = [
+    "VMoESpec",
+    "VMoEStage",
+    "assemble",
+    "build",
+    "build_stage",
+    "build_student",
+    "student_spec",
+    "upcycle",
+]
+
+
+class Segment(nnx.Module):
+    """Neighbouring blocks of one kind, stacked along a leading axis L."""
+
+    def __init__(self, spec: VMoESpec, kind: BlockKind, count: int, *, rngs: nnx.Rngs):
+        self.count, self.remat = count, spec.vit.remat
+        self.blocks = layers.stack(lambda rngs: Block(spec, kind, rngs=rngs), count, rngs=rngs)
+
+    def __call__(self, x, rates=None, keys=None) -> tuple[jax.Array, dict]:
+        """rates (L,), keys (L,): see Block. Returns what the blocks saw with a leading axis L."""
+        graph, state = nnx.split(self.blocks)
+
+        def body(x, layer):
+            state, rate, key = layer
+            return nnx.merge(graph, layers.whole(state))(x, rate, key)
+
+        body = layers.kept(body, self.remat)
+        layer = (state, rates, keys)
+        if self.count > 1:
+            return jax.lax.scan(body, x, layer)
+        # A single block needs no loop, and with one stitch could not be in one: shapes change.
+        x, seen = body(x, jax.tree.map(lambda a: a[0], layer))
+        return x, jax.tree.map(lambda a: a[None], seen)
+
+
+def segments(spec: VMoESpec, start: int, depth: int) -> list[tuple[BlockKind, int]]:
+    """Runs of equal neighbours among blocks start .. start + depth, and their lengths."""
+    kinds = [spec.kind(block) for block in range(start, start + depth)]
+    return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
+
+
+class VMoEStage(chain.Stage):
+    """Blocks start .. start + depth; the first stage of a network embeds, the last classifies.
+
+    Raises:
+        UserError: a stitch without its counterpart, within the stage or at the network's ends.
+    """
+
+    def __init__(
+        self, spec: VMoESpec, start: int, depth: int, *, first: bool, last: bool, rngs: nnx.Rngs
+    ):
+        self.spec, self.start, self.depth = spec, start, depth
+        self.first, self.last = first, last
+        _check_stitches(spec, start, depth, first, last)
+        vit = spec.vit
+        if first:
+            self.patch_embed = layers.Patches(
+                vit.patch,
+                3,
+                vit.width,
+                kernel_init=layers.torch_init,
+                bias_init=layers.torch_bias_init(3 * vit.patch**2),
+                rngs=rngs,
+            )
+            self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, vit.width)))
+            shape = (1, vit.tokens, vit.width)
+            self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))
+        for i, (kind, count) in enumerate(segments(spec, start, depth)):
+            setattr(self, f"segment_{i}", Segment(spec, kind, count, rngs=rngs))
+        if last:
+            self.norm = layers.layer_norm(vit.width, vit.eps, rngs=rngs)
+            self.head = nnx.Linear(
+                vit.width, vit.classes, kernel_init=layers.transformer_init, rngs=rngs
+            )
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3) -> tokens (B, T, D)."""
+        patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
+        cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.vit.width))
+        return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """Tokens (B, T, D) -> normalised class token (B, D), what the head sees."""
+        return self.norm(tokens)[:, 0]
+
+    def __call__(self, x, *, rates=None, key=None, train=False):
+        return self.observed(x, rates=rates, key=key, train=train)[0]
+
+    def observed(self, x, *, rates=None, key=None, train=False) -> tuple[jax.Array, dict]:
+        """The stage's output, and what its M blocks with experts saw, in their order.
+
+        'load' (M, E), 'dropped', 'dead', 'entropy', 'importance_loss', 'load_loss' (M,): see
+        blocks.MoE and router.Router. Nothing without such blocks.
+        """
+        keys = jax.random.split(key, self.depth) if train and key is not None else None
+        dropping = keys is not None and rates is not None and any(rates)
+        rates = jnp.asarray(rates) if dropping else None
+        if self.first:
+            x = self.embed(x)
+        seen, at = [], 0
+        for i, (kind, count) in enumerate(segments(self.spec, self.start, self.depth)):
+            mine = slice(at, at + count)
+            x, of_segment = getattr(self, f"segment_{i}")(
+                x, *(None if a is None else a[mine] for a in (rates, keys))
+            )
+            seen += [of_segment] if kind.moe else []
+            at += count
+        if self.last:
+            x = self.head(self.features(x)).astype(jnp.float32)
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *seen) if seen else {}
+
+    def join(self, after: chain.Stage) -> VMoEStage | None:
+        """This stage and the next one as one, equal segments at the seam as one loop."""
+        if self.last or not isinstance(after, VMoEStage) or after.first or after.spec != self.spec:
+            return None
+        if after.start != self.start + self.depth:
+            return None
+        mine, theirs = chain.split(self).params, chain.split(after).params
+        stacks, more = assembly.stacks(mine), assembly.stacks(theirs)
+        kinds = [segments(self.spec, stage.start, stage.depth) for stage in (self, after)]
+        if stacks and more and kinds[0][-1][0] == kinds[1][0][0]:
+            seam = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacks.pop(), more.pop(0))
+            stacks.append(seam)
+        graph = _graph(self.spec, self.start, self.depth + after.depth, self.first, after.last)
+        params = assembly.ends(mine) | assembly.ends(theirs) | assembly.segments(stacks + more)
+        return chain.merge(graph, params, {})
+
+
+def _check_stitches(spec: VMoESpec, start: int, depth: int, first: bool, last: bool) -> None:
+    kinds = [spec.kind(block) for block in range(start, start + depth)]
+    if spec.stitch_dim == spec.vit.width or not kinds:
+        return
+    wrong = [start + i for i in range(1, depth) if kinds[i].pre != kinds[i - 1].post]
+    wrong += [start] if first and kinds[0].pre else []
+    wrong += [start + depth] if last and kinds[-1].post else []
+    if wrong:
+        raise UserError(
+            f"vmoe: before block {wrong[0]} the width is not what that block takes; a stitch after "
+            "block i (post_stitch_pos) needs one before block i + 1 (pre_stitch_pos)"
+        )
+
+
+@functools.cache
+def _graph(spec: VMoESpec, start: int, depth: int, first: bool, last: bool) -> nnx.GraphDef:
+    """Structure of a stage, traced once."""
+    return chain.abstract(
+        lambda rngs: VMoEStage(spec, start, depth, first=first, last=last, rngs=rngs)
+    ).graph
+
+
+def build(spec: VMoESpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[VMoEStage]:
+    """The network as stages of the given depths."""
+    return [build_stage(spec, i, depths, rngs=rngs) for i in range(len(depths))]
+
+
+def build_stage(
+    spec: VMoESpec, index: int, depths: Sequence[int], *, rngs: nnx.Rngs
+) -> VMoEStage:
+    """Stage `index` of the network: with `student_spec` the student module of that number."""
+    first, last = index == 0, index == len(depths) - 1
+    start = sum(depths[:index])
+    return VMoEStage(spec, start, depths[index], first=first, last=last, rngs=rngs)
+
+
+def student_spec(spec: VMoESpec, depths: Sequence[int], stitch_dim: int) -> VMoESpec:
+    """The network cut open: stitches of the meta model's width wherever two modules meet."""
+    ends = tuple(itertools.accumulate(depths))[:-1]
+    return dataclasses.replace(
+        spec,
+        stitch_dim=stitch_dim,
+        pre_stitch_pos=ends,
+        post_stitch_pos=tuple(end - 1 for end in ends),
+    )
+
+
+def build_student(
+    spec: VMoESpec, index: int, depths: Sequence[int], stitch_dim: int, *, rngs: nnx.Rngs
+) -> VMoEStage:
+    """Student `index`: the first embeds, the last classifies, open ends have stitches.
+
+    Raises:
+        UserError: the index is out of range.
+    """
+    if not 0 <= index < len(depths):
+        raise UserError(f"m2mkd/{index}: there are {len(depths)} modules, 0 to {len(depths) - 1}")
+    return build_stage(student_spec(spec, depths, stitch_dim), index, depths, rngs=rngs)

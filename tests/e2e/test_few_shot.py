@@ -1,0 +1,66 @@
+"""Few-shot episodes with a network that was trained before: run, go on, be refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.e2e import command as commands
+from tests.e2e.command import run, summary
+
+FLAGS = (
+    "--config.phases=('e2e_scratch','fewshot')", "--config.few_shot.network=e2e_scratch",
+    "--config.few_shot.data.name=digits", "--config.few_shot.data.classes=10",
+    "--config.few_shot.ways=3", "--config.few_shot.shots=4", "--config.few_shot.episodes=4",
+    "--config.recipes.fewshot.batch=6", "--config.recipes.fewshot.epochs=40",
+    "--config.recipes.fewshot.lr=0.05", "--config.recipes.e2e.epochs=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return commands.environment(str(tmp_path_factory.mktemp("xla")))
+
+
+@pytest.fixture(scope="module")
+def whole(environment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("few")
+    result = run("tiny", {**environment, "JAX_LOG_COMPILES": "1"}, workdir, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_episodes_end_in_a_mean_and_an_interval(whole):
+    workdir, result = whole
+    found = summary(workdir)
+    assert [job["status"] for job in found["jobs"]] == ["done", "done"]
+    few = found["results"]["fewshot"]
+    assert len(few["values"]) == 4 and few["mean"] == pytest.approx(np.mean(few["values"]))
+    assert few["mean"] > 1 / 3 and few["interval95"] > 0
+    assert "fewshot: " in result.stdout and "(95%, 4 seeds)" in result.stdout
+    # Nine times four queries, each counted once.
+    lines = (workdir / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["eval_images"] for line in lines] == [36] * 4
+    # One program for the network, one for all heads.
+    assert result.stderr.count("Finished XLA compilation of jit(step)") == 2
+
+
+def test_an_interrupted_job_goes_on_with_the_next_episode(whole, environment):
+    workdir, directory = whole[0], whole[0] / "jobs" / "fewshot"
+    before = summary(workdir)
+    lines = (directory / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (directory / "done.json").unlink()
+    (directory / "episodes.jsonl").write_text("".join(lines[:3]))
+    result = run("tiny", environment, workdir, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    assert "episode 4/4" in result.stdout and "episode 3/4" not in result.stdout
+    assert summary(workdir) == before
+
+
+def test_data_and_weights_that_are_missing_are_one_line(environment, tmp_path):
+    flags = ("--config.few_shot.data.name=cub", "--config.few_shot.data.root=/nowhere")
+    result = run("tiny", environment, tmp_path, *FLAGS, *flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "/nowhere" in result.stderr and "CUB_200_2011" in result.stderr
+    result = run("tiny", environment, tmp_path, *FLAGS, "--config.few_shot.network=e2e")
+    assert result.returncode == 2 and "job e2e is not done" in result.stderr

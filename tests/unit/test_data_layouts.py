@@ -1,0 +1,479 @@
+"""The layouts of data sets on disk, written by the tests: read alike, and told apart."""
+
+import io
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from m2mkd_jax.data import check, layouts, prepare, sources
+from m2mkd_jax.data.class_lists import wordnet_ids
+from m2mkd_jax.data.encoded import Damage
+from m2mkd_jax.data.pickles import read_pickle
+from m2mkd_jax.errors import UserError
+
+CLASSES = ("n01", "n02", "n03")
+
+
+def make_config(name, root, classes=3, **fields):
+    return ConfigDict({
+        "name": name, "root": str(root), "image_size": 16, "classes": classes,
+        "train_images": 0, "test_images": 0, **fields,
+    })  # fmt: skip
+
+
+def message(call, *arguments):
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_folders(root, classes=CLASSES, per_class=3):
+    """train/CLASS/ and val/CLASS/, every image different."""
+    rng = np.random.default_rng(0)
+    for folder, count in (("train", per_class), ("val", 2)):
+        for name in classes:
+            for number in range(count):
+                path = root / folder / name / f"{name}_{number}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = rng.integers(0, 256, (18 + number, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+
+
+def write_shards(root, source, numbered=False):
+    """Two tar files per split with the files of `write_folders`, in any order."""
+    root.mkdir()
+    for folder in ("train", "val"):
+        files = sorted((source / folder).rglob("*.JPEG"))
+        np.random.default_rng(0).shuffle(files)
+        for number in range(2):
+            with tarfile.open(root / f"set-{folder}-{number:05d}.tar", "w") as tar:
+                for path in files[number::2]:
+                    if not numbered:
+                        tar.add(path, f"{path.parent.name}/{path.name}")
+                        continue
+                    # Numbers whose text does not sort as the numbers do: 8, 9, 10.
+                    tar.add(path, f"{path.stem}.jpg")
+                    label = str(8 + CLASSES.index(path.parent.name)).encode()
+                    member = tarfile.TarInfo(f"{path.stem}.cls")
+                    member.size = len(label)
+                    tar.addfile(member, io.BytesIO(label))
+
+
+def write_prepared(root, source, monkeypatch, name="tiny_imagenet"):
+    monkeypatch.setattr(prepare.BUILDERS[name], "names", CLASSES)
+    assert prepare.main([name, str(source), str(root)]) == 0
+
+
+def contents(source):
+    """Pixels, labels and class names, through the interface that batches use."""
+    indices = np.arange(len(source))
+    reader = source.reader()
+    return (
+        [np.asarray(source.read(i)).tobytes() for i in indices],
+        reader.evaluation_images(indices, 16).tobytes(),
+        reader.labels_of(indices).tolist(),
+        np.asarray(source.labels).tolist(),
+        source.class_names,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    write_folders(root)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["shards", "numbered", "prepared", "tiny"])
+@pytest.mark.parametrize("split", sources.SPLITS)
+def test_every_layout_is_read_like_folders(kind, split, folders, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    if kind in ("shards", "numbered"):
+        write_shards(root, folders, kind == "numbered")
+    elif kind == "prepared":
+        write_prepared(root, folders, monkeypatch)
+    else:
+        write_tiny(root, folders)
+    expected = contents(sources.load_source(make_config("tiny_imagenet", folders), split))
+    config = make_config("tiny_imagenet", root)
+    assert sources.describe_missing(config) is None
+    found = contents(sources.load_source(config, split))
+    if kind == "numbered":
+        assert found[:4] == expected[:4] and found[4] == ("000008", "000009", "000010")
+        (root / "classes.txt").write_text("\n".join(f"name {i}" for i in range(11)))
+        named = sources.load_source(config, split)
+        assert named.class_names == ("name 8", "name 9", "name 10")
+    else:
+        assert found == expected
+
+
+def write_tiny(root, source):
+    """The original archive: train/CLASS/images/, a flat val/images/, val_annotations.txt."""
+    lines = []
+    for path in sorted(source.rglob("*.JPEG")):
+        folder, name = path.parent.parent.name, path.parent.name
+        below = root / folder / ("images" if folder == "val" else f"{name}/images") / path.name
+        below.parent.mkdir(parents=True, exist_ok=True)
+        below.write_bytes(path.read_bytes())
+        if folder == "val":
+            lines.append(f"{path.name}\t{name}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+
+
+def test_chosen_records_and_members_keep_their_images(folders, tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", folders)
+    write_prepared(tmp_path / "prepared", folders, monkeypatch)
+    for root in (folders, tmp_path / "shards", tmp_path / "prepared"):
+        source = sources.load_source(make_config("tiny_imagenet", root), "train")
+        chosen = source.select(np.array([7, 2]))
+        again = pickle.loads(pickle.dumps(chosen))  # as they travel to workers
+        assert np.asarray(again.read(0)).tobytes() == np.asarray(source.read(7)).tobytes()
+        assert again.labels.tolist() == [2, 0]
+
+
+def write_renditions(root, ids):
+    """ImageNet-R's layout: classes at the top, no train/."""
+    for number, name in enumerate(ids):
+        (root / name).mkdir(parents=True)
+        pixels = np.full((20, 20, 3), number % 256, np.uint8)
+        Image.fromarray(pixels).save(root / name / "art_0.png")
+    (root / "README.txt").write_text("ImageNet-R")
+
+
+def test_renditions_are_labelled_within_their_own_classes(tmp_path):
+    write_renditions(tmp_path / "r", wordnet_ids("imagenet_r"))
+    config = make_config("imagenet_r", tmp_path / "r", 1000, image_size=20)
+    source = sources.load_source(config, "test")
+    assert source.class_names == wordnet_ids("imagenet_r")
+    assert source.labels.tolist() == list(range(200))
+    assert np.asarray(source.read(150))[0, 0, 0] == 150
+    assert "test images only" in message(sources.load_source, config, "train")
+    write_renditions(tmp_path / "other", ["n00000001"])
+    other = make_config("imagenet_r", tmp_path / "other", 1000)
+    assert "n00000001" in message(sources.load_source, other, "test")
+
+
+def test_tiny_renditions_are_taken_out_of_imagenet_r(tmp_path):
+    """And prepared ones are read like folders, though numbered within other classes."""
+    write_renditions(tmp_path / "r", wordnet_ids("imagenet_r"))
+    assert prepare.main(["tiny_imagenet_r", str(tmp_path / "r"), str(tmp_path / "out")]) == 0
+    config = make_config("tiny_imagenet_r", tmp_path / "out", 200, image_size=20)
+    source = sources.load_source(config, "test")
+    assert source.labels[np.arange(62)].tolist() == list(range(62))
+    for label in (0, 17, 61):
+        place = wordnet_ids("imagenet_r").index(wordnet_ids("tiny_imagenet_r")[label])
+        assert np.asarray(source.read(label))[0, 0, 0] == place
+    wider = layouts.reordered(source, ("n0", *wordnet_ids("tiny_imagenet_r")))
+    assert wider.labels[np.array([0, 5])].tolist() == [1, 6]
+    narrower = layouts.reordered(source, wordnet_ids("tiny_imagenet_r")[1:])
+    assert "not expected" in message(narrower.labels.__getitem__, np.array([3, 0]))
+
+
+def test_preparing_from_the_wrong_place_is_one_line(tmp_path, capsys, folders):
+    assert prepare.main(["tiny_imagenet", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert prepare.main(["tiny_imagenet", str(folders), str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "expected: train/CLASS" in errors[0]
+    assert "lacks 200 of the 200 classes" in errors[1] and len(errors) == 2
+
+
+# CIFAR-100
+
+
+def cifar_arrays(count, seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+    return pixels, rng.integers(0, 100, count)
+
+
+def write_cifar_binary(root, names):
+    root.mkdir(parents=True)
+    for file, count, seed in (("train.bin", 12, 0), ("test.bin", 5, 1)):
+        pixels, labels = cifar_arrays(count, seed)
+        rows = np.column_stack([np.full(count, 3), labels, pixels])
+        rows.astype(np.uint8).tofile(root / file)
+    (root / "fine_label_names.txt").write_text("\n".join(names) + "\n")
+
+
+def write_cifar_python(root, names, protocol):
+    root.mkdir(parents=True)
+    for file, count, seed in (("train", 12, 0), ("test", 5, 1)):
+        pixels, labels = cifar_arrays(count, seed)
+        value = {
+            b"filenames": [b"x.png"] * count, b"batch_label": b"training batch 1 of 1",
+            b"fine_labels": labels.tolist(), b"coarse_labels": [3] * count, b"data": pixels,
+        }  # fmt: skip
+        (root / file).write_bytes(pickle.dumps(value, protocol))
+    meta = {b"fine_label_names": [name.encode() for name in names]}
+    (root / "meta").write_bytes(pickle.dumps(meta, protocol))
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_both_cifar_archives_hold_the_same(tmp_path, protocol):
+    names = [f"class_{i}" for i in range(100)]
+    write_cifar_binary(tmp_path / "b" / "cifar-100-binary", names)
+    write_cifar_python(tmp_path / "p", names, protocol)
+    for split, count, seed in (("train", 12, 0), ("test", 5, 1)):
+        pixels, labels = cifar_arrays(count, seed)
+        for root in (tmp_path / "b", tmp_path / "p"):
+            config = make_config("cifar100", root, 100, image_size=32)
+            source = sources.load_source(config, split)
+            assert source.images.shape == (count, 32, 32, 3)
+            # Planes in the file, channels last here.
+            np.testing.assert_array_equal(source.images[2, 1, 7], pixels[2, [39, 1063, 2087]])
+            np.testing.assert_array_equal(source.labels, labels)
+            assert source.class_names == tuple(names)
+            assert source.reader().evaluation_images(np.arange(2), 48).shape == (2, 48, 48, 3)
+
+
+def python2_pickle():
+    """As Python 2 wrote CIFAR's: byte strings as SHORT_BINSTRING, protocol 2."""
+    return (
+        b"\x80\x02}q\x00(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\n"
+        b"q\x03K\x00\x85U\x01b\x87Rq\x04(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01"
+        b"\x87Rq\x06(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06\x01\x02\x03"
+        b"\xff\x80\x00tbU\x06labelsq\x07]q\x08(K\x05K\x07eu."
+    )
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    path = tmp_path / "train"
+    path.write_bytes(python2_pickle())
+    value = read_pickle(path)
+    assert value[b"labels"] == [5, 7]
+    np.testing.assert_array_equal(value[b"data"], [[1, 2, 3], [255, 128, 0]])
+    with open(path, "rb") as file:  # Python's own reader agrees
+        trusted = pickle.load(file, encoding="bytes")
+    np.testing.assert_array_equal(value[b"data"], trusted[b"data"])
+
+
+class Calls:
+    """A pickle that would call something."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(path):
+    yield pickle.dumps({b"data": Calls(os.mkdir, str(path))}, 2)
+    yield pickle.dumps(Calls(eval, f"__import__('os').mkdir({str(path)!r})"), 4)
+    yield pickle.dumps(Calls(os.system, f"mkdir {path}"), 0)
+    yield b"cposix\nmkdir\n(S'x'\ntR."
+    yield b"(S'x'\niposix\nmkdir\n."
+    yield b"\x80\x02cnumpy\nndarray\n)\x81."
+    yield pickle.dumps(np.zeros(3, "f8"), 2)  # no type of CIFAR's
+    yield b"\x80\x02}q\x00h\x00h\x00s."  # a dict inside itself, as its own key
+    yield b"\x80\x02](K\x01"  # cut off
+    yield b"hello"
+    yield b""
+
+
+def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
+    target = tmp_path / "made"
+    for number, content in enumerate(hostile(target)):
+        path = tmp_path / f"file{number}"
+        path.write_bytes(content)
+        text = message(read_pickle, path)
+        assert str(path) in text and (number not in (2, 3) or "calls posix." in text)
+    assert not target.exists()
+
+
+def test_mutated_pickles_end_in_one_line_or_a_value(tmp_path):
+    rng = np.random.default_rng(0)
+    good, path = python2_pickle(), tmp_path / "train"
+    for _ in range(300):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            read_pickle(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("train.bin", b"\0" * 3075, "no multiple of 3074"),
+        ("train.bin", b"\xff" * 3074, "label 255 of 100"),
+        ("fine_label_names.txt", b"cat dog", "names 2 classes of 100"),
+    ],
+)
+def test_broken_cifar_files_are_one_line(tmp_path, file, content, words):
+    write_cifar_binary(tmp_path / "c", [f"class_{i}" for i in range(100)])
+    (tmp_path / "c" / file).write_bytes(content)
+    config = make_config("cifar100", tmp_path / "c", 100, image_size=32)
+    assert words in message(sources.load_source, config, "train")
+
+
+# CUB
+
+
+def write_cub(root):
+    """Five images of two classes; number 2 and 5 are for testing."""
+    rows = [(1, "001.A/a.jpg", 1, 1), (2, "001.A/b.jpg", 1, 0), (3, "002.B/c.jpg", 2, 1),
+            (4, "002.B/d.jpg", 2, 1), (5, "002.B/e.jpg", 2, 0)]  # fmt: skip
+    for number, path, _, _ in rows:
+        (root / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * number,) * 3).save(root / "images" / path)
+    tables = {
+        "images.txt": [f"{row[0]} {row[1]}" for row in rows],
+        "image_class_labels.txt": [f"{row[0]} {row[2]}" for row in rows],
+        "train_test_split.txt": [f"{row[0]} {row[3]}" for row in rows],
+        "classes.txt": ["1 001.A", "2 002.B"],
+    }
+    for name, lines in tables.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+
+
+def test_cub_follows_its_own_tables(tmp_path):
+    write_cub(tmp_path / "CUB_200_2011")
+    config = make_config("cub", tmp_path, 2)
+    for split, numbers, labels in (("train", (1, 3, 4), [0, 1, 1]), ("test", (2, 5), [0, 1])):
+        source = sources.load_source(config, split)
+        assert source.labels.tolist() == labels and source.class_names == ("001.A", "002.B")
+        for place, number in enumerate(numbers):
+            assert abs(int(np.asarray(source.read(place))[0, 0, 0]) - 40 * number) <= 2
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("images.txt", "6 002.B/f.jpg", "name different images"),
+        ("image_class_labels.txt", "5 3", "names class '3'"),
+        ("train_test_split.txt", "1", "line 6: two words"),
+    ],
+)
+def test_broken_cub_tables_are_one_line(tmp_path, file, line, words):
+    write_cub(tmp_path)
+    with open(tmp_path / file, "a") as table:
+        table.write(line + "\n")
+    assert words in message(sources.load_source, make_config("cub", tmp_path, 2), "test")
+
+
+# What a user is told
+
+
+def test_a_wrong_root_says_what_was_expected_and_what_is_near(tmp_path, folders):
+    def tell(root, name="tiny_imagenet"):
+        text = sources.describe_missing(make_config(name, root))
+        assert text and "\n" not in text
+        return text
+
+    assert f"did you mean {folders}?" in tell(folders / "train")
+    (tmp_path / "archive").mkdir()
+    write_folders(tmp_path / "archive" / "tiny-imagenet-200")
+    assert "did you mean" in tell(tmp_path / "archive")
+    assert "holds nothing that is known; expected: train/CLASS/*.JPEG" in tell(tmp_path)
+    assert "is no directory" in tell(tmp_path / "nowhere")
+    write_cub(tmp_path / "cub")
+    assert "it holds CUB-200-2011's archive" in tell(tmp_path / "cub")
+    assert "expected: CUB" in tell(folders, "cub")
+
+
+def test_a_flat_val_is_one_line(tmp_path):
+    write_folders(tmp_path)
+    for path in list((tmp_path / "val").rglob("*.JPEG")):
+        path.rename(tmp_path / "val" / path.name)
+    for folder in CLASSES:
+        (tmp_path / "val" / folder).rmdir()
+    text = sources.describe_missing(make_config("imagenet", tmp_path))
+    assert "val is flat, 6 images without their classes" in text and "val/CLASS" in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:700]), "cannot read the shard"),
+        (lambda tar: tar.write_bytes(b"no tar" * 200), "cannot read the shard"),
+        (lambda tar: write_member(tar, "loose.jpg"), "loose.jpg has no class"),
+        (lambda tar: write_member(tar, "n99/a.jpg"), "lacks"),
+    ],
+)
+def test_broken_shards_are_one_line(tmp_path, folders, damage, words):
+    write_shards(tmp_path / "s", folders)
+    for tar in (tmp_path / "s").glob("*val*.tar"):
+        damage(tar)
+    text = message(sources.load_source, make_config("imagenet", tmp_path / "s"), "test")
+    assert words in text and str(tmp_path / "s") in text
+
+
+def write_member(path, name):
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+
+
+def test_the_check_command(tmp_path, capsys):
+    write_folders(tmp_path)
+    assert check.main([str(tmp_path)]) == 0
+    out = capsys.readouterr()
+    assert "train: 9 images of 3 classes, 3 to 3 of each" in out.out
+    assert "test: 6 images" in out.out and "6/6" in out.err  # the progress bar
+    bad = tmp_path / "train" / "n02" / "n02_1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert check.main([str(tmp_path), "--quick"]) == 0
+    capsys.readouterr()
+    assert check.main([str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert "train: 1 damaged images (11.111%)" in out and str(bad) in out
+    for path in (tmp_path / "val" / "n03").iterdir():
+        path.unlink()
+    assert check.main([str(tmp_path)]) == 2
+    assert "test: no image file in" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_check_command_names_the_classes_it_knows(tmp_path, capsys):
+    write_renditions(tmp_path, wordnet_ids("tiny_imagenet_r"))
+    assert check.main([str(tmp_path)]) == 0
+    assert "(the classes of tiny_imagenet_r)" in capsys.readouterr().out
+
+
+# Damaged images
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Nine training images, numbers 4 and 5 damaged."""
+    write_folders(tmp_path)
+    source = sources.load_source(make_config("imagenet", tmp_path), "train")
+    for index in (4, 5):
+        with open(source.name(index), "r+b") as file:
+            file.truncate(150)
+    return source
+
+
+def test_a_damaged_image_is_replaced_by_the_next_with_its_label(damaged):
+    reader = damaged.reader()
+    images = reader.evaluation_images(np.array([3, 4, 5, 6]), 16)
+    assert reader.replaced == {4: 6, 5: 6}
+    np.testing.assert_array_equal(images[1], images[3])
+    assert reader.labels_of(np.array([3, 4, 5, 6])).tolist() == [1, 2, 2, 2]
+    last = damaged.select(np.array([0, 5]))  # the next of the last is the first
+    assert last.reader().evaluation_images(np.array([1]), 16).shape == (1, 16, 16, 3)
+    none = damaged.select(np.array([4, 5]))
+    assert "none of the 2 images" in message(none.reader().read, 0)
+
+
+def test_damaged_images_are_named_once_and_counted_up_to_the_limit(damaged, capsys):
+    counter = Damage(damaged, share=0.2)  # of nine: one
+    pairs = np.array([[-1, -1], [4, 6], [4, 6]])
+    counter.note(pairs)
+    counter.note(pairs)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and damaged.name(4) in warning and damaged.name(6) in warning
+    text = message(counter.note, np.array([[5, 6]]))
+    assert "2 damaged images are more than 20.00% of 9" in text and damaged.name(5) in text

@@ -1,0 +1,39 @@
+"""What --dry_run says about devices that are not here."""
+
+import re
+
+import pytest
+
+from m2mkd_jax.dry_run import dry_run
+from m2mkd_jax.errors import UserError
+from tests.e2e import tiny_vmoe
+
+
+def planned(capsys, tmp_path, **mesh):
+    config = tiny_vmoe.get_config()
+    config.mesh.update(mesh)
+    dry_run(config, tmp_path, "e2e_scratch")
+    text = capsys.readouterr().out
+    trained = re.search(r"memory per device: ([\d.]+) KiB trained", text)
+    return text, float(trained[1])
+
+
+def test_it_plans_for_a_mesh_that_is_not_here(capsys, tmp_path):
+    text, whole = planned(capsys, tmp_path)
+    assert "1 cpu device(s), compute type" in text
+    assert re.search(r"\(data 1 x expert 1\); .*: [\d,]+ on every device\n", text)
+    text, apart = planned(capsys, tmp_path, data=2, expert=4)
+    assert "8 cpu device(s) (here 1), compute type" in text
+    found = re.search(
+        r"\(data 2 x expert 4\).*: ([\d,]+) on every device, ([\d,]+) over expert\n", text
+    )
+    rest, experts = (int(number.replace(",", "")) for number in found.groups())
+    # Three blocks of four experts: two layers of 16 x 64, and their biases.
+    assert experts == 3 * 4 * (2 * 16 * 64 + 64 + 16)
+    assert whole == pytest.approx((rest + experts) / 256, rel=1e-3)
+    assert apart == pytest.approx((rest + experts / 4) / 256, rel=1e-3)
+
+
+def test_it_refuses_what_could_not_run_there(capsys, tmp_path):
+    with pytest.raises(UserError, match="must be a multiple of 32"):
+        planned(capsys, tmp_path, data=8, expert=4)

@@ -1,0 +1,173 @@
+"""The predict command and m2mkd_jax.load: images, labels, arrays, and what they refuse."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import m2mkd_jax
+from m2mkd_jax import convert, predict
+from m2mkd_jax.data.augment import evaluation_image
+from m2mkd_jax.errors import UserError
+from tests.published_files import ARCH, arch_flag, converted, run
+from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
+
+VIT = FIXTURES / "a_vit_large_meta/finished_checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return converted(VIT, tmp_path_factory.mktemp("vit") / "weights", ARCH["a_meta"])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i, (height, width) in enumerate(((90, 70), (64, 64), (80, 200))):
+        pixels = draw.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    return folder
+
+
+def test_images_are_treated_as_in_evaluation(weights, images, tmp_path):
+    names = ["0.png", "1.png", "2.png", "grey.png"]
+    text = run(predict, weights, *(images / name for name in names), f"--npz={tmp_path / 'o.npz'}")
+    lines = text.splitlines()
+    assert len(lines) == 4 and lines[0].startswith(f"{images / '0.png'}: ")
+    # The published evaluation: 256 / 224 of the size, centre, ImageNet's mean and deviation.
+    pixels = [np.asarray(Image.open(images / name).convert("RGB")) for name in names]
+    stack = np.stack([evaluation_image(image, 64) for image in pixels])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = m2mkd_jax.load(weights)(((stack / 255 - mean) / std).astype(np.float32))
+    outputs = arrays(tmp_path / "o.npz")
+    assert_close(outputs["logits"], expected, OUTPUT_TOLERANCE)
+    # Five classes, likeliest first, with their softmax.
+    exp = np.exp(outputs["logits"][0] - outputs["logits"][0].max())
+    best = np.argsort(-exp)[:5]
+    shown = "  ".join(f"{i} {exp[i] / exp.sum():.4f}" for i in best)
+    assert lines[0] == f"{images / '0.png'}: {shown}"
+
+
+def test_more_images_than_a_batch(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 2)
+    recorded = arrays("a_vit_large_meta/io.npz")
+    np.savez(tmp_path / "in.npz", images=recorded["image"].transpose(0, 2, 3, 1))
+    run(predict, weights, f"--npz_in={tmp_path / 'in.npz'}", f"--npz={tmp_path / 'out.npz'}")
+    assert_close(arrays(tmp_path / "out.npz")["logits"], recorded["logits"], OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("lines.txt", "\n".join(f"class {i}" for i in range(10))),
+        ("list.json", json.dumps([f"class {i}" for i in range(10)])),
+        ("index.json", json.dumps({str(i): [f"n{i}", f"class {i}"] for i in range(10)})),
+    ],
+)
+def test_labels(name, content, weights, images, tmp_path):
+    (tmp_path / name).write_text(content)
+    plain = run(predict, weights, images / "0.png").split(": ")[1].split("  ")
+    named = run(predict, weights, images / "0.png", f"--labels={tmp_path / name}")
+    assert named.split(": ")[1].split("  ") == [f"class {word}" for word in plain]
+
+
+def test_straight_from_a_torch_file(images, tmp_path):
+    flag = arch_flag(ARCH["a_meta"], tmp_path)
+    direct = run(predict, VIT, images / "0.png", flag)
+    assert direct == run(predict, converted(VIT, tmp_path / "w", ARCH["a_meta"]), images / "0.png")
+
+
+def test_what_it_refuses(weights, images, tmp_path, capsys):
+    def refused(*arguments, words: str) -> None:
+        assert predict.main([str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+
+    def npz(**content):
+        np.savez(tmp_path / "in.npz", **content)
+        return f"--npz_in={tmp_path / 'in.npz'}"
+
+    picture, middle = images / "0.png", FIXTURES / "a_vit_large/rig_vit_large_1.pth"
+    good = np.zeros((1, 64, 64, 3), np.float32)
+    refused(weights, words="give image files, or --npz_in")
+    refused(weights, picture, npz(images=good), words="give image files, or --npz_in")
+    refused(tmp_path / "nothing", picture, words="does not exist")
+    refused(weights, tmp_path / "nothing.png", words="cannot be read")
+    refused(weights, weights / "description.json", words="cannot decode the image")
+    refused(weights, npz(pictures=good), words='needs an array "images"')
+    refused(weights, npz(images=good.astype(np.uint8)), words="not some floats")
+    refused(weights, npz(images=good[:0]), words="not some floats")
+    refused(weights, npz(images=good.transpose(0, 3, 1, 2)), words="takes images (B, 64, 64, 3)")
+    refused(weights, npz(images=good[:, :60]), words="takes images (B, 64, 64, 3)")
+    refused(weights, npz(images=good, codes=good[0, 0]), words="only single NAC students have")
+    refused(weights, npz(images=np.array([None])), words="cannot be read")
+    refused(weights, f"--npz_in={picture}", words="cannot be read")
+    refused(weights, npz(images=good), "--module=4", words="has no module 4")
+    refused(weights, npz(images=good), "--no_such_flag", words="unrecognized arguments")
+    refused(weights, npz(images=good), "--module=x", words="invalid int value")
+    (tmp_path / "labels.txt").write_text("one\ntwo")
+    refused(weights, picture, f"--labels={tmp_path / 'labels.txt'}", words="2 names for 10 classes")
+    refused(weights, picture, f"--labels={tmp_path / 'none'}", words="cannot be read")
+    flag = arch_flag(ARCH["a"], tmp_path)
+    refused(middle, picture, flag, words="takes tokens (B, N, 24)")
+    refused(middle, npz(images=good), flag, words="takes tokens (B, N, 24)")
+    tokens = npz(images=np.zeros((1, 17, 24), np.float32))
+    refused(middle, tokens, flag, f"--labels={tmp_path / 'labels.txt'}", words="gives tokens")
+
+
+def hub(monkeypatch, download=None, snapshot=None) -> list:
+    """A stand-in for huggingface_hub; the calls that reach it."""
+    calls: list = []
+
+    def recorded(function):
+        def call(*arguments, **options):
+            calls.append((arguments, options))
+            return function(*arguments, **options)
+
+        return call
+
+    fake = types.SimpleNamespace(
+        hf_hub_download=recorded(download), snapshot_download=recorded(snapshot)
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    return calls
+
+
+def test_files_of_the_hub(monkeypatch, tmp_path):
+    calls = hub(monkeypatch, lambda repository, file: str(VIT))
+    flag = arch_flag(ARCH["a_meta"], tmp_path)
+    run(convert, "hf://owner/repo/pretrained/vit_large.pth", tmp_path / "weights", flag)
+    assert calls == [(("owner/repo", "pretrained/vit_large.pth"), {})]
+
+
+def test_a_folder_of_the_hub(monkeypatch, tmp_path):
+    folder = tmp_path / "snapshot" / "FT_huge"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        file = f"rig_vit_large_{i}.pth"
+        (folder / file).write_bytes((FIXTURES / "a_vit_large" / file).read_bytes())
+    calls = hub(monkeypatch, snapshot=lambda *_, **__: str(tmp_path / "snapshot"))
+    model = m2mkd_jax.load("hf://owner/repo/FT_huge", arch=arch_flag(ARCH["a"], tmp_path)[7:])
+    assert calls == [(("owner/repo",), {"allow_patterns": ["FT_huge/*"]})]
+    assert model.description["depths"] == [2, 2, 1, 1]
+    with pytest.raises(UserError, match="no such folder"):
+        m2mkd_jax.load("hf://owner/repo/FT_large")
+
+
+def test_the_hub_fails(monkeypatch, tmp_path, capsys):
+    def gone(*_):
+        raise RuntimeError("404: no such repository\nand a long explanation")
+
+    hub(monkeypatch, gone)
+    arguments = ["hf://owner/repo/x.pth", str(tmp_path / "weights")]
+    assert convert.main(arguments) == 2
+    assert "404: no such repository\n" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert convert.main(arguments) == 2
+    assert "pip install 'm2mkd_jax[convert]'" in capsys.readouterr().err
+    assert convert.main(["hf://owner/repo", str(tmp_path / "weights")]) == 2
+    assert "hf://OWNER/REPOSITORY/FILE" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""Who belongs to a run, as the environment says it."""
+
+import pytest
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel.process import distributed_arguments
+
+EXPLICIT = {"M2MKD_COORDINATOR": "node1:1234", "M2MKD_PROCESSES": "4", "M2MKD_PROCESS": "3"}
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (
+            EXPLICIT,
+            {
+                "coordinator_address": "node1:1234",
+                "num_processes": 4,
+                "process_id": 3,
+                "local_device_ids": [],
+            },
+        ),
+        ({"M2MKD_PROCESSES": "auto"}, {}),
+        (STEP | {"SLURM_STEP_NUM_NODES": "2"}, {}),  # a task per device
+        (STEP | {"SLURM_STEP_NUM_NODES": "8"}, {"local_device_ids": []}),  # a task per node
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_ARRAY_TASK_ID": "3"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # the batch script itself, no step
+        (STEP | {"M2MKD_PROCESSES": "1"}, None),  # tasks that have nothing to do with each other
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ],
+)
+def test_the_environment_says_who_belongs_together(environment, expected):
+    assert distributed_arguments(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"M2MKD_PROCESS": ""}, "M2MKD_PROCESS is not set"),
+        ({"M2MKD_COORDINATOR": ""}, "M2MKD_COORDINATOR is not set"),
+        ({"M2MKD_PROCESSES": ""}, "M2MKD_PROCESSES is not set"),
+        ({"M2MKD_COORDINATOR": "node1"}, "must be host:port"),
+        ({"M2MKD_COORDINATOR": "node1:0"}, "must be host:port"),
+        ({"M2MKD_PROCESSES": "four"}, "'four'; it must be a number"),
+        ({"M2MKD_PROCESSES": "0"}, "'0'; it must be a number"),
+        ({"M2MKD_PROCESS": "4"}, "'4'; it must be 0 to 3"),
+        ({"M2MKD_PROCESS": "-1"}, "'-1'; it must be 0 to 3"),
+    ],
+)
+def test_wrong_variables_are_refused_in_one_line(change, says):
+    with pytest.raises(UserError, match=says) as error:
+        distributed_arguments(EXPLICIT | change)
+    assert "\n" not in str(error.value)
