@@ -9,6 +9,10 @@ WORKERS ?= 2
 LANES := unit parity multidevice e2e
 
 PIP_FLAGS := --quiet --disable-pip-version-check
+# The tests convert to and from torch. The package index's own torch for Linux brings gigabytes of
+# CUDA, so this exact version is first looked for where it is built without (TORCH_INDEX= : not).
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint clean python
 .DELETE_ON_ERROR:
@@ -39,6 +43,8 @@ clean:
 .venv-test/stamp: EXTRA := [test]
 .venv/stamp .venv-test/stamp: pyproject.toml | python
 	test -x $(@D)/bin/pip || $(PYTHON) -m venv --clear $(@D)
+	$(if $(EXTRA),$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps --retries 0 --timeout 20 \
+	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) '$(TORCH)')
 	$(@D)/bin/python -m pip install $(PIP_FLAGS) -e '.$(EXTRA)'
 	touch $@
 
