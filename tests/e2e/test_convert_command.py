@@ -81,7 +81,8 @@ def test_memory_stays_below_the_weights(python, tmp_path):
                  "norm.weight": (width,), "patch_embed.proj.weight": (width, 3, 2, 2),
                  "patch_embed.proj.bias": (width,), "head.weight": (3, width),
                  "head.bias": (3,)}  # fmt: skip
-        matrices = {"attn.qkv": 3 * width, "attn.proj": width, "mlp.fc1": 4 * width, "mlp.fc2": width}
+        matrices = {"attn.qkv": 3 * width, "attn.proj": width, "mlp.fc1": 4 * width,
+                    "mlp.fc2": width}  # fmt: skip
         for i in range(stages):
             for layer in ("norm1", "norm2"):
                 state |= {f"blocks.{i}.{layer}.{p}": (width,) for p in ("weight", "bias")}
