@@ -146,7 +146,7 @@ def compare_workers(size: int, images: int, rounds: int) -> None:
     """Wall time of batches with one and two worker processes."""
     (shape, quality), data = CASES[size], base().data
     recipes.published_augmentation(data)
-    data.image_size, batch, steps = size, 32, 40
+    data.image_size, batch, steps = size, 32, 80
     with tempfile.TemporaryDirectory() as root:
         source = write_files(Path(root), max(images, 256), shape, quality)
         rates: dict[int, list[float]] = {1: [], 2: []}
