@@ -28,5 +28,5 @@ def get_config():
     train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
     train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 16, 2e-3, 1
     train.e2e.clip, train.e2e.drop_path = 1.0, 0.0
-    config.log_every = 28
+    config.log_every = 29
     return config

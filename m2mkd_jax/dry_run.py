@@ -22,6 +22,7 @@ from m2mkd_jax.job import compute_dtype
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import AXES, mesh_shape
+from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases import Phase, build_phase, select
 from m2mkd_jax.pipeline import is_done, needs
 
@@ -39,20 +40,20 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
     mesh = planned_mesh(config)
     checks.check(config, mesh.size)
     here = len(jax.devices())
-    print(f"{config.name}: {mesh.size} {jax.default_backend()} device(s)"
-          + (f" (here {here})" if here != mesh.size else "")
-          + f", compute type {compute_dtype(config.precision).name}")  # fmt: skip
+    say(f"{config.name}: {mesh.size} {jax.default_backend()} device(s)"
+        + (f" (here {here})" if here != mesh.size else "")
+        + f", compute type {compute_dtype(config.precision).name}")  # fmt: skip
     missing: dict[str, None] = {}
     for job in select(config, only):
         status = "done" if is_done(workdir, job) else "to run"
         after = ", ".join(needs(config, job)) or "-"
         if job == "eval":
-            print(f"\n{job}  [{status}]  after: {after}")
+            say(f"\n{job}  [{status}]  after: {after}")
             missing[describe_missing(config.data)] = None
             continue
         phase = build_phase(config, job)
         recipe = phase.recipe
-        print(
+        say(
             f"\n{job}  [{status}]  after: {after}\n"
             f"  data {phase.data.name}, {phase.data.image_size} px, {phase.data.classes} classes; "
             f"{recipe.epochs} epochs of batch {recipe.batch}"
@@ -60,11 +61,11 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
             + f", {recipe.optimizer} {recipe.lr:g}, decay {recipe.weight_decay:g}"
         )
         for line in describe_phase(config, phase, mesh):
-            print(f"  {line}")
+            say(f"  {line}")
         missing[describe_missing(phase.data)] = None
     missing.pop(None, None)
     for line in missing:
-        print(f"\nmissing data: {line}")
+        say(f"\nmissing data: {line}")
 
 
 def planned_mesh(config: ConfigDict) -> AbstractMesh:

@@ -219,6 +219,13 @@ def test_the_batch_must_be_cut_over_the_devices():
         checks.check(digits(), devices=8)
 
 
+@pytest.mark.parametrize("name", ["vmoe_digits", "vmoe_fashion"])
+def test_the_small_vmoe_runs_on_up_to_eight_devices(name):
+    """As `launch/local.sh --help` and the README show it."""
+    for devices in (1, 2, 4, 8):
+        checks.check(load(ROOT / "configs" / f"{name}.py"), devices)
+
+
 def test_truncation_may_be_none():
     config = digits()
     change("nac.truncation", None)(config)

@@ -6,6 +6,7 @@ import pytest
 
 from m2mkd_jax.dry_run import dry_run
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel import process
 from tests.e2e import tiny_vmoe
 
 
@@ -37,3 +38,9 @@ def test_it_plans_for_a_mesh_that_is_not_here(capsys, tmp_path):
 def test_it_refuses_what_could_not_run_there(capsys, tmp_path):
     with pytest.raises(UserError, match="must be a multiple of 32"):
         planned(capsys, tmp_path, data=8, expert=4)
+
+
+def test_only_the_main_process_prints_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "is_main", lambda: False)
+    dry_run(tiny_vmoe.get_config(), tmp_path, "e2e_scratch")
+    assert not capsys.readouterr().out
