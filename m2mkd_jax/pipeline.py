@@ -32,7 +32,7 @@ from m2mkd_jax.weights import job_directory, load_stage, weights_directory
 # A run may go on with other values of these: they do not change what a job computes.
 HARMLESS = ("phases", "e2e_seeds", "log_every", "checkpoint_minutes", "data.workers",
             "teaching_data.workers", "data.root", "teaching_data.root", "evaluation.renditions",
-            "few_shot.data.workers", "few_shot.data.root")  # fmt: skip
+            "few_shot.data.workers", "few_shot.data.root", "mesh.")  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:

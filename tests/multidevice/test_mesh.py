@@ -59,7 +59,7 @@ def test_impossible_shapes_are_refused(data, expert, says):
 def test_groups_lie_within_processes():
     def processes(count, of, expert):
         """A mesh of so many processes with so many devices each, listed in an odd order."""
-        devices = [SimpleNamespace(process_index=i, id=10 * i + j)
+        devices = [SimpleNamespace(process_index=i, id=10 * j + i)
                    for j in reversed(range(of)) for i in range(count)]  # fmt: skip
         shape = mesh_shape(len(devices), expert=expert)
         return SimpleNamespace(devices=np.array(in_line(devices)).reshape(shape))
@@ -68,6 +68,7 @@ def test_groups_lie_within_processes():
     assert spanning_groups(processes(4, of=4, expert=4)) == 1
     assert spanning_groups(processes(4, of=4, expert=8)) == 2
     assert spanning_groups(processes(4, of=2, expert=8)) == 4
+    assert spanning_groups(processes(2, of=3, expert=2)) == 2  # the middle one of three
     order = [device.process_index for device in processes(2, of=4, expert=1).devices.ravel()]
     assert order == [0] * 4 + [1] * 4
 

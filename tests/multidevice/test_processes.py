@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from m2mkd_jax import job
+from m2mkd_jax import job, pipeline
 from m2mkd_jax.checkpoint.store import RunCheckpoints
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.job import evaluator, make_program
@@ -122,6 +123,12 @@ def saved_steps(workdir):
                   if path.name.isdigit())  # fmt: skip
 
 
+def losses(workdir):
+    """Of every step."""
+    records = [json.loads(line) for line in (workdir / "jobs" / JOB / "metrics.jsonl").open()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
 @pytest.fixture(scope="module")
 def whole(launch, tmp_path_factory):
     """An uninterrupted run."""
@@ -185,6 +192,19 @@ def test_the_checkpoint_restores_in_one_process_on_other_meshes(whole, expert):
     )
     expected = json.loads((workdir / "jobs" / JOB / "done.json").read_text())["metrics"]
     assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
+    """Its last steps are those of the two processes: each had its own share of every batch."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    directory = tmp_path / "jobs" / JOB
+    (directory / "done.json").unlink()
+    *_, begun, end = saved_steps(tmp_path)
+    shutil.rmtree(directory / "checkpoints" / str(end))
+    (directory / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
+    pipeline.run(config_of(expert=2), tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(whole[0])[begun:], rel=1e-5)
 
 
 @pytest.mark.parametrize(
