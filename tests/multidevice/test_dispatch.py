@@ -120,9 +120,11 @@ def test_exchange_by_hand():
 
     at_home = PartitionSpec(("data", "expert"))
     with jax.set_mesh(mesh):
+        # jax 0.12 cannot check which axes the error function's parts vary over.
         by_hand = jax.shard_map(
-            by_hand, in_specs=(at_home, at_home, PartitionSpec("expert")), out_specs=at_home
-        )
+            by_hand, in_specs=(at_home, at_home, PartitionSpec("expert")), out_specs=at_home,
+            check_vma=False,
+        )  # fmt: skip
         results = []
         for way in (by_sharding, by_hand):
             value = lambda *a, way=way: (jnp.square(y := way(*a)).sum(), y)  # noqa: E731
