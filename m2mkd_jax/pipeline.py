@@ -23,7 +23,7 @@ from m2mkd_jax.few_shot import run_few_shot
 from m2mkd_jax.job import evaluator, make_program, run_job
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups
+from m2mkd_jax.parallel.mesh import make_mesh, meet, spanning_groups
 from m2mkd_jax.parallel.process import barrier, enable_compilation_cache, from_main, is_main, say
 from m2mkd_jax.phases import build_phase, job_names, select
 from m2mkd_jax.records import Source
@@ -44,6 +44,7 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
     """
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     checks.check(config, mesh.size)
+    meet(mesh)
     chosen = select(config, only)
     todo = from_main(unfinished(config, workdir, chosen))
     check_data(config, todo)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel.process import alone, wait_for_all
 
 AXES = ("data", "expert")
 REST = -1
@@ -63,6 +64,26 @@ def make_mesh(
     shape = mesh_shape(len(devices), data, expert)
     # Auto: with_sharding_constraint asserts on Explicit axes instead of constraining.
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def meet(mesh: Mesh) -> None:
+    """Lets every group of devices that will exchange something do so once, all processes together.
+
+    On CPUs such a group comes to be at its first exchange, and fails where one process is half a
+    minute later than another: by the first training step, after minutes of compiling, they can be.
+    """
+    if alone():
+        return
+
+    def sums(x):
+        return [jax.lax.psum(x, axes) for axes in (*AXES, AXES)]
+
+    x = jax.device_put(np.ones(()), replicated(mesh))
+    whole = PartitionSpec()
+    program = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=whole))
+    program = program.lower(x).compile()
+    wait_for_all("meet")
+    jax.block_until_ready(program(x))
 
 
 def in_line(devices: Sequence[jax.Device]) -> list[jax.Device]:

@@ -127,6 +127,14 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_for_all(name: str) -> None:
+    """`barrier` without the devices, for once: a name cannot be used again."""
+    if not alone():
+        distributed.global_state.client.wait_at_barrier(
+            f"m2mkd_jax/{name}", timeout_in_ms=1000 * CONNECT_SECONDS
+        )
+
+
 def from_main(value: Any) -> Any:
     """The main process's value (JSON) in every process; the others' values are dropped.
 

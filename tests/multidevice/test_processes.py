@@ -45,11 +45,12 @@ def config_of(expert):
     return config
 
 
-def slow_or_broken_batches(seconds=0.0, good=STEPS):
+def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
     """Called by the config file of some runs: batches come slowly, after some an error comes."""
     original = job.train_batches
 
     def batches(*args, **options):
+        time.sleep(first)
         for i, batch in enumerate(original(*args, **options)):
             if i == good:
                 raise UserError("seven.jpg cannot be decoded")
@@ -131,9 +132,10 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def whole(launch, tmp_path_factory):
-    """An uninterrupted run."""
+    """An uninterrupted run, in which process 1 comes to the first step later than Gloo waits."""
     workdir = tmp_path_factory.mktemp("whole")
-    process = launch(workdir)
+    late = "if os.environ['M2MKD_PROCESS'] == '1': slow_or_broken_batches(first=35)"
+    process = launch(workdir, late)
     output, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, errors
     return workdir, output

@@ -186,8 +186,6 @@ def on_experts(rows: jax.Array, weights, apply: Callable) -> jax.Array:
         )
     at_home, abroad = ALL_DEVICES, PartitionSpec("data", "expert")
     rows = _constrain(_constrain(rows, at_home), abroad)
-    # Whatever else is cut (FSDP) is gathered here, not multiplied in parts.
-    weights = jax.tree.map(lambda a: _constrain(a, PartitionSpec("expert")), weights)
 
     def linear(rows, layer):
         return (
