@@ -22,7 +22,7 @@ from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.families import family
-from m2mkd_jax.job import compute_dtype, source
+from m2mkd_jax.job import compute_dtype, draw_images, source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
@@ -77,6 +77,8 @@ def run_few_shot(config: ConfigDict, workdir: Path, mesh) -> dict:
     for number, (support, query) in enumerate(draw_tasks(train, test, config.few_shot)):
         if number < len(done):
             continue
+        if is_main() and not (directory / "images.png").is_file():
+            episode.draw(directory / "images.png", config.few_shot.seed + number, support)
         record = {"episode": number, **episode.run(config.few_shot.seed + number, support, query)}
         done.append(record)
         if is_main():
@@ -140,6 +142,10 @@ class Episode:
         )  # fmt: skip
         logits = meshes.on(mesh, program.logits)
         self._count = make_counter(logits, self._data.mean, self._data.std, everywhere)
+
+    def draw(self, path: Path, seed: int, support) -> None:
+        """Draws images as the first step of an episode sees them."""
+        draw_images(path, support, self._data, self._phase.recipe, self._micro, seed)
 
     def run(self, seed: int, support, query) -> dict:
         """Trains a head on the support images and returns its metrics on the queries."""

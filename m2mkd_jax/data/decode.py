@@ -10,7 +10,7 @@ import struct
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from m2mkd_jax.errors import UserError
 
@@ -52,7 +52,9 @@ def decode(content, name, shrink=None):
                 shrink(image.height, image.width)
             return np.asarray(image.convert("RGB"))
     except _ERRORS as error:
-        reason = " ".join(str(error).split())
+        # Pillow's own words for this tell an address in memory.
+        strange = isinstance(error, UnidentifiedImageError)
+        reason = "no known format" if strange else " ".join(str(error).split())
         raise DamagedImage(
             f"cannot decode the image {name} ({reason}): replace or remove it"
         ) from error

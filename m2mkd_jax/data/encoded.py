@@ -121,7 +121,7 @@ class Damage:
 
     def __init__(self, source, share):
         self._source = source
-        self._limit = int(share * len(source))
+        self._limit = int(share * len(source) + 1e-6)  # 29% of 100 are 28.999... in floats
         self._share = share
         self._seen = set()
 

@@ -18,6 +18,7 @@ from m2mkd_jax.errors import UserError
 
 _FOLDERS = {"train": "train", "test": "val"}
 _ANNOTATIONS = "val_annotations.txt"
+_NAMED = 10  # classes that a message names
 EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
@@ -27,13 +28,8 @@ def check_layout(root):
     Returns: the class names, sorted.
     Raises: UserError for a missing folder, a val/ without classes, or with others than train/.
     """
-    root = Path(root)
-    for name in ("train", "val"):
-        if not (root / name).is_dir():
-            raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
-    names = class_folders(root / "train")
-    if not names:
-        raise UserError(f"{root / 'train'} has no class folders: {EXPECTED} are expected")
+    root, names = Path(root), train_classes(root)
+    _require_folder(root, "val")
     if not (root / "val" / _ANNOTATIONS).is_file():
         found = class_folders(root / "val")
         flat = not found or found == ["images"]
@@ -47,10 +43,25 @@ def check_layout(root):
     return names
 
 
+def train_classes(root):
+    """The class names, sorted, whatever val/ holds. Raises: UserError for a train/ without any."""
+    _require_folder(root, "train")
+    names = class_folders(Path(root) / "train")
+    if not names:
+        raise UserError(f"{Path(root) / 'train'} has no class folders: {EXPECTED} are expected")
+    return names
+
+
+def _require_folder(root, name):
+    if not (Path(root) / name).is_dir():
+        raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
+
+
 def list_images(root, split, names):
     """The files of a split, in a fixed order, without opening any.
 
-    Args: root, a path that `check_layout` accepts; split 'train' or 'test'; names, the classes.
+    Args: root, a path that `check_layout` accepts, or for 'train' `train_classes`; split
+      'train' or 'test'; names, the classes.
     Returns: paths bytes (N,), below root; labels int32 (N,).
     Raises: UserError for a class without images or a broken annotation file.
     """
@@ -112,13 +123,18 @@ def check_same_classes(where, names, found):
     if missing:
         raise UserError(
             f"{where} lacks {len(missing)} of the {len(names)} classes of train/"
-            f" (the first: {missing[0]}): validation needs every class once or more"
+            f" (the first: {_some(missing)}): validation needs every class once or more"
         )
     if unknown:
         raise UserError(
-            f"{where} has {len(unknown)} classes that train/ lacks (the first: {unknown[0]}):"
+            f"{where} has {len(unknown)} classes that train/ lacks (the first:"
+            f" {_some(unknown)}):"
             " remove them or add them to train/"
         )
+
+
+def _some(names):
+    return ", ".join(names[:_NAMED])
 
 
 def class_folders(folder):

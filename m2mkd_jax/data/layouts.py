@@ -77,6 +77,15 @@ def class_names(root, layout):
     return None
 
 
+def test_only(root, layout):
+    """Whether a directory holds a test split alone, as renditions do."""
+    if layout == "shards":
+        return not tar.shards(root, "train")
+    if layout == "prepared":
+        return not records.has_split(records.find_prepared(root), "train")
+    return layout == "classes"
+
+
 def open_split(root, layout, split):
     """A split of a directory as a source: 'train', or 'test'.
 
@@ -93,10 +102,12 @@ def open_split(root, layout, split):
     if layout == "prepared":
         files, names = records.list_images(records.find_prepared(root), split)
         return EncodedSource(files, records.RecordLabels(files), names)
-    names = class_names(root, layout)
     if layout == "folders":
+        # What is wrong with val/ is no reason not to read train/.
+        names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
         paths, labels = folder.list_images(root, split, names)
     else:
+        names = class_names(root, layout)
         paths, labels = folder.list_classes(root, "", names)
     return EncodedSource(FolderFiles(root, paths), labels, names)
 

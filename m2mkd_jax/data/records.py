@@ -94,6 +94,12 @@ def _number(text):
     return int(text) if text.isdigit() else -1
 
 
+def has_split(directory, split):
+    """Whether a prepared directory holds a split."""
+    splits = tfds.builder_from_directory(str(directory)).info.splits
+    return any(name in splits for name in _SPLITS[split])
+
+
 def list_images(directory, split):
     """A split of a prepared directory: RecordFiles, class names.
 
@@ -112,8 +118,10 @@ def list_images(directory, split):
             f" {' or '.join(_SPLITS[split])}"
         )
     try:
+        # None: CUB's records hold a mask too, which nobody looks at.
+        images = [key for key in features if isinstance(features[key], tfds.features.Image)]
         records = builder.as_data_source(
-            name, decoders={"image": tfds.decode.SkipDecoding()}
+            name, decoders={key: tfds.decode.SkipDecoding() for key in images}
         )
     except NotImplementedError as error:
         raise UserError(

@@ -18,6 +18,7 @@ from m2mkd_jax.data.decode import SUFFIXES
 from m2mkd_jax.data.folder import check_same_classes
 from m2mkd_jax.errors import UserError
 
+_EXPECTED = {"train": ("*train*.tar",), "test": ("*val*.tar", "*test*.tar")}
 _SPLITS = {"train": re.compile("train"), "test": re.compile("val|test")}
 
 
@@ -64,11 +65,15 @@ def list_images(root, split):
     """The members of a split, in the order of class, then path; reads headers only.
 
     About 50 us per image. Returns: TarFiles, labels int32 (N,), class names.
-    Raises: UserError for tar files that are broken, or have no classes, or not those of train.
+    A test set may lie there alone. Raises: UserError for a split without tar files, for tar files
+    that are broken, or have no classes, or not those of train.
     """
+    if not shards(root, split):
+        raise UserError(f"{root} has no {split} shards: {' or '.join(_EXPECTED[split])} expected")
     members, classes = _members(root, split)
-    names = sorted(classes) if split == "train" else sorted(_members(root, "train")[1])
-    if split == "test":
+    names = sorted(classes)
+    if split == "test" and shards(root, "train"):
+        names = sorted(_members(root, "train")[1])
         check_same_classes(f"{root} (test shards)", names, sorted(classes))
     number = {name: label for label, name in enumerate(names)}
     members.sort(key=lambda member: (number[member[0]], member[1]))

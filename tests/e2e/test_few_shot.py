@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.e2e import command as commands
 from tests.e2e.command import run, summary
@@ -41,6 +42,9 @@ def test_episodes_end_in_a_mean_and_an_interval(whole):
     # Nine times four queries, each counted once.
     lines = (workdir / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()
     assert [json.loads(line)["eval_images"] for line in lines] == [36] * 4
+    for job in ("e2e_scratch", "fewshot"):
+        with Image.open(workdir / "jobs" / job / "images.png") as picture:
+            assert picture.width >= 3 * 112  # 16 images, or the 6 of an episode's batch
     # One program for the network, one for all heads.
     assert result.stderr.count("Finished XLA compilation of jit(step)") == 2
 
@@ -50,11 +54,13 @@ def test_an_interrupted_job_goes_on_with_the_next_episode(whole, environment):
     before = summary(workdir)
     lines = (directory / "episodes.jsonl").read_text().splitlines(keepends=True)
     (directory / "done.json").unlink()
+    drawn = (directory / "images.png").stat().st_mtime_ns
     (directory / "episodes.jsonl").write_text("".join(lines[:3]))
     result = run("tiny", environment, workdir, *FLAGS)
     assert result.returncode == 0, result.stderr
     assert "episode 4/4" in result.stdout and "episode 3/4" not in result.stdout
     assert summary(workdir) == before
+    assert (directory / "images.png").stat().st_mtime_ns == drawn  # once per job
 
 
 def test_data_and_weights_that_are_missing_are_one_line(environment, tmp_path):

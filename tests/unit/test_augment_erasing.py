@@ -62,6 +62,8 @@ def test_places_are_uniform_and_inside(boxes):
     for low, high in ((top, bottom), (left, right)):
         share = (low + 0.5) / (SIDE - (high - low) + 1)
         assert stats.kstest(share, "uniform").pvalue > 1e-3
+    rows, columns = top / (SIDE - (bottom - top) + 1), left / (SIDE - (right - left) + 1)
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 4 / math.sqrt(len(top))
 
 
 def test_a_box_is_filled_with_normal_numbers_and_the_rest_stays():
@@ -77,6 +79,10 @@ def test_a_box_is_filled_with_normal_numbers_and_the_rest_stays():
     # One number per pixel and channel, not per box.
     assert stats.kstest(out[changed][:5000, 0], "norm").pvalue > 1e-3
     assert abs(np.corrcoef(out[changed].T) - np.eye(3)).max() < 0.05
+    # Another step's key gives other numbers, not the same behind another box.
+    again = np.asarray(erase(jax.random.key(2), images, 0.5))
+    both = changed & (again != 7).all(-1)
+    assert both.sum() > 100 and (out[both] != again[both]).all()
 
 
 def test_probability_zero_computes_nothing():

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -128,10 +129,29 @@ def test_renditions_are_labelled_within_their_own_classes(tmp_path):
     assert "n00000001" in message(sources.load_source, other, "test")
 
 
+def test_renditions_may_lie_in_shards(tmp_path, capsys):
+    """Without a train split, of which others must have the classes."""
+    write_renditions(tmp_path / "r", wordnet_ids("imagenet_r"))
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "r-test-0.tar", "w") as tar:
+        for path in sorted((tmp_path / "r").rglob("*.png")):
+            tar.add(path, f"{path.parent.name}/{path.name}")
+    loaded = [
+        sources.load_source(make_config("imagenet_r", tmp_path / kind, 1000), "test")
+        for kind in "rs"
+    ]
+    assert contents(loaded[0]) == contents(loaded[1])
+    assert check.main([str(tmp_path / "s")]) == 0
+    assert "test: 200 images of 200 classes" in capsys.readouterr().out
+    config = make_config("imagenet", tmp_path / "s", 200)
+    assert "has no train shards: *train*.tar" in message(sources.load_source, config, "train")
+
+
 def test_tiny_renditions_are_taken_out_of_imagenet_r(tmp_path):
     """And prepared ones are read like folders, though numbered within other classes."""
     write_renditions(tmp_path / "r", wordnet_ids("imagenet_r"))
     assert prepare.main(["tiny_imagenet_r", str(tmp_path / "r"), str(tmp_path / "out")]) == 0
+    assert check.main([str(tmp_path / "out")]) == 0
     config = make_config("tiny_imagenet_r", tmp_path / "out", 200, image_size=20)
     source = sources.load_source(config, "test")
     assert source.labels[np.arange(62)].tolist() == list(range(62))
@@ -223,6 +243,12 @@ def test_the_check_command(tmp_path, capsys):
         path.unlink()
     assert check.main([str(tmp_path)]) == 2
     assert "test: no image file in" in capsys.readouterr().out
+    for name in ("n02", "n03"):
+        shutil.rmtree(tmp_path / "val" / name)
+    assert check.main([str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert "train: 9 images of 3 classes" in out  # what is there is told all the same
+    assert "val lacks 2 of the 3 classes of train/ (the first: n02, n03)" in out
     assert check.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -268,3 +294,14 @@ def test_damaged_images_are_named_once_and_counted_up_to_the_limit(damaged, caps
     assert warning.count("\n") == 1 and damaged.name(4) in warning and damaged.name(6) in warning
     text = message(counter.note, np.array([[5, 6]]))
     assert "2 damaged images are more than 20.00% of 9" in text and damaged.name(5) in text
+
+
+def test_the_limit_is_the_share_rounded_down(folders, capsys):
+    """29% of 100 are 28.999... in floating point."""
+    source = sources.load_source(make_config("imagenet", folders), "train")
+    hundred = source.select(np.zeros(100, int))
+    for share, limit in ((0.29, 29), (0.299, 29), (0.001, 0), (1.0, 100)):
+        counter = Damage(hundred, share)
+        counter.note(np.array([[i, 0] for i in range(limit)]).reshape(-1, 2))
+        if limit < 100:
+            message(counter.note, np.array([[99, 0]]))

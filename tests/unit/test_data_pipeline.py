@@ -18,6 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m2mkd_jax.data import pipeline
 from m2mkd_jax.data import workers as workers_module
 from m2mkd_jax.data.arrays import ArraySource
 from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
@@ -315,6 +316,15 @@ def test_the_number_of_workers_fits_the_machine(monkeypatch):
     assert workers_module.automatic_workers(1 << 20) == 4
     monkeypatch.setattr(workers_module, "usable_cores", lambda: 2)
     assert workers_module.automatic_workers(1 << 20) == 2
+
+
+def test_images_in_memory_need_no_workers(folder_source, monkeypatch):
+    """-1 asks the machine for files only: a worker would hold its own copy of the arrays."""
+    asked = []
+    monkeypatch.setattr(pipeline, "automatic_workers", lambda size: asked.append(size) or 0)
+    for source, times in ((array_source(12), 0), (folder_source, 1)):
+        list(train_batches(source, make_config(workers=-1), batch_size=6, total_steps=2, seed=0))
+        assert asked == [6 * SIZE**2 * 3] * times
 
 
 def test_a_program_that_stops_in_the_middle_ends_silently(tmp_path):
