@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import NoReturn
 
 from absl import logging
 
+from m2mkd_jax.checkpoint.report import printable
 from m2mkd_jax.errors import UserError
 
 WRONG_INPUT = 2
+LONGEST = 2000  # characters of a message
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,9 +33,18 @@ def run(name: str, command: Callable[[], None]) -> int:
     """Runs a command; 0, or 2 and one line on stderr where the input is wrong."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         command()
+        return 0
     except UserError as error:
-        print(f"m2mkd_jax.{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG_INPUT
-    return 0
+        reason = str(error)
+    except OSError as error:  # a path that is too long, or must not be read; a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror or error}"
+    line = printable(" ".join(reason.split()))
+    if len(line) > LONGEST:  # names in a hostile file may have any length
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"m2mkd_jax.{name}: {line}", file=sys.stderr)
+    return WRONG_INPUT

@@ -9,6 +9,7 @@ Exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing written).
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from m2mkd_jax.checkpoint.conversion import read_converted
 from m2mkd_jax.checkpoint.files import read_json
-from m2mkd_jax.checkpoint.opened import find_weights, local_path, open_weights
+from m2mkd_jax.checkpoint.opened import find_weights, fitting, local_path, open_weights
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.checkpoint.to_torch import to_torch
 from m2mkd_jax.commands import Parser, run
@@ -45,7 +46,7 @@ def convert(args: argparse.Namespace) -> None:
         UserError: the input is wrong; nothing is left at DST.
     """
     began = time.monotonic()
-    target = args.target.expanduser().absolute()
+    target = Path(os.path.realpath(args.target.expanduser()))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
     _check_target(target, args, stored is None)
@@ -53,7 +54,9 @@ def convert(args: argparse.Namespace) -> None:
         if args.arch or args.image_size:
             raise UserError("--arch and --image_size are for weights that come from torch")
         weights = open_weights(stored)
-        report = to_torch(stored, weights.description, weights.trees, target)
+        report = fitting(
+            stored, lambda: to_torch(stored, weights.description, weights.trees, target)
+        )
         print("\n".join(report.lines()))
     else:
         converted = read_converted(source, args.arch, args.image_size, args.seed)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.checkpoint.opened import Weights, open_weights
+from m2mkd_jax.checkpoint.opened import Weights, fitting, open_weights
 from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
@@ -114,6 +114,10 @@ def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: i
         UserError: nothing there, it cannot be read, or several NAC students without `module`.
     """
     weights = open_weights(path, arch, seed=seed)
+    return fitting(path, lambda: _model(weights, path, module))
+
+
+def _model(weights: Weights, path: str | Path, module: int | None) -> Model:
     names = registry.in_order(list(weights.trees))
     if module is not None:
         chosen = [name for name in names if registry.index_of(name) == module]

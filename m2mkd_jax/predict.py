@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from m2mkd_jax.checkpoint.report import printable
 from m2mkd_jax.checkpoint.torch_file import replace_file
 from m2mkd_jax.commands import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
@@ -67,7 +67,7 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             arrays = {
                 k: file[k] for k in ("images", "tokens", "codes", "states") if k in file.files
             }
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a broken file provokes in zipfile, zlib and numpy
         raise UserError(f"--npz_in: {path} cannot be read: {error}") from None
     inputs = [arrays.pop(key) for key in ("images", "tokens") if key in arrays]
     if len(inputs) != 1:
@@ -88,10 +88,12 @@ def read_labels(path: str, classes: int) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
         names = [names[str(i)] for i in range(len(names)) if str(i) in names]
+    if not isinstance(names, list) or not all(names):
+        raise UserError(f"--labels: {path} is no list of names")
     if len(names) != classes:
         raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
     # ImageNet's usual lists have [id, name].
@@ -145,7 +147,7 @@ def _print_top(names: Sequence[str], logits: np.ndarray, labels: list[str] | Non
     for name, row in zip(names, probabilities, strict=True):
         best = np.argsort(-row)[:TOP]
         shown = "  ".join(f"{labels[i] if labels else i} {row[i]:.4f}" for i in best)
-        print(f"{name}: {shown}")
+        print(printable(f"{name}: {shown}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

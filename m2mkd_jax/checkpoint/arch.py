@@ -122,10 +122,12 @@ def check_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
             some = ", ".join(sorted(_FIELDS))
             hint = f'did you mean "{close[0]}"?' if close else f"known: {some}"
             raise UserError(f'--arch: {where} has an unknown field "{name}"; {hint}')
-        least = {"idx": -1, "stitch_dim": 0}.get(name, 1)
+        if value is None and name != "truncation":
+            continue
+        least = {"idx": -1, "stitch_dim": 0, "experts": 0}.get(name, 1)
         whole = type(value) is int and value >= least
         listed = isinstance(value, list | tuple) and all(type(n) is int and n >= 0 for n in value)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
         good = (
             whole if name in _WHOLE else listed if name in _LISTS else
             value in KINDS if name == "kind" else type(value) is bool if name == "qkv_bias" else
@@ -133,7 +135,8 @@ def check_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
         )  # fmt: skip
         if not good:
             raise UserError(f"--arch: {where}: {name} cannot be {value!r}")
-    fields = dict(fields)
+    # null is "not said", except where it says that there is none.
+    fields = {k: v for k, v in fields.items() if v is not None or k == "truncation"}
     if str(fields.get("kind", "")).startswith("nac") and "width" in fields:
         fields["state_dim"] = fields.pop("width")
     return fields

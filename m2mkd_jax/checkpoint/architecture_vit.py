@@ -45,8 +45,11 @@ def describe_vmoe(source: Source, given: Mapping, where: str) -> tuple[dict, lis
         for size, (patch, width, heads) in VMOE_VARIANTS.items()
     ]
     found = _expert_fields(shapes)
+    first, last = _embeds(shapes), _classifies(shapes)
+    if not several and not (first and last):
+        given = _of_student(given, shapes, found["moe_pos"], first, last)
     # Left out of --arch: of one file, as they are; of students, dropped as published.
-    kept = {f: given.get(f, [] if several and given else found[f]) for f in _STITCHES}
+    kept = {f: given.get(f, [] if several else found[f]) for f in _STITCHES}
     for field, positions in kept.items():
         if not set(positions) <= set(found[field]):
             raise UserError(f"{where}: --arch says {field} {positions}, there are {found[field]}")
@@ -64,7 +67,6 @@ def describe_vmoe(source: Source, given: Mapping, where: str) -> tuple[dict, lis
     )
     depths = _cut(source, decision, shapes)
     description = {"kind": "vmoe", "spec": dataclasses.asdict(spec), "depths": depths}
-    first, last = _embeds(shapes), _classifies(shapes)
     if first and last:
         return description, decision.notes
     if several or len(depths) != 1:
@@ -74,6 +76,30 @@ def describe_vmoe(source: Source, given: Mapping, where: str) -> tuple[dict, lis
     if idx is not None and max(idx, -1) != expected and not (expected == 1 and idx > 1):
         raise UserError(f"{where}: --arch says idx {idx}, but this is student {expected}")
     return description | {"first": first, "last": last}, decision.notes
+
+
+def _of_student(
+    given: Mapping, shapes: Shapes, moe_pos: list[int], first: bool, last: bool
+) -> Mapping:
+    """What `given` says about this student, where it describes the whole network."""
+    depths, blocks = given.get("depths", []), len(shapes.numbered(r"blocks\.", "block"))
+    if len(depths) < 2:
+        return given
+    end, idx = len(depths) - 1, given.get("idx")
+    if first or last:
+        possible = [0 if first else end]
+    else:
+        possible = [idx] if idx in range(1, end) else range(1, end)
+    for i in possible:
+        start = sum(depths[:i])
+        inside = range(start, start + depths[i])
+        local = [b - start for b in given.get("moe_pos", []) if b in inside]
+        if depths[i] == blocks and ("moe_pos" not in given or local == moe_pos):
+            # A student has its stitches whether or not the network keeps them.
+            own = {k: v for k, v in given.items() if k not in _STITCHES}
+            own |= {"moe_pos": local} if "moe_pos" in given else {}
+            return own | {"depths": [blocks]} | ({"idx": -1} if last and idx == end else {})
+    return given  # it contradicts the weights, which is said below
 
 
 def _expert_fields(shapes: Shapes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from m2mkd_jax.checkpoint import architecture, torch_names
 from m2mkd_jax.checkpoint.arch import check_fields, read_arch
 from m2mkd_jax.checkpoint.architecture_nac import assembled_spec
 from m2mkd_jax.checkpoint.interpolate import resize_positions
-from m2mkd_jax.checkpoint.layouts import published_layout, whole_name
+from m2mkd_jax.checkpoint.layouts import is_stitch, published_layout, whole_name
 from m2mkd_jax.checkpoint.report import Report
 from m2mkd_jax.checkpoint.source import Source, read_source
 from m2mkd_jax.checkpoint.tables import leaf, place, table
@@ -134,7 +134,7 @@ def _network_tensors(source: Source, description: dict, report: Report) -> dict[
     kept = set(description["spec"]["pre_stitch_pos"]), set(description["spec"]["post_stitch_pos"])
     for name in list(tensors):
         for word, blocks in zip((".pre_stitch.", ".post_stitch."), kept, strict=True):
-            if word in name and int(name.split(".")[1]) not in blocks:
+            if is_stitch(name) and word in name and int(name.split(".")[1]) not in blocks:
                 report.ignore(name, "stitch, dropped")
                 del tensors[name]
     return tensors
@@ -235,7 +235,11 @@ def _fill(
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     for entry in entries:
         tensor = tensors[entry.torch]
-        array = tensor.array()
+        try:
+            array = tensor.array()
+        except UserError as error:
+            file = report.shown(entry.torch).rpartition(": ")[0]  # where there are several
+            raise UserError(f"{report.source}: {file and file + ': '}{error}") from None
         leaf(params, entry.path)[place(entry.index)] = torch_names.read_layout(array, entry.layout)
         report.used(entry, tensor, tree)
         tensor.release(array)

@@ -39,7 +39,7 @@ class Shapes:
         """
         found: dict[int, list[str]] = {}
         for name in self.shapes:
-            if match := re.match(rf"{pattern}(\d+)\.(.+)$", name):
+            if match := re.match(rf"{pattern}(\d{{1,6}})\.(.+)$", name):
                 found.setdefault(int(match[1]), []).append(match[2])
         if sorted(found) != list(range(len(found))):
             missing = next(i for i in range(len(found)) if i not in found)

@@ -43,7 +43,8 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    # JSONDecodeError and UnicodeDecodeError; lists within lists without end
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, not JSON ({error}); delete it or restore it") from None
 
 

@@ -28,15 +28,18 @@ from m2mkd_jax.errors import UserError
 
 SUFFIXES = (*torch_file.SUFFIXES, safetensors_file.SUFFIX)
 WEIGHT_KEYS = ("model", "state_dict", "block_state_dict")
+_AVERAGES = ("model_ema", "state_dict_ema")
+_WRAPPERS = ("module.", "_orig_mod.")
 EXTRA = ("codes", "states")  # of a NAC student, as this program writes them
 _REASONS = {
     "optimizer": "optimizer state",
     "lr_scheduler": "state of the learning rate schedule",
     "scaler": "state of the loss scaling",
-    "model_ema": "an average of the weights; the weights themselves are converted",
+    **dict.fromkeys(_AVERAGES, "an average of the weights; the weights themselves are converted"),
 }
-_STAGE = re.compile(r"stages\.(\d+)\.(.+)$")
-BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
+_STAGE = re.compile(r"stages\.(\d{1,6})\.(.+)$")
+BLOCK = re.compile(r"blocks\.(\d{1,6})\.(.+)$")
+_STITCH = re.compile(r"blocks\.\d{1,6}\.(pre|post)_stitch\.")
 _EXPERTS = re.compile(r"(.*\.moe\.experts)\.((?:htoh4|h4toh)\.(?:weight|bias))$")
 
 
@@ -95,7 +98,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list:
-    return [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", str(path))]
+    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", str(path))]
 
 
 def read_file(path: Path) -> Contents:
@@ -137,11 +140,15 @@ def _flat(tensors: dict, entries: dict, path: Path) -> Contents:
 
 
 def _checkpoint(content: dict, path: Path) -> Contents:
-    present = [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict) and content[key]]
+    def having(keys: tuple[str, ...]) -> list[str]:
+        return [key for key in keys if isinstance(content.get(key), dict) and content[key]]
+
+    present = having(WEIGHT_KEYS) or having(_AVERAGES)
     if len(present) != 1:
+        listed = ", ".join(list(content)[:12]) or "nothing"
         raise UserError(
             f"{path} has {'no weights' if not present else 'weights twice'}: one of "
-            f"{', '.join(WEIGHT_KEYS)} should be in it; it has {', '.join(list(content)[:12])}"
+            f"{', '.join(WEIGHT_KEYS)} should be in it; it has {listed}"
         )
     key = present[0]
     weights, contents = content.pop(key), Contents([])
@@ -173,8 +180,11 @@ def _container(keys: tuple, tensors: Any, path: Path, module: int | None = None)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UserError(f'{path}: "{name}" in {where} is a {type(value).__name__}, no tensor')
-    # What torch's data-parallel wrapper puts before every name.
-    prefix = "module." if tensors and all(n.startswith("module.") for n in tensors) else ""
+    # What torch's data-parallel and compiling wrappers put before every name.
+    prefix = ""
+    wrapped = lambda word: all(name.startswith(prefix + word) for name in tensors)  # noqa: E731
+    while tensors and (found := [word for word in _WRAPPERS if wrapped(word)]):
+        prefix += found[0]
     return Container(keys, {n.removeprefix(prefix): t for n, t in tensors.items()}, prefix, module)
 
 
@@ -237,14 +247,14 @@ def canonical(name: str, module: int | None, depths: list[int] | None) -> str:
 
 def whole_name(name: str, depths: list[int]) -> str:
     """'student_2/blocks.0.x' -> 'blocks.N.x' of the assembled network."""
-    match = re.match(r"student_(\d+)/(?:blocks\.(\d+)\.)?(.+)$", name)
+    match = re.match(r"student_(\d+)/(?:blocks\.(\d{1,6})\.)?(.+)$", name)
     if match[2] is None:
         return match[3]
     return f"blocks.{int(match[2]) + sum(depths[: int(match[1])])}.{match[3]}"
 
 
 def is_stitch(name: str) -> bool:
-    return ".pre_stitch." in name or ".post_stitch." in name
+    return bool(_STITCH.match(name))
 
 
 def expert_names(name: str, experts: int) -> list[str] | None:

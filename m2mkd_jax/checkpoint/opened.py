@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,22 @@ def open_weights(
         else:
             converted = convert(read_source(local), dict(fields), local, seed)
         return Weights(converted.description, converted.trees)
-    names = list(read_json(stored / "description.json").get("trees", {}))
     _, description = load_weights(stored, [])
+    names = list(read_json(stored / "description.json")["trees"])
     return Weights(description, _Stored(stored, names))
+
+
+def fitting(path: str | Path, use: Callable[[], Any]) -> Any:
+    """What `use` makes of weights. Raises UserError where their description is not theirs.
+
+    It is a file that anybody can have edited, and says what stages there are, how they are built
+    and what files they came from: whatever Python makes of nonsense in it means the same.
+    """
+    try:
+        return use()
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path}: description.json does not fit its weights ({reason})") from None
 
 
 def local_path(path: str | Path) -> Path:

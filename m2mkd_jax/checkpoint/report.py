@@ -127,6 +127,7 @@ class Report:
     def lines(self) -> list[str]:
         rows = [(row.name, row.facts, row.target) for row in self.rows]
         rows += [(name, "", f"ignored: {why}") for name, why in self.ignored.items()]
+        rows = [tuple(printable(part[:300]) for part in row) for row in rows]
         widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         lines += [f"note: {note}" for note in self.notes]
@@ -137,6 +138,11 @@ class Report:
             f"{totals['ignored']} entries ignored; every array filled, every shape checked; "
             f"{totals['parameters']:,} parameters, {totals['bytes']:,} bytes",
         ]
+
+
+def printable(text: str) -> str:
+    """Without the line breaks and control characters that names in a file may have."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _array(tree: str, path: tuple[str, ...], index: Any) -> str:

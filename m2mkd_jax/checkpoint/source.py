@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,11 @@ def source_of(contents: Contents, path: Path) -> Source:
     if kind in ("vit", "vmoe"):
         depths = layouts.stage_depths(contents, path)
         module = contents.containers[0].module
+    ignored = dict(contents.ignored)
+    if kind != "nac_student":
+        ignored |= dict.fromkeys(contents.extra, "of a NAC student, which this is not")
     source = Source(
-        kind, {}, {}, dict(contents.ignored), depths, module, [part] if part else [],
+        kind, {}, {}, ignored, depths, module, [part] if part else [],
         dict(contents.entries), {"files": {"": layouts.record(contents)}, "depths": depths},
         dict(contents.extra),
     )  # fmt: skip
@@ -85,6 +89,7 @@ def _gather(
     source: Source, contents: Contents, path: Path, depths: list[int] | None, group: str = "",
     label: str = "",
 ) -> None:  # fmt: skip
+    _complete(contents, path, depths)
     for container in contents.containers:
         for name, tensor in container.tensors.items():
             whole = group + canonical(name, container.module, depths)
@@ -98,6 +103,24 @@ def _gather(
                     first = source.aliases[target][0]
                     raise UserError(f'{path}: "{first}" and "{shown}" are one tensor, and differ')
                 source.aliases.setdefault(target, []).append(shown)
+
+
+def _complete(contents: Contents, path: Path, depths: list[int] | None) -> None:
+    """A network written several times in one file (layouts.py) must be whole each time."""
+    copies: dict[tuple[str, bool], dict[str, str]] = {}
+    for container in contents.containers:
+        for name in container.tensors:
+            copy = (str(container.keys[:1]), name.startswith("stages."))
+            shown = ".".join([*map(str, container.keys), name])
+            copies.setdefault(copy, {})[canonical(name, container.module, depths)] = shown
+    for one, other in itertools.permutations(copies.values(), 2):
+        missing = [name for name in one if name not in other]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f'{path}: tensor "{missing[0]}"{more} is missing beside '
+                f'"{next(iter(other.values()))}"; it is in the file as "{one[missing[0]]}" only'
+            )
 
 
 def _directory(path: Path) -> Source:

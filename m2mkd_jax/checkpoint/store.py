@@ -191,19 +191,19 @@ def save_weights(
     barrier(f"weights begin {target}")
     try:
         sums = {name: _save_tree(tmp / name, trees[name]) for name in trees}
+        if is_main():
+            described = description() if callable(description) else description
+            content = {"format": _FORMAT, "description": dict(described), "trees": sums}
+            write_json(tmp / "description.json", content)
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():  # a directory cannot be renamed onto a full one
+                target.rename(old)
+            tmp.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
-    if is_main():
-        described = description() if callable(description) else description
-        content = {"format": _FORMAT, "description": dict(described), "trees": sums}
-        write_json(tmp / "description.json", content)
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():  # a directory cannot be renamed onto a full one
-            target.rename(old)
-        tmp.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
     barrier(f"weights end {target}")
 
 
@@ -246,8 +246,8 @@ def load_weights(
     content = read_json(directory / "description.json")
     try:
         known, description, version = content["trees"], content["description"], content["format"]
-        sums = {name: known[name]["sha256"] for name in known}
-    except (KeyError, TypeError):
+        sums = {name: entry["sha256"] for name, entry in known.items()}
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{directory / 'description.json'} is not one of m2mkd_jax") from None
     if version != _FORMAT:
         raise UserError(f"{directory} has format {version}; this program reads {_FORMAT}")

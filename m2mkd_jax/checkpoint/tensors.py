@@ -21,7 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tensor:
     """A tensor in a file.
 
@@ -39,6 +39,9 @@ class Tensor:
     place: tuple
     read: Callable[[], np.ndarray]
     mapped: bool
+
+    def __repr__(self) -> str:
+        return f"a tensor of {self.dtype} {list(self.shape)}"
 
     def array(self) -> np.ndarray:
         """The numbers, in the file's own type.

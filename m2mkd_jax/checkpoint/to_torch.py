@@ -109,6 +109,8 @@ def _write_directory(layout: dict, arrays: Arrays, extra: Arrays, target: Path) 
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         for name, record in layout["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{target}: a file of these weights would be {name}, outside")
             group = record.get("group", "")
             mine = {k.removeprefix(group): v for k, v in extra.items() if k.startswith(group)}
             depths = record.get("depths", layout["depths"])

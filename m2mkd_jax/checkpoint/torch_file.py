@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,37 +55,50 @@ def read_torch(path: Path) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return _lazy(torch, content, zipped, "", 0)
+        return _Lazy(torch, zipped)(content)
     except Exception as error:
         raise UserError(f"{path} cannot be read safely: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
     lines = [line for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    text = " ".join((named or lines or [""])[0].split())
+    text = " ".join((lines or [""])[0].split())
+    if text.startswith(("Unsupported operand", "Invalid magic number")):
+        text = f"it is not what torch.save writes ({text})"
     return (text or type(error).__name__)[:200]
 
 
 _DEPTH = 20  # of containers in containers; a checkpoint has four
+_ENTRIES = 1_000_000  # in all of them; one that holds itself twice, and that twice, has more
 
 
-def _lazy(torch: Any, value: Any, mapped: bool, name: str, depth: int) -> Any:
-    if depth > _DEPTH:
-        raise ValueError("containers within containers without end")
-    if isinstance(value, torch.Tensor):
-        return _tensor(torch, value, mapped, name)
-    if isinstance(value, Mapping):
-        below = {k: _lazy(torch, v, mapped, str(k), depth + 1) for k, v in value.items()}
-        return below
-    if isinstance(value, list | tuple):
-        return [_lazy(torch, v, mapped, f"{name}[{i}]", depth + 1) for i, v in enumerate(value)]
-    return value
+class _Lazy:
+    """Makes every torch tensor in nested containers a `Tensor`."""
+
+    def __init__(self, torch: Any, mapped: bool):
+        self.torch, self.mapped, self.entries = torch, mapped, 0
+
+    def __call__(self, value: Any, name: str = "", depth: int = 0) -> Any:
+        self.entries += 1
+        if depth > _DEPTH or self.entries > _ENTRIES:
+            raise ValueError("containers within containers without end")
+        if isinstance(value, self.torch.Tensor):
+            return _tensor(self.torch, value, self.mapped, name)
+        if isinstance(value, Mapping):
+            return {k: self(v, str(k), depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(v, f"{name}[{i}]", depth + 1) for i, v in enumerate(value)]
+        return value
 
 
 def _tensor(torch: Any, tensor: Any, mapped: bool, name: str) -> Tensor:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise ValueError(f'tensor "{name}" is not a plain dense one')
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        # Strides of 0: a few bytes that would fill any memory.
+        raise ValueError(f'tensor "{name}" has more numbers than are stored')
     tensor = tensor.detach()
     # A view of the whole storage would keep pages of its neighbours.
     straight = tensor.is_contiguous()

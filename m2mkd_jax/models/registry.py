@@ -52,7 +52,7 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 def index_of(name: str) -> int:
     """The number of the stage that a tree of this name holds."""
     last = name.rpartition("_")[2]
-    return int(last) if last.isdigit() else 0
+    return int(last) if last.isdecimal() else 0
 
 
 def ends(description: Mapping[str, Any], index: int) -> tuple[bool, bool]:
