@@ -177,6 +177,13 @@ class VMoEFamily:
             f"config.regulariser.kind is {config.regulariser.kind}; a V-MoE has no graph, only "
             '"none" fits',
         )
+        for name in ("m2mkd", "e2e"):
+            weight = config.recipes[name].load_weight
+            require(
+                not weight or (fields.router == "vmoe" and fields.noise > 0),
+                f"config.recipes.{name}.load_weight is {weight}; the load loss is about the noise "
+                'of config.vmoe.router "vmoe" and always 0 without it',
+            )
         expert = config.mesh.expert
         require(
             expert < 1 or fields.experts % expert == 0,

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2mkd_jax import checks
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.objectives import balance
+from tests.e2e import tiny_vmoe
 
 
 def cdf(x: float) -> float:
@@ -53,3 +56,15 @@ def test_going_downhill_evens_out(loss):
     before, slope = jax.value_and_grad(value)(jnp.zeros(4))
     assert slope[0] > 0 and slope[0] == slope.max()
     assert value(-0.1 * slope) < before
+
+
+@pytest.mark.parametrize("changes", [{"router": "published"}, {"router": "vmoe", "noise": 0.0}])
+def test_a_load_loss_that_would_always_be_zero_is_refused(changes):
+    config = tiny_vmoe.get_config()
+    checks.check(config)
+    config.vmoe.update(changes)
+    with pytest.raises(UserError, match=r"config.recipes.m2mkd.load_weight is 0.01; .* 0 without"):
+        checks.check(config)
+    for recipe in config.recipes.values():
+        recipe.load_weight = 0.0
+    checks.check(config)
