@@ -72,6 +72,28 @@ def test_only_the_sets_classes_compete():
         assert found["eval_images"] == 3
 
 
+def test_sums_over_batches_leave_out_padding():
+    """Two batches of three with one padded image; ranks 1, 4, 6 and 1, 5 of the right class."""
+    scores = np.arange(7, 0, -1) / 2
+    labels, mask = np.array([[0, 3, 5], [0, 4, 0]]), np.array([[1, 1, 1], [1, 1, 0]], np.float32)
+
+    def logits(trainable, frozen, images, key):
+        return jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (3, 7))
+
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    batches = [
+        {"image": images, "label": label, "mask": m} for label, m in zip(labels, mask, strict=True)
+    ]
+    found = evaluate(
+        make_counter(logits, (0.0,) * 3, (1.0,) * 3), {}, {}, batches, jax.random.key(0)
+    )
+    loss = np.log(np.exp(scores).sum()) - scores[[0, 3, 5, 0, 4]].mean()
+    assert found == {
+        "eval_accuracy": pytest.approx(2 / 5), "eval_top5": pytest.approx(4 / 5),
+        "eval_loss": pytest.approx(loss, rel=1e-5), "eval_images": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("imagenet_r", "needs a network of imagenet"), ("tiny_imagnet_r", "tiny_imagenet_r")],
