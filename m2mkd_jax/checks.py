@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from ml_collections import ConfigDict
 
@@ -23,8 +23,10 @@ from m2mkd_jax.config import (
 from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.families import FAMILIES, family
 from m2mkd_jax.objectives.distillation import KINDS
+from m2mkd_jax.ranges import check_value
 from m2mkd_jax.specs import require, teacher_spec
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
@@ -51,6 +53,25 @@ def _one_of(value, allowed, key: str) -> None:
     require(value in allowed, message)
 
 
+def check_key(key: str, known: Collection[str] = ()) -> None:
+    """Raises UserError where `key` (a.b.c) is neither in `base()` nor below a free key of it."""
+    known = known or [name for name, _ in _leaves(base())]
+    if key in known or any(key.startswith(f"{k}.") for k in known if k.split(".")[-1] in FREE):
+        return
+    close = difflib.get_close_matches(key, known, 1)
+    hint = f'did you mean "{close[0]}"?' if close else "every key is listed in m2mkd_jax/config.py"
+    raise UserError(f"config.{key} is unknown; {hint}")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises UserError for a key that is unknown or not there, and for an impossible value."""
+    known, given = dict(_leaves(base())), dict(_leaves(config))
+    for key in (*given, *known):
+        check_key(key, known)
+        require(key in given, f"config.{key} is missing; start from m2mkd_jax.config.base()")
+        check_value(key, given[key], known[key])
+
+
 def check(config: ConfigDict, devices: int = 1) -> None:
     """Refuses what cannot run, before anything does.
 
@@ -61,16 +82,8 @@ def check(config: ConfigDict, devices: int = 1) -> None:
     Raises:
         UserError: one line naming the key.
     """
-    known = dict(_leaves(base()))
-    for key, value in _leaves(config):
-        require(key in known, f"config.{key} is unknown{_did_you_mean(key, known)}")
-        default = known[key]
-        whole_number = isinstance(default, float) and type(value) is int
-        optional = key == "nac.truncation" and value is None
-        require(
-            type(value) is type(default) or whole_number or optional,
-            f"config.{key} must be {type(default).__name__}, not {value!r}",
-        )
+    check_values(config)
+    require(len(config.phases) > 0, "config.phases is empty; nothing would run")
     for phase in config.phases:
         _one_of(phase, PHASES, "phases")
     _one_of(config.distillation.kind, KINDS, "distillation.kind")
@@ -92,6 +105,7 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
     modules = len(config.teacher.depths)
     for index, changes in config.recipes[name].modules.items():
         where = f"recipes.{name}.modules.{index}"
+        require(isinstance(changes, ConfigDict), f"config.{where} is {changes!r}; not a dict")
         require(name in MODULE_PHASES, f"config.{where}: {name} has no modules")
         require(
             index.isdigit() and int(index) < modules,
@@ -99,6 +113,7 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
         )
         for key in changes:
             require(key in known, f"config.{where}.{key} is unknown{_did_you_mean(key, known)}")
+            check_value(f"{where}.{key}", changes[key], known[key])
     for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
         recipe = module_recipe(config, name, index)
         where = f"config.recipes.{name}"

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax import checks
+from m2mkd_jax.config import renditions_data
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.job import compute_dtype
@@ -50,6 +51,8 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
         if job == "eval":
             say(f"\n{job}  [{status}]  after: {after}")
             missing[describe_missing(config.data)] = None
+            for name in config.evaluation.renditions:
+                missing[describe_missing(renditions_data(config, name))] = None
             continue
         phase = build_phase(config, job)
         recipe = phase.recipe

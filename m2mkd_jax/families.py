@@ -20,6 +20,7 @@ from m2mkd_jax.models.nac import priors
 from m2mkd_jax.models.nac import students as nac_students
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.spec import NACSpec
+from m2mkd_jax.objectives.graph import block_matrix
 from m2mkd_jax.records import FRESH, Source, StageRecord
 from m2mkd_jax.specs import nac_spec, require, teacher_spec, vmoe_spec
 
@@ -85,6 +86,9 @@ class NACFamily:
             "share_ffn off or drop the m2mkd phase",
         )
         priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
+        wanted, latents = config.regulariser, nac.mediator_latents
+        if wanted.kind == "stochastic_block":
+            block_matrix(latents, wanted.clusters, wanted.p_in, wanted.p_out)
 
     def student(self, index: int) -> Student:
         config = self.config

@@ -118,6 +118,24 @@ def evaluator(
     return run
 
 
+def count_updates(config: ConfigDict, phase: Phase) -> int:
+    """Optimizer updates in an epoch of a phase; opens its training data.
+
+    Raises:
+        UserError: the data cannot be read, or are fewer than a batch.
+    """
+    recipe, data = phase.recipe, phase.data
+    micro = recipe.batch // recipe.accumulate
+    images = len(source(data, "train"))
+    steps = BatchIndices(images, micro, config.seed, data.repeated_augmentation).steps_per_epoch
+    if steps < recipe.accumulate:
+        raise UserError(
+            f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
+            f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}.batch"
+        )
+    return steps // recipe.accumulate
+
+
 def draw_images(path: Path, train, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int):
     """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
     batch = first_images(train, data, batch_size=micro, seed=seed)
@@ -193,13 +211,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     reference = _reference(config, workdir, phase, program, stages, mesh)
 
     micro = recipe.batch // recipe.accumulate
-    indices = BatchIndices(len(train), micro, config.seed, data.repeated_augmentation)
-    updates_per_epoch = indices.steps_per_epoch // recipe.accumulate
-    if not updates_per_epoch:
-        raise UserError(
-            f"{job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
-            f"config.recipes.{configs.recipe_name(job.split('/')[0])}.batch"
-        )
+    updates_per_epoch = count_updates(config, phase)
     total = round(recipe.epochs * updates_per_epoch) * recipe.accumulate
     params = {name: stages[name]["params"] for name in phase.trainable}
     fixed = {name: stages[name]["fixed"] for name in phase.trainable}

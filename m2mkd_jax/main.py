@@ -6,14 +6,18 @@ same command again; anything else is a bug.
 
 from __future__ import annotations
 
+import errno
 import os
+import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from m2mkd_jax import checks
 from m2mkd_jax.dry_run import dry_run
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel import process
@@ -21,6 +25,9 @@ from m2mkd_jax.pipeline import print_summary, run
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
+# What is the user's to put right: a path that must not or cannot be written, a full disk.
+USERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+         errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -29,14 +36,44 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no dat
 
 
 def _one_line(error: BaseException) -> str:
-    # A KeyError's text is the repr of its argument, with what ml_collections suggests inside.
-    text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+    # A KeyError's text is the repr of its argument.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()).replace("Did you mean", "did you mean")
+
+
+def _check_keys(argv: list[str]) -> None:
+    """Raises UserError for an override of a key that no config has, naming the whole key."""
+    for argument in argv[1:]:
+        flag = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and flag.startswith("config."):
+            checks.check_key(flag.removeprefix("config.").partition("[")[0])
+
+
+def _check_file(path: str, *argument: str) -> None:
+    """Raises UserError, naming the line, where a config file cannot be run or gives no config.
+
+    config_flags would run it too, but hides or delays what goes wrong.
+    """
+    try:
+        config = runpy.run_path(path)["get_config"](*argument)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"--config={where}: {type(error).__name__}: {_one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
     try:
+        for i, argument in enumerate(argv):
+            name, _, value = argument.lstrip("-").partition("=")
+            if argument.startswith("-") and name == "config" and (value or argv[i + 1 :]):
+                _check_file(*(value or argv[i + 1]).split(":", 1))
+        _check_keys(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
@@ -50,16 +87,27 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _terminated(number, frame) -> None:
+    raise Preempted("stopped by a signal; finished jobs and checkpoints are kept")
+
+
 def main(argv: list[str]) -> int:
     del argv
+    if process.alone():  # several processes: jax catches it; in the loop: after the step, saved
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+        checks.check_values(config)
         if _DRY_RUN.value:
             dry_run(config, workdir, _ONLY.value)
             return 0
         print_summary(run(config, workdir, _ONLY.value))
     except UserError as error:
         return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
+    except OSError as error:
+        if error.errno not in USERS or not error.filename:
+            raise
+        return process.fail(f"m2mkd_jax: {error.filename}: {error.strerror}", WRONG_INPUT)
     except Preempted as stop:
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)

@@ -72,11 +72,14 @@ def select(config: ConfigDict, only: str) -> list[str]:
     """The jobs that `--only=a,b` names; a phase's name selects all of its jobs.
 
     Raises:
-        UserError: no such job.
+        UserError: no such job, or commas alone.
     """
     names = job_names(config)
     chosen: list[str] = []
-    for word in filter(None, only.split(",")):
+    words = [word.strip() for word in only.split(",") if word.strip()]
+    if only and not words:
+        raise UserError(f'--only: "{only}" names no job; jobs: {", ".join(names)}')
+    for word in words:
         found = [n for n in names if n == word or n.split("/")[0] == word]
         if not found:
             close = difflib.get_close_matches(word, [*names, *config.phases], 1)

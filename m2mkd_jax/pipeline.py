@@ -20,7 +20,7 @@ from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.families import family
 from m2mkd_jax.few_shot import run_few_shot
-from m2mkd_jax.job import evaluator, make_program, run_job
+from m2mkd_jax.job import count_updates, evaluator, make_program, run_job, source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import make_mesh, meet, spanning_groups
@@ -49,26 +49,33 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
     todo = from_main(unfinished(config, workdir, chosen))
     check_data(config, todo)
     check_needs(config, workdir, todo)
+    check_images(config, todo)
     check_partition(config, todo, mesh)
     if spanning_groups(mesh) > 1:
         say(f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
             "processes; its tokens cross the network between them")  # fmt: skip
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}") from None
     if is_main():
         remember(config, workdir)
     enable_compilation_cache()
-    for job in chosen:
-        if job not in todo:
-            say(f"[{job}] done already")
-        elif job == "eval":
-            evaluate_networks(config, workdir, mesh)
-        elif job == "fewshot":
-            run_few_shot(config, workdir, mesh)
-        else:
-            record = run_job(config, workdir, job, mesh)
-            accuracy = record["metrics"]["eval_accuracy"]
-            say(f"[{job}] done in {record['seconds']:.1f} s, accuracy {accuracy:.4f}")
-    return summarise(config, workdir)
+    try:
+        for job in chosen:
+            if job not in todo:
+                say(f"[{job}] done already")
+            elif job == "eval":
+                evaluate_networks(config, workdir, mesh)
+            elif job == "fewshot":
+                run_few_shot(config, workdir, mesh)
+            else:
+                record = run_job(config, workdir, job, mesh)
+                accuracy = record["metrics"]["eval_accuracy"]
+                say(f"[{job}] done in {record['seconds']:.1f} s, accuracy {accuracy:.4f}")
+    finally:  # an interrupted run has a summary too
+        summary = summarise(config, workdir)
+    return summary
 
 
 def unfinished(config: ConfigDict, workdir: Path, chosen: list[str]) -> list[str]:
@@ -80,7 +87,9 @@ def unfinished(config: ConfigDict, workdir: Path, chosen: list[str]) -> list[str
 
 
 def is_done(workdir: Path, job: str) -> bool:
-    return (job_directory(workdir, job) / "done.json").is_file()
+    """Whether a job is finished. Raises UserError, before any work, where its record is damaged."""
+    record = job_directory(workdir, job) / "done.json"
+    return record.is_file() and bool(read_json(record))
 
 
 def _evaluated(config: ConfigDict, workdir: Path) -> bool:
@@ -135,6 +144,21 @@ def check_data(config: ConfigDict, todo: list[str]) -> None:
     missing.pop(None, None)
     if missing:
         raise UserError("; ".join(missing))
+
+
+def check_images(config: ConfigDict, todo: list[str]) -> None:
+    """Opens the images of all jobs that are to run, so that a later job's do not end the run late.
+
+    Raises:
+        UserError: they cannot be read, are not those of the config, or fewer than a batch.
+    """
+    for job in todo:
+        if job == "eval":
+            source(config.data, "test")
+        elif job != "fewshot":
+            phase = build_phase(config, job)
+            count_updates(config, phase)
+            source(phase.data, "test")
 
 
 def remember(config: ConfigDict, workdir: Path) -> None:

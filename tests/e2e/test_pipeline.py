@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 3
     assert "run the same command again" in process.stderr.read()
+    assert summary(tmp_path)["jobs"][0]["status"] == "interrupted"
     result = run(environment, tmp_path, "--only=pt")
     assert result.returncode == 0 and "[pt] resumed at step" in result.stdout
     done = json.loads((tmp_path / "jobs" / "pt" / "done.json").read_text())
@@ -152,7 +154,9 @@ def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--config.recipes.pt.epoch=3", 'did you mean "epochs"'),
+        ("--config.recipes.pt.epoch=3", 'did you mean "recipes.pt.epochs"'),
+        ("--config.dta.name=x", 'config.dta.name is unknown; did you mean "data.name"'),
+        ("--config.recipes.pt.lr=fast", "could not convert string to float: 'fast'"),
         ("--config.recipes.pt.batch=7.5", "batch"),
         ("--config.teacher.depths=(1,2)", "3 (read-in, 1 iterations, read-out)"),
         ("--config.nac.stitch_dim=24", "meta model's width 16"),
@@ -165,4 +169,43 @@ def test_wrong_input_is_one_line_and_exit_2(environment, tmp_path, flag, says):
     result = run(environment, tmp_path / "new", flag)
     assert result.returncode == 2, result.stderr
     assert says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+BROKEN_CONFIGS = {
+    "def get_config(:\n": "SyntaxError",
+    "import nothing_there\n": "line 1: ModuleNotFoundError",
+    "def get_config():\n    return None\n": "gives no ConfigDict",
+    "from ml_collections import ConfigDict\n"
+    "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is unknown",
+    None: "No such file",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN_CONFIGS)
+def test_a_broken_config_file_is_one_line_and_exit_2(environment, tmp_path, text):
+    file = tmp_path / "broken.py"
+    if text is not None:
+        file.write_text(text)
+    flags = [sys.executable, "-m", "m2mkd_jax.main", f"--config={file}", f"--workdir={tmp_path}/w"]
+    result = subprocess.run(
+        flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert str(file) in result.stderr or "config.data" in result.stderr
+    assert BROKEN_CONFIGS[text] in result.stderr
+
+
+def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(environment, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = run(environment, workdir)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert str(workdir) in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_batch_larger_than_a_later_phases_data_is_refused_at_once(environment, tmp_path):
+    result = run(environment, tmp_path / "new", "--config.recipes.e2e.batch=100000")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "new").exists()

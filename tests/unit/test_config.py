@@ -100,10 +100,12 @@ RECIPES = {"pt": "PT", "mt": "MT", "ft": "FT", "m2mkd": "m2mKD", "e2e": "nacs_e2
 
 
 @pytest.mark.parametrize("phase", RECIPES)
-def test_published_learning_rates(phase):
+@pytest.mark.parametrize("name", ["nac_tinyimnet", "nac_imnet"])
+def test_published_learning_rates(name, phase):
     """Scaled rates, warmup and epochs of the config equal those recorded from the original."""
-    recipe = configs.module_recipe(load(ROOT / "configs" / "nac_tinyimnet.py"), phase)
-    recorded = facts("i_optim/lr_schedules.json")[RECIPES[phase]]
+    recipe = configs.module_recipe(load(ROOT / "configs" / f"{name}.py"), phase)
+    title = RECIPES[phase].replace("tinyimnet", name.removeprefix("nac_"))
+    recorded = facts("i_optim/lr_schedules.json")[title]
     assert recipe.lr == pytest.approx(recorded["scaled_lr"])
     assert recipe.min_lr == pytest.approx(recorded["min_lr"])
     assert recipe.warmup_lr == pytest.approx(recorded["warmup_lr"])
@@ -191,6 +193,68 @@ def test_a_vmoe_that_cannot_run_is_refused(changed, says):
     with pytest.raises(UserError) as error:
         checks.check(config)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher.depths", (2, "a", 2, 2, 2, 2)),
+        ("teacher.depths", (0, 2, 2, 2, 2, 2)),
+        ("data.mean", (0.5, 0.5)),
+        ("data.std", (0.0, 1.0, 1.0)),
+        ("data.workers", -9),
+        ("recipes.e2e.lr", -1.0),
+        ("recipes.e2e.lr", float("nan")),
+        ("recipes.e2e.mixup", -1.0),
+        ("recipes.e2e.smoothing", 2.0),
+        ("recipes.e2e.mix_prob", 7.0),
+        ("recipes.e2e.weight_decay", -1.0),
+        ("recipes.e2e.drop_path", 1.0),
+        ("recipes.e2e.ema", 1.5),
+        ("recipes.e2e.clip", -1.0),
+        ("recipes.mt.modules", {"0": {"lr": "fast"}}),
+        ("recipes.mt.modules", {"0": 3}),
+        ("distillation.alpha", 3.0),
+        ("distillation.temperature", 0.0),
+        ("evaluation.batch", 0),
+        ("evaluation.every", -1.0),
+        ("log_every", 0),
+        ("e2e_seeds", 0),
+        ("seed", -1),
+        ("nac.kernel_temperature", 0.0),
+        ("nac.head_dim", 0),
+        ("nac.truncation", -0.5),
+        ("regulariser.components", 0),
+        ("phases", ()),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused(key, value):
+    """One line naming the key; the e2e phase of a run would meet them after hours."""
+    config = digits()
+    change(key, value)(config)
+    with pytest.raises(UserError) as error:
+        checks.check(config)
+    assert f"config.{key}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_stochastic_block_needs_equal_clusters():
+    config = digits()
+    config.regulariser.kind, config.regulariser.clusters = "stochastic_block", 5
+    with pytest.raises(UserError, match="cannot be split into 5 equal clusters"):
+        checks.check(config)
+
+
+def test_a_config_without_a_key_is_refused():
+    config = ConfigDict({k: v for k, v in digits().items() if k != "mesh"})
+    with pytest.raises(UserError, match=r"config\.mesh\.data is missing"):
+        checks.check_values(config)
+
+
+def test_only_commas_name_no_job():
+    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    assert select(config, "pt, ft") == ["pt", "ft"]
+    with pytest.raises(UserError, match="names no job"):
+        select(config, ",")
 
 
 def test_upcycling_and_stitches_exclude_each_other():

@@ -55,6 +55,11 @@ class NACSpec:
     remat: bool = False
 
     def __post_init__(self):
+        if not 1 <= len(self.tokenizer_depths) <= 3 or self.state_dim < 4:
+            raise UserError(
+                f"nac: a tokenizer of {len(self.tokenizer_depths)} stages (tokenizer_depths) for "
+                f"states of {self.state_dim}; 1 to 3 stages, of state_dim / 4, / 2 and / 1 channels"
+            )
         if self.image_size % self.stride:
             raise UserError(
                 f"nac: image size {self.image_size} is not a multiple of the tokenizer's stride "

@@ -1,0 +1,72 @@
+"""Which values a config's numbers and tuples may have, each by itself (checks.py: together).
+
+A rule is found by the end of a key: `lr` is a rule for `recipes.pt.lr` and all other recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from m2mkd_jax.errors import UserError
+
+# words -> test of a number (NaN and infinity are refused before), and the keys it is for
+NUMBERS: dict[str, tuple[Callable, str]] = {
+    "above 0": (
+        lambda v: v > 0,
+        "accumulate temperature kernel_temperature ffn_capacity head_dim signature_dim eps "
+        "truncation clusters components experts top_k capacity_factor repeated_augmentation "
+        "evaluation.batch log_every e2e_seeds",
+    ),
+    "0 or more": (
+        lambda v: v >= 0,
+        "seed lr lr_per min_lr warmup_lr weight_decay clip mixup cutmix stop_within "
+        "importance_weight load_weight evaluation.every checkpoint_minutes train_images "
+        "test_images shift noise code_noise group_images position_dim hinge "
+        "stitch_dim",
+    ),
+    "-1 or more": (lambda v: v >= -1, "workers"),
+    "from 0 to 1": (
+        lambda v: 0 <= v <= 1,
+        "switch_prob mix_prob alpha p_in p_out damaged_share",
+    ),
+    "from 0 to below 1": (lambda v: 0 <= v < 1, "smoothing drop_path ema momentum"),
+}
+# the same for every entry of a tuple
+TUPLES: dict[str, tuple[Callable, str]] = {
+    "whole numbers above 0": (lambda v: type(v) is int and v > 0, "depths meta_depths"),
+    "whole numbers from 0": (lambda v: type(v) is int and v >= 0, "tokenizer_depths moe_pos"),
+    "numbers": (lambda v: _finite(v), "mean"),
+    "numbers above 0": (lambda v: _finite(v) and v > 0, "std"),
+    "names": (lambda v: type(v) is str, "phases renditions"),
+}
+CHANNELS = ("mean", "std")  # one number for each of three
+
+
+def _finite(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _rule(rules: dict, key: str):
+    for words, (allowed, names) in rules.items():
+        if any(f".{key}".endswith(f".{name}") for name in names.split()):
+            return words, allowed
+    return None, lambda v: True
+
+
+def check_value(key: str, value, default) -> None:
+    """Raises UserError where config.`key` has not its default's type, or cannot have this value."""
+    if key == "nac.truncation" and value is None:
+        return
+    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+        raise UserError(f"config.{key} must be {type(default).__name__}, not {value!r}")
+    if type(value) in (int, float):
+        words, allowed = _rule(NUMBERS, key)
+        if not (_finite(value) and allowed(value)):
+            raise UserError(f"config.{key} is {value}; it must be {words or 'a finite number'}")
+    if type(value) is tuple:
+        words, allowed = _rule(TUPLES, key)
+        if not all(allowed(entry) for entry in value):
+            raise UserError(f"config.{key} is {value}; its entries must be {words}")
+        if key.split(".")[-1] in CHANNELS and len(value) != 3:
+            raise UserError(f"config.{key} is {value}; it needs 3 numbers, one for each channel")
