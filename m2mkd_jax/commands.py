@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 def run(name: str, command: Callable[[], None]) -> int:
     """Runs a command; 0, or 2 and one line on stderr where the input is wrong."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:

@@ -47,7 +47,7 @@ def read(path: Path, abstract: Tree) -> Tree:
 def attempt(job: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
     """(result, "") or (None, why not), the same kind in all processes if `together`."""
     result, reason = None, ""
-    _silence_orphans()
+    silence_orphans()
     try:
         result = job()
     except Exception as error:
@@ -59,7 +59,7 @@ def attempt(job: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
     return result, reason
 
 
-def _silence_orphans() -> None:
+def silence_orphans() -> None:
     """Keeps off the screen what a failed read leaves behind; its error itself is raised.
 
     Orbax leaves a coroutine per array, which prints a stack of 60 lines when it is freed, and reads

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from m2mkd_jax.checkpoint.files import read_json, write_json
-from m2mkd_jax.checkpoint.orbax_tree import attempt, read, spec
+from m2mkd_jax.checkpoint.orbax_tree import attempt, read, silence_orphans, spec
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import barrier, is_main
@@ -179,6 +179,7 @@ def save_weights(
 
     Raises:
       ValueError: a name is not a plain file name.
+      OSError: the file system refuses; nothing is left then.
     """
     for name in trees:
         if not re.fullmatch(r"\w[\w.-]*", name) or name == "description.json":
@@ -218,8 +219,15 @@ def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
             (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(epath.Path(path), ocp.args.PyTreeSave(arrays))
+        silence_orphans()
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(epath.Path(path), ocp.args.PyTreeSave(arrays))
+        except ValueError as error:
+            # Orbax's writer, of what the system says: a full disk, a quota.
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     return {"sha256": checksum(tree), "arrays": len(flat)}
 
 

@@ -154,7 +154,10 @@ def replace_file(path: Path, write: Any) -> None:
         write(tmp)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch's own when the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        if "enforce fail" in reason:
+            reason = "not all of it was taken; is the disk full?"
+        reason = getattr(error, "strerror", None) or reason
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
         with contextlib.suppress(OSError):

@@ -92,6 +92,17 @@ def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk(tmp_path, refused, monkeypatch):  # noqa: F811
+    """Orbax tells it by a ValueError with the text of its writer."""
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28']")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)
+    line = refused(saved(tmp_path, {"model": tiny_state()}))
+    assert line.endswith("weights cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_that_wrappers_give(prefix, tmp_path):
     source = saved(tmp_path, {"model": {prefix + k: v for k, v in tiny_state().items()}})
