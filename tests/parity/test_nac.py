@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from m2mkd_jax.checkpoint import torch_names
 from m2mkd_jax.models.nac import kernels
@@ -46,15 +47,35 @@ def test_the_default_evaluation_is_the_noiseless_one(network, io):
     assert_close(logits, io["zero.outputs"], OUTPUT_TOLERANCE)
 
 
-def test_each_propagator_and_the_scan(network, io):
-    batch = io["zero.read_in"].shape[0]
-    _, mediators, _ = network.initial_states(batch, {}, [None] * 3)
+@pytest.mark.parametrize("mode", ["zero", "noisy"])
+def test_each_propagator_and_the_scan(network, io, mode):
+    groups = ("input", "mediator", "output") if mode == "noisy" else ()
+    noise = {group: jnp.asarray(io[f"noise.{group}_seed"]) for group in groups}
+    inputs = jnp.asarray(io[f"{mode}.read_in"])
+    _, mediators, _ = network.initial_states(len(inputs), noise, [None] * 3)
     trace: list = []
-    network.propagate(jnp.asarray(io["zero.read_in"]), mediators, trace=trace)
+    network.propagate(inputs, mediators, trace=trace)
+    graph, stacked = nnx.split(network.propagators)
+    signatures = network.mediator_latents.signatures[...]
     for i, states in enumerate(trace):
-        assert_close(states, io[f"zero.propagator_{i}"], OUTPUT_TOLERANCE)
-    scanned = network.propagate(jnp.asarray(io["zero.read_in"]), mediators)
+        assert_close(states, io[f"{mode}.propagator_{i}"], OUTPUT_TOLERANCE)
+        # The attention alone, before the feed-forward network.
+        attention = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked)).attention
+        codes = network.mediator_codes(i)
+        before = trace[i - 1] if i else mediators
+        senders, sender_codes, theirs = network._senders(inputs, before, codes, True)
+        distance = kernels.distance(signatures, theirs)
+        log = network.propagator_kernel(distance, attention.bandwidth[...], 1)
+        heard = attention(before, codes, senders, sender_codes, log)
+        assert_close(heard, io[f"{mode}.propagator_{i}.attn"], OUTPUT_TOLERANCE)
+    scanned = network.propagate(inputs, mediators)
     assert_close(scanned, trace[-1], OUTPUT_TOLERANCE)
+
+
+def test_confidences(network, io):
+    confidences = network.pooling.confidence(jnp.asarray(io["zero.output_states"]))
+    expected = io["zero.confidences"]
+    assert_close(confidences.reshape(expected.shape), expected, OUTPUT_TOLERANCE)
 
 
 def test_seeder(network, io):
