@@ -151,6 +151,12 @@ def test_distillation_loss_and_gradients(name, case):
     trainable = {"student": trained_student(name)}
     logits = program.logits(trainable, frozen, batch["image"])
     assert_close(logits, io["student_outputs"], OUTPUT_TOLERANCE)
+    taught = program.run(program.teacher, trainable, frozen, batch["image"])
+    assert_close(taught, io["teacher_outputs"], OUTPUT_TOLERANCE)
+    if "meta_output" in io:  # what the student is given: the meta prefix's tokens
+        prefix = program.student[: CASES[name][1]]
+        tokens = program.run(prefix, trainable, frozen, batch["image"])
+        assert_close(tokens, io["meta_output"], OUTPUT_TOLERANCE)
     grad = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
     (loss, _), grads = grad(trainable, frozen, batch, None)
     assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE)
@@ -196,6 +202,11 @@ def test_assembly():
     network = with_params(lambda rngs: NAC(NAC_SPEC, rngs=rngs), expected)
     logits = jax.jit(network.__call__)(nhwc(io["raw_inputs"]))
     assert_close(logits, io["zero.outputs"], OUTPUT_TOLERANCE)
+    states = jax.jit(lambda x: network.forward(x, {}))(nhwc(io["raw_inputs"]))
+    assert_close(states["tokens"], io["zero.tokenized_inputs"], OUTPUT_TOLERANCE)
+    assert_close(states["input"], io["zero.read_in"], OUTPUT_TOLERANCE)
+    for group in ("input", "mediator", "output"):
+        assert_close(states[group], io[f"zero.{group}_states"], OUTPUT_TOLERANCE, group)
 
 
 def test_assembly_keeps_grid_and_pooling_where_they_fit():

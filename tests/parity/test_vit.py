@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from flax import nnx
 
 from m2mkd_jax.checkpoint import torch_names
 from m2mkd_jax.models import chain, vit
@@ -42,6 +43,9 @@ def test_every_recorded_range(name, meta):
     total = sum(stage.depth for stage in stages)
     image = nhwc(io["image"])
     assert_close(jax.jit(lambda x: chain.run(stages, x))(image), io["logits"], OUTPUT_TOLERANCE)
+    last = nnx.clone(stages[-1])
+    last.head = lambda features: features
+    assert_close(chain.run([*stages[:-1], last], image), io["features"], OUTPUT_TOLERANCE)
     ranges = [key for key in io if key.startswith("range_")]
     assert ranges
     for key in ranges:
