@@ -77,9 +77,10 @@ def run_few_shot(config: ConfigDict, workdir: Path, mesh) -> dict:
     for number, (support, query) in enumerate(draw_tasks(train, test, config.few_shot)):
         if number < len(done):
             continue
+        seed = config.few_shot.seed + number
         if is_main() and not (directory / "images.png").is_file():
-            episode.draw(directory / "images.png", config.few_shot.seed + number, support)
-        record = {"episode": number, **episode.run(config.few_shot.seed + number, support, query)}
+            episode.draw(directory / "images.png", seed, support)
+        record = {"episode": number, "seed": seed, **episode.run(seed, support, query)}
         done.append(record)
         if is_main():
             path.write_text("".join(json.dumps(line) + "\n" for line in done))

@@ -7,6 +7,7 @@ Axes: B global batch, L local batch (B / processes), S image size, C channels (3
 
 import gc
 import math
+import os
 import weakref
 
 import grain
@@ -178,6 +179,9 @@ def _iterate(source, load, steps, config, share):
     # Grain reads absl flags in mp_prefetch; a caller without absl's app.run has none parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    # On a busy machine a worker may end before its last batch is fetched. Python's tracker frees
+    # that shared memory; without its page of warnings, where one line is promised.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
     return _Batches(iter(dataset.mp_prefetch(grain.MultiprocessingOptions(
         num_workers=min(workers, len(steps)), per_worker_buffer_size=1

@@ -41,7 +41,10 @@ def test_episodes_end_in_a_mean_and_an_interval(whole):
     assert "fewshot: " in result.stdout and "(95%, 4 seeds)" in result.stdout
     # Nine times four queries, each counted once.
     lines = (workdir / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()
-    assert [json.loads(line)["eval_images"] for line in lines] == [36] * 4
+    records = [json.loads(line) for line in lines]
+    assert [record["eval_images"] for record in records] == [36] * 4
+    first = records[0]["seed"]
+    assert [record["seed"] for record in records] == [first, first + 1, first + 2, first + 3]
     for job in ("e2e_scratch", "fewshot"):
         with Image.open(workdir / "jobs" / job / "images.png") as picture:
             assert picture.width >= 3 * 112  # 16 images, or the 6 of an episode's batch
