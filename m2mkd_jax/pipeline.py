@@ -30,9 +30,11 @@ from m2mkd_jax.records import Source
 from m2mkd_jax.weights import job_directory, load_stage, weights_directory
 
 # A run may go on with other values of these: they do not change what a job computes.
-HARMLESS = ("phases", "e2e_seeds", "log_every", "checkpoint_minutes", "data.workers",
-            "teaching_data.workers", "data.root", "teaching_data.root", "evaluation.renditions",
-            "few_shot.data.workers", "few_shot.data.root", "mesh.")  # fmt: skip
+HARMLESS = (
+    "phases", "e2e_seeds", "log_every", "checkpoint_minutes", "evaluation.renditions", "mesh.",
+    *(f"{data}.{key}" for data in ("data", "teaching_data", "few_shot.data")
+      for key in ("root", "workers", "damaged_share")),
+)  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:

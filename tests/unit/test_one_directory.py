@@ -12,6 +12,7 @@ def test_a_run_goes_on_with_other_machines_but_not_as_another_run(tmp_path):
     remember(config, tmp_path)
     config.mesh.update(data=2, expert=4, fsdp=True)
     config.data.root, config.data.workers, config.log_every = "elsewhere", 3, 7
+    config.data.damaged_share = 0.5  # after a run that too many damaged images ended
     config.phases = (*config.phases, "e2e_kd")
     remember(config, tmp_path)
     before = (tmp_path / "config.json").read_text()
