@@ -1,6 +1,6 @@
 """Ways to compute a 7x7 depthwise convolution (m2mkd_jax/models/layers.py), forward and backward.
 
-    python -m benchmarks.depthwise [--repeats=5] [--only=SHAPE_INDEX]
+    python -m benchmarks.depthwise [--repeats=5] [--shape=B,H,W,C] [--dtype=bfloat16]
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ BAND_LIMIT = 2**31  # bytes of the matrix that 'positions' builds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", type=int, choices=range(len(SHAPES)))
+    parser.add_argument("--shape", help="B,H,W,C; several by default")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
-    shapes = SHAPES if options.only is None else SHAPES[options.only : options.only + 1]
+    shapes = [tuple(map(int, options.shape.split(",")))] if options.shape else SHAPES
     print(f"{'B, H, W, C':18s}" + "".join(f"{method:>22s}" for method in METHODS))
     for shape in shapes:
-        x = jax.random.normal(jax.random.key(0), shape)
-        kernel = jax.random.normal(jax.random.key(1), (SIZE, SIZE, shape[-1]))
+        x = jax.random.normal(jax.random.key(0), shape, options.dtype)
+        kernel = jax.random.normal(jax.random.key(1), (SIZE, SIZE, shape[-1]), options.dtype)
         _, h, w, c = shape
         programs = {}
         for method in METHODS:

@@ -14,15 +14,12 @@ import time
 
 import jax
 
+from benchmarks.setup import training_step
 from configs import nac_digits
 from m2mkd_jax.data.pipeline import train_batches
-from m2mkd_jax.job import make_program, source
+from m2mkd_jax.job import source
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
-from m2mkd_jax.phases import build_phase
 from m2mkd_jax.train.loop import Loop
-from m2mkd_jax.train.optimizer import make_optimizer
-from m2mkd_jax.train.step import initial_state, make_step
-from m2mkd_jax.weights import fresh_stage
 
 
 def main() -> None:
@@ -32,15 +29,7 @@ def main() -> None:
     parser.add_argument("--job", default="m2mkd/1")
     arguments = parser.parse_args()
     config, mesh = nac_digits.get_config(), make_mesh()
-    phase = build_phase(config, arguments.job)
-    stages = {name: fresh_stage(config, record, name, 0) for name, record in phase.stages.items()}
-    program = make_program(config, phase, stages)
-    params = {name: stages[name]["params"] for name in phase.trainable}
-    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
-    frozen = {name: stage for name, stage in stages.items() if name not in phase.trainable}
-    optimizer = make_optimizer(phase.recipe, 28, params)
-    step = make_step(program.loss, optimizer, phase.recipe, phase.data, 0)
-    state = initial_state(params, fixed, optimizer, phase.recipe)
+    phase, _, step, state, frozen = training_step(config, arguments.job)
     train = source(phase.data, "train")
 
     def batches(total):

@@ -59,8 +59,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = rearrange(self.qkv(x), "b n (i h c) -> i b n h c", i=3, h=self.heads)
-        # The XLA path keeps logits and softmax in float32.
-        x = jax.nn.dot_product_attention(q, k, v)
+        x = layers.self_attention(q, k, v)
         return self.proj(rearrange(x, "b n h c -> b n (h c)"))
 
 
