@@ -25,8 +25,8 @@ def grouped_linear(
     sum to N. Three methods compute the same:
 
         ragged      XLA's grouped matrix product, a kernel of its own on a TPU. On a CPU it computes
-                    every row with every expert (benchmarks/RESULTS.md), and on NVIDIA's GPUs too as
-                    of jaxlib 0.10 (openxla/xla#40189; not measured here)
+                    every row with every expert, and on an H100 it takes 3.6 times as long as
+                    'batched' (benchmarks/RESULTS.md)
         tiles       for a CPU: the experts take turns, tile by tile, on the rows as they lie
         batched     for a GPU: rows are laid out in tiles of one expert each, padded, and every tile
                     gets a copy of its expert's weights: one batched product, no loop
