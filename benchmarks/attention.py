@@ -34,7 +34,7 @@ TRUNCATION, TEMPERATURE = 0.9, 0.5
 def under_kernel(q, k, v, distance, bandwidth, key):
     log = kernels.log_kernel(distance, bandwidth, TRUNCATION)
     uniform = jax.random.uniform(key, (q.shape[0], *distance.shape))
-    return attend(q, k, v, kernels.normalise(kernels.sample(log, uniform, TEMPERATURE)))
+    return attend(q, k, v, kernels.sample(log, uniform, TEMPERATURE))
 
 
 def gradient(attention, arguments, written_out: bool):

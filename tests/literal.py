@@ -1,7 +1,7 @@
-"""The read-in attention as published: the oracle for its rewriting, and what it is timed against.
+"""Read-in attention and kernels as published: oracles for what is computed otherwise.
 
-Axes: B batch, U input latents, V tokens, T token channels, D state, I = H*C inner channels,
-H heads, C head channels, S code.
+Axes: B batch, U receivers (input latents), V senders (tokens), T token channels, D state,
+I = H*C inner channels, H heads, C head channels, S code.
 """
 
 from __future__ import annotations
@@ -48,3 +48,17 @@ def read_in(attention: ReadInAttention, receivers, codes, tokens) -> jax.Array:
     message = jnp.einsum("buhv,buvhc->buhc", jax.nn.softmax(scores), values).reshape(b, u, -1)
     message = attention.gamma[...] * _modulated(attention.exit, message, codes)
     return receivers + message if spec.read_in_residual else message
+
+
+def normalised(log_kernel: jax.Array) -> jax.Array:
+    """A log kernel (..., U, V) as published: minus its logsumexp over senders.
+
+    A row of -inf stays -inf, without NaN in value or gradient.
+    """
+    empty = jnp.isneginf(log_kernel).all(-1, keepdims=True)
+    filled = jnp.where(empty, 0.0, log_kernel)
+    inside = ~jnp.isneginf(filled)
+    highest = jax.lax.stop_gradient(jnp.where(inside, filled, -jnp.inf).max(-1, keepdims=True))
+    shifted = jnp.where(inside, filled - highest, 0.0)
+    total = jnp.where(inside, jnp.exp(shifted), 0.0).sum(-1, keepdims=True)
+    return jnp.where(inside & ~empty, shifted - jnp.log(total), -jnp.inf)

@@ -159,15 +159,26 @@ def whole(weights):
 
 
 def kept(body: Callable, remat: bool) -> Callable:
-    """`body`, keeping all it computes for the backward pass but gathered weights; `remat`: nothing.
+    """`body` with what the backward pass finds of it in memory, and what it computes again.
 
-    Kept, those of all layers would be on every device at once.
+    With `remat` it finds nothing. On a GPU or TPU, where a step waits for memory, it finds the
+    results of matrix products and of fused attention. On a CPU it finds everything but gathered
+    weights: those of all layers would be on every device at once.
     """
     if remat:
         return jax.checkpoint(body)
+    if jax.default_backend() != "cpu":
+        # Forward and backward are loops of their own: nothing could be shared among them anyway.
+        return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
     if _data_groups():
         return jax.checkpoint(body, policy=_is_no_gathered_weight)
     return body
+
+
+def _is_product(primitive, *arguments, **parameters) -> bool:
+    # jax has no public name for its fused attention.
+    fused = primitive.name.startswith("dot_product_attention")
+    return fused or jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters)
 
 
 def _is_no_gathered_weight(primitive, *_, **parameters) -> bool:

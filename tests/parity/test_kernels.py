@@ -7,6 +7,7 @@ import pytest
 
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.attention import attend
+from tests.literal import normalised
 from tests.support import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, arrays, assert_close, facts
 
 IO = arrays("e_kernel/io.npz")
@@ -42,13 +43,13 @@ def test_values(implementation, truncation):
     assert_close(distance, IO["distance"], OUTPUT_TOLERANCE)
     log = kernels.log_kernel(distance, BANDWIDTH, truncation, implementation)
     compare_log(log, IO[f"{key}.log"], key)
-    compare_log(kernels.normalise(log), IO[f"{key}.log_normalised"], key)
+    compare_log(normalised(log), IO[f"{key}.log_normalised"], key)
     exp = kernels.affinity(distance, BANDWIDTH, truncation, implementation)
     assert_close(exp, IO[f"{key}.exp"], OUTPUT_TOLERANCE)
     total = exp.sum(-1, keepdims=True)
     rows = ~np.isnan(IO[f"{key}.exp_normalised"]).any(-1)
-    normalised = np.asarray(exp / total)[rows]
-    assert_close(normalised, IO[f"{key}.exp_normalised"][rows], OUTPUT_TOLERANCE)
+    shares = np.asarray(exp / total)[rows]
+    assert_close(shares, IO[f"{key}.exp_normalised"][rows], OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
@@ -57,7 +58,7 @@ def test_batched_signatures(truncation, batched):
     receiver = IO["receiver"] if batched == "2_3" else IO["batch_receiver"]
     log = log_kernel(receiver, IO["batch_sender"], BANDWIDTH, "direct", truncation)
     key = f"direct.trunc_{truncation}.log_normalised.{batched}"
-    compare_log(kernels.normalise(log), IO[key], key)
+    compare_log(normalised(log), IO[key], key)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -89,7 +90,7 @@ def attention_loss(log, weight):
 def test_gradients_through_attention(implementation, truncation):
     def loss(receiver, sender, bandwidth):
         log = log_kernel(receiver, sender, bandwidth, implementation, truncation)
-        return attention_loss(kernels.normalise(log), IO["grad_weight"])
+        return attention_loss(normalised(log), IO["grad_weight"])
 
     grads = jax.grad(loss, (0, 1, 2))(IO["receiver"], IO["sender"], BANDWIDTH)
     key = name(implementation, truncation)
@@ -100,7 +101,7 @@ def test_gradients_through_attention(implementation, truncation):
 def test_training_samples():
     def sampled(receiver, sender, bandwidth):
         log = log_kernel(receiver, sender, bandwidth, "direct", 0.9)
-        return kernels.normalise(kernels.sample(log, IO["train.uniform"], 0.5))
+        return normalised(kernels.sample(log, IO["train.uniform"], 0.5))
 
     args = (IO["receiver"], IO["sender"], BANDWIDTH)
     assert_close(sampled(*args), IO["train.log_normalised"], OUTPUT_TOLERANCE)
@@ -113,7 +114,7 @@ def test_training_samples():
 
 def test_a_fully_truncated_receiver_gets_nothing_and_no_nan():
     def attended(receiver, sender, bandwidth):
-        log = kernels.normalise(log_kernel(receiver, sender, bandwidth, "direct", 0.9))
+        log = log_kernel(receiver, sender, bandwidth, "direct", 0.9)
         q, k = jnp.ones((2, 9, 1, 4)), jnp.ones((2, 14, 1, 4))
         return attend(q, k, jnp.ones((2, 14, 1, 4)), log)
 

@@ -122,8 +122,10 @@ def looped(params, x, shifts):
     return x
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_scanned_layers_equal_a_loop(stacked, remat):
+def test_scanned_layers_equal_a_loop(stacked, remat, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     graph, params = stacked
     x, shifts, weight = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH), normal(3, BATCH, WIDTH)
 
@@ -145,6 +147,21 @@ def test_remat_recomputes(stacked):
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     assert kept(True) < kept(False)
+
+
+def test_a_gpu_keeps_products_and_computes_the_rest_again(stacked, monkeypatch):
+    graph, params = stacked
+    x, shifts = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH)
+
+    def gradient():
+        f = scanned(graph, remat=False)
+        return str(jax.make_jaxpr(jax.grad(lambda x: f(params, x, shifts).sum()))(x))
+
+    on_cpu = gradient()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu = gradient()
+    assert on_gpu.count("dot_general[") == on_cpu.count("dot_general[") == 2
+    assert on_gpu.count(" tanh ") == 2 > on_cpu.count(" tanh ") == 1
 
 
 def test_stacked_layers_are_drawn_apart():

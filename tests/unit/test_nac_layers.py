@@ -55,8 +55,7 @@ def test_truncated_links_leak_when_sampled():
     spec = spec_with(truncation=-1.0)
     net, distance = network(spec), jnp.ones((5, 8))
     log = net.propagator_kernel(distance, jnp.float32(1.0), BATCH, jax.random.key(0))
-    assert log.shape == (BATCH, 5, 8) and np.isfinite(log).all()
-    assert_close(jnp.exp(log).sum(-1), jnp.ones((BATCH, 5)), OUTPUT_TOLERANCE)
+    assert log.shape == (BATCH, 5, 8) and np.isfinite(log).all() and (log <= 0).all()
 
 
 # Layers

@@ -16,6 +16,8 @@ from m2mkd_jax.models import layers
 from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS, ModulatedFFN, ModulatedLinear
 from m2mkd_jax.models.nac.spec import NACSpec
 
+EXCLUDED = -(2.0**14)  # a bias that leaves no weight, and that float16 can hold
+
 
 def attend(q, k, v, log_kernel=None):
     """q (B, U, H, C), k and v (B, V, H, C), log kernel (U, V) or (B, U, V) -> (B, U, H, C).
@@ -50,14 +52,12 @@ def by_library(q, k, v, log_kernel, implementation: str):
     log_kernel = log_kernel[..., None, :, :]
     inside = ~jnp.isneginf(log_kernel)
     # What is the same for a whole row drops out of the softmax: near zero, where the weight is,
-    # 16 bit lose the least.
-    bias = jnp.where(inside, log_kernel - _highest(log_kernel, inside), 0.0).astype(q.dtype)
+    # 16 bit lose the least. cuDNN cannot subtract infinities.
+    bias = jnp.where(inside, log_kernel - _highest(log_kernel, inside), EXCLUDED)
     # cuDNN gives gradients for a bias of every image and head alone.
-    bias = jnp.broadcast_to(bias, (q.shape[0], q.shape[2], *bias.shape[-2:]))
-    message = jax.nn.dot_product_attention(
-        q, k, v, bias=bias, mask=jnp.broadcast_to(inside, bias.shape),
-        implementation=implementation,
-    )  # fmt: skip
+    shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
+    bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
+    message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
     heard = rearrange(inside.any(-1), "... h u -> ... u h 1")
     return jnp.where(heard, message, 0)
 

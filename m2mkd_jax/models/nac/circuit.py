@@ -117,7 +117,7 @@ class NAC(chain.Stage):
             jitter(self.output_latents.codes[...], spec.code_noise, keys[5]),
             senders,
             jitter(codes, spec.code_noise, keys[6]),
-            kernels.normalise(kernels.log_kernel(distance, bandwidth, None)),
+            kernels.log_kernel(distance, bandwidth, None),
         )
         return {"tokens": tokens, "input": read_in, "mediator": mediators, "output": outputs}
 
@@ -172,7 +172,7 @@ class NAC(chain.Stage):
         return mediators
 
     def propagator_kernel(self, distance, bandwidth, batch: int, key=None) -> jax.Array:
-        """Normalised log kernel (U, V), or (B, U, V) when sampled in training."""
+        """Log kernel (U, V), or (B, U, V) when sampled in training."""
         spec = self.spec
         log = kernels.log_kernel(
             distance, bandwidth, spec.truncation, spec.truncation_implementation
@@ -180,7 +180,7 @@ class NAC(chain.Stage):
         if key is not None and spec.stochastic_kernel:
             uniform = jax.random.uniform(key, (batch, *distance.shape))
             log = kernels.sample(log, uniform, spec.kernel_temperature)
-        return kernels.normalise(log)
+        return log
 
     def _senders(self, inputs, mediators, codes, with_inputs: bool):
         signatures = self.mediator_latents.signatures[...]

@@ -5,6 +5,9 @@ Axes: B batch, U receivers, V senders, C signature.
 A distance of 0 means the same direction. Distances beyond the truncation become +inf, so the link
 does not exist. A receiver all of whose senders are truncated has a row of -inf in the log kernel:
 its attention weights are defined as zero (attention.py), where the original gives NaN.
+
+The original divides a kernel by its sum over senders before it is added to the attention scores.
+That shifts all scores of a receiver alike and drops out of the softmax: it is left out.
 """
 
 from __future__ import annotations
@@ -80,14 +83,3 @@ def _clamp(p: jax.Array) -> jax.Array:
     # jnp.clip would give half the gradient where p sits exactly on a bound; torch gives all of it.
     low, high = PROBABILITY_EPS, 1.0 - PROBABILITY_EPS
     return jnp.where(p < low, low, jnp.where(p > high, high, p))
-
-
-def normalise(log_kernel: jax.Array) -> jax.Array:
-    """Subtracts the logsumexp over senders; a row of -inf stays -inf, without NaN anywhere."""
-    empty = jnp.isneginf(log_kernel).all(-1, keepdims=True)
-    filled = jnp.where(empty, 0.0, log_kernel)
-    inside = ~jnp.isneginf(filled)
-    highest = jax.lax.stop_gradient(jnp.where(inside, filled, -jnp.inf).max(-1, keepdims=True))
-    shifted = jnp.where(inside, filled - highest, 0.0)
-    total = jnp.where(inside, jnp.exp(shifted), 0.0).sum(-1, keepdims=True)
-    return jnp.where(inside & ~empty, shifted - jnp.log(total), -jnp.inf)
