@@ -22,7 +22,7 @@ from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.families import family
-from m2mkd_jax.job import compute_dtype, draw_images, source
+from m2mkd_jax.job import compute_dtype, draw_images, evaluation_batch, source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
@@ -178,8 +178,7 @@ class Episode:
         return metrics
 
     def _evaluate(self, state: dict, query) -> dict:
-        size = self._mesh.size
-        batch = -(-min(self._config.evaluation.batch, len(query)) // size) * size
+        batch = evaluation_batch(self._config, len(query), self._mesh)
         batches = eval_batches(query, self._data, batch_size=batch, **_processes())
         placed = (meshes.put_batch(self._mesh, b) for b in batches)
         frozen = with_fixed(self._frozen, state["fixed"])

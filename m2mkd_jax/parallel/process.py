@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -59,8 +60,20 @@ def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | No
     if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         alone_on_node = tasks == environment.get("SLURM_STEP_NUM_NODES")
         # jax would give each task the one device of its local number.
-        return {"local_device_ids": []} if alone_on_node else {}
+        own = {"local_device_ids": []} if alone_on_node else {}
+        return own | _slurm_coordinator(environment)
     return {} if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def _slurm_coordinator(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node of a step, at jax's port; jax itself makes n1 of n[1-4]-ib."""
+    nodes, job = (environment.get(f"SLURM_{name}", "") for name in ("STEP_NODELIST", "JOB_ID"))
+    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)[0]
+    host = re.sub(r"\[([^],-]*)[^]]*]", r"\1", first)
+    if not host or not job.isdigit() or environment.get("JAX_COORDINATOR_ADDRESS"):
+        return {}
+    port = environment.get("JAX_COORDINATOR_PORT") or int(job) % 2**12 + 2**16 - 2**12
+    return {"coordinator_address": f"{host}:{port}"}
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
