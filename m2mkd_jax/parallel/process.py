@@ -104,18 +104,37 @@ def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
 def start_distributed() -> None:
     """Joins this process to the others of its run, if there are others; before jax is used.
 
+    Where they do not all come within CONNECT_SECONDS it says so and ends the process, exit code 2.
+
     Raises:
-        UserError: wrong variables, or the others do not come within CONNECT_SECONDS.
+        UserError: wrong variables.
     """
     arguments = distributed_arguments(os.environ)
     if arguments is None:
         return
+    # At its own time limit jax aborts with a page of stack, and nothing can be caught.
+    patience = threading.Timer(CONNECT_SECONDS, _nobody_comes)
+    patience.daemon = True
+    patience.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=CONNECT_SECONDS)
+        jax.distributed.initialize(**arguments, initialization_timeout=2 * CONNECT_SECONDS)
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot join the other processes of this run: {reason}") from None
+    finally:
+        patience.cancel()
     _watch(distributed.global_state.client)
+
+
+def _nobody_comes() -> None:
+    state = distributed.global_state
+    print(
+        f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
+        f"are at {state.coordinator_address}; look at what the others say, and whether they can "
+        "reach it",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)
 
 
 def alone() -> bool:

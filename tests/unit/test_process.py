@@ -1,5 +1,10 @@
 """Who belongs to a run, as the environment says it."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from m2mkd_jax.errors import UserError
@@ -74,3 +79,22 @@ def test_wrong_variables_are_refused_in_one_line(change, says):
     with pytest.raises(UserError, match=says) as error:
         distributed_arguments(EXPLICIT | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("process", ["0", "1"])
+def test_a_process_that_nobody_joins_ends_with_one_line(process):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = (
+        "from m2mkd_jax.parallel import process; process.CONNECT_SECONDS = 2; "
+        "process.start_distributed()"
+    )
+    environment = EXPLICIT | {"M2MKD_COORDINATOR": address, "M2MKD_PROCESS": process}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"after 2 s not all of {4} processes are at {address};" in done.stderr
+    assert done.stderr.count("\n") == 1
