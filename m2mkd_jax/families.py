@@ -181,7 +181,9 @@ class VMoEFamily:
             f"config.vmoe.moe_pos is {spec.moe_pos}; blocks are 0 to {sum(self.depths) - 1}",
         )
         require(
-            not fields.keep_stitches or "m2mkd" in config.phases or bool(config.init.students),
+            not fields.keep_stitches
+            or "m2mkd" in config.phases
+            or bool(config.init.students or config.init.network),
             "config.vmoe.keep_stitches: without students there are no stitches to keep",
         )
         require(
