@@ -238,11 +238,21 @@ def main() -> None:
         options = (arguments.images, arguments.group, not arguments.no_fsdp)
         print(json.dumps(measure(arguments.case, *options)))
         return
+    wanted = [
+        (case, int(devices))
+        for case in ([arguments.case] if arguments.case else CASES)
+        for devices in arguments.devices.split(",")
+    ]
+    for case, devices in wanted:
+        if devices % arguments.group or CASES[case][1] % arguments.group:
+            parser.error(
+                f"--group={arguments.group} must divide the {devices} devices and the "
+                f"{CASES[case][1]} experts of {case!r}"
+            )
     results = []
-    for case in [arguments.case] if arguments.case else CASES:
-        for devices in map(int, arguments.devices.split(",")):
-            results.append(compile_apart(case, devices, arguments))
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    for case, devices in wanted:
+        results.append(compile_apart(case, devices, arguments))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(results, file, indent=1)

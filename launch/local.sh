@@ -40,7 +40,7 @@ while (($#)); do
       case $1 in
         -n) processes=$2 ;;
         -d) devices=$2 ;;
-        -p) port=$2 ;;
+        -p) ((${#2} < 6 && $2 < 65536)) || refuse "-p needs a port below 65536, not '$2'"; port=$2 ;;
       esac
       shift 2
       ;;

@@ -97,7 +97,7 @@ def check(config: ConfigDict, devices: int = 1) -> None:
     for name in RECIPES:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)
-    _check_networks(config)
+    _check_networks(config, devices)
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
@@ -159,7 +159,7 @@ def _check_few_shot(config: ConfigDict, students) -> None:
     )
 
 
-def _check_networks(config: ConfigDict) -> None:
+def _check_networks(config: ConfigDict, devices: int) -> None:
     teacher, modules = config.teacher, len(config.teacher.depths)
     phases = set(config.phases)
     teaching = bool({"pt", "mt", "ft", "m2mkd", "e2e_kd", "e2e_upcycled"} & phases)
@@ -181,7 +181,7 @@ def _check_networks(config: ConfigDict) -> None:
             f"config.teacher.depths sum to {sum(teacher.depths)}; {teacher.variant} has {depth}",
         )
     students = family(config)
-    students.check(teaching)
+    students.check(teaching, devices)
     if "fewshot" in phases:
         _check_few_shot(config, students)
     if "m2mkd" in phases or config.init.students:

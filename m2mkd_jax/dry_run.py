@@ -22,7 +22,7 @@ from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.job import compute_dtype
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.parallel.mesh import AXES, mesh_shape
+from m2mkd_jax.parallel.mesh import AXES, mesh_shape, on
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases import Phase, build_phase, select
 from m2mkd_jax.pipeline import is_done, needs
@@ -84,7 +84,9 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
     program = phase.program(None, compute_dtype(config.precision), False)
     size = phase.data.image_size
     images = max(phase.recipe.batch // phase.recipe.accumulate // mesh.size, 1)
-    x = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
+    # Of the devices that share the experts: what one does depends on how many they are.
+    group = AbstractMesh((1, mesh.shape["expert"]), AXES)
+    x = jax.ShapeDtypeStruct((images * group.size, size, size, 3), jnp.float32)
     for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
         y = x
         for name in names if title == "chain" or program.teacher else ():
@@ -106,18 +108,19 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
         for name, s in shapes.items()
     }
 
-    classes = jax.eval_shape(program.logits, trainable, frozen, x).shape[-1]
+    logits = on(group, program.logits)
+    classes = jax.eval_shape(logits, trainable, frozen, x).shape[-1]
 
     def loss(params, frozen, images):
-        target = jnp.zeros((images.shape[0], classes))
+        target = jnp.zeros((len(images), classes))
         batch = {"image": images, "target": target}
-        return program.loss(params, frozen, batch, jax.random.key(0))[0]
+        return on(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
 
     # At the real batch: what is computed once a step (codes) is shared by its images.
-    forward = count_flops(program.logits, trainable, frozen, x) // images
-    step = count_flops(jax.value_and_grad(loss), trainable, frozen, x) // images
+    forward = count_flops(logits, trainable, frozen, x) // len(x)
+    step = count_flops(jax.value_and_grad(loss), trainable, frozen, x) // len(x)
     yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
-    activations = kept_bytes(loss, trainable, frozen, x)
+    activations = kept_bytes(loss, trainable, frozen, x) // group.size
     held = functools.partial(bytes_held, mesh, config.mesh.fsdp)
     weights = held(trainable)
     copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights

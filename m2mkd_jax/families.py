@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config import module_recipe, teaching_data
+from m2mkd_jax.config import module_recipe, recipe_name, teaching_data
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain
-from m2mkd_jax.models.moe import vmoe
+from m2mkd_jax.models.moe import dispatch, vmoe
 from m2mkd_jax.models.nac import priors
 from m2mkd_jax.models.nac import students as nac_students
 from m2mkd_jax.models.nac.circuit import NAC
@@ -66,10 +67,12 @@ class NACFamily:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.modules = config.nac.iterations + 2
+        self.group = 0  # images that cannot be computed apart
         self.parts = f"read-in, {config.nac.iterations} iterations, read-out"
 
-    def check(self, teaching: bool) -> None:
+    def check(self, teaching: bool, devices: int) -> None:
         """Raises UserError where config.nac does not fit the rest of the config."""
+        del devices
         config, nac = self.config, self.config.nac
         nac_spec(config, config.data)
         if teaching:
@@ -155,7 +158,12 @@ class VMoEFamily:
         self.modules = len(self.depths)
         self.parts = f"config.vmoe.depths is {self.depths}"
 
-    def check(self, teaching: bool) -> None:
+    @property
+    def group(self) -> int:
+        """Images that cannot be computed apart; 0: none. Raises UserError: no such network."""
+        return vmoe_spec(self.config, self.config.data, stitches=False)[0].group
+
+    def check(self, teaching: bool, devices: int) -> None:
         """Raises UserError where config.vmoe does not fit the rest of the config."""
         config, fields = self.config, self.config.vmoe
         require(
@@ -173,7 +181,9 @@ class VMoEFamily:
             f"config.vmoe.moe_pos is {spec.moe_pos}; blocks are 0 to {sum(self.depths) - 1}",
         )
         require(
-            not fields.keep_stitches or "m2mkd" in config.phases or bool(config.init.students),
+            not fields.keep_stitches
+            or "m2mkd" in config.phases
+            or bool(config.init.students or config.init.network),
             "config.vmoe.keep_stitches: without students there are no stitches to keep",
         )
         require(
@@ -181,13 +191,10 @@ class VMoEFamily:
             f"config.regulariser.kind is {config.regulariser.kind}; a V-MoE has no graph, only "
             '"none" fits',
         )
-        for name in ("m2mkd", "e2e"):
-            weight = config.recipes[name].load_weight
-            require(
-                not weight or (fields.router == "vmoe" and fields.noise > 0),
-                f"config.recipes.{name}.load_weight is {weight}; the load loss is about the noise "
-                'of config.vmoe.router "vmoe" and always 0 without it',
-            )
+        for name in ("m2mkd", "e2e", "fewshot"):
+            if any(recipe_name(phase) == name for phase in config.phases):
+                for index in range(self.modules) if name == "m2mkd" else (None,):
+                    self._check_recipe(name, index, spec.group, devices)
         expert = config.mesh.expert
         require(
             expert < 1 or fields.experts % expert == 0,
@@ -210,6 +217,18 @@ class VMoEFamily:
                 f"{sum(config.teacher.depths)} deep, the V-MoE {spec.vit.width} and "
                 f"{sum(self.depths)}",
             )  # fmt: skip
+
+    def _check_recipe(self, name: str, index: int | None, group: int, devices: int) -> None:
+        fields, recipe = self.config.vmoe, module_recipe(self.config, name, index)
+        require(
+            not recipe.load_weight or (fields.router == "vmoe" and fields.noise > 0),
+            f"config.recipes.{name}.load_weight is {recipe.load_weight}; the load loss is about "
+            'the noise of config.vmoe.router "vmoe" and always 0 without it',
+        )
+        try:
+            dispatch.count_groups(recipe.batch // recipe.accumulate, group, devices)
+        except UserError as error:
+            raise UserError(f"config.recipes.{name}: {error}") from None
 
     def _record(self, spec: vmoe.VMoESpec, index: int, source: Source) -> StageRecord:
         start, depth = sum(self.depths[:index]), self.depths[index]

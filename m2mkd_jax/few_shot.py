@@ -22,13 +22,13 @@ from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.families import family
-from m2mkd_jax.job import compute_dtype, draw_images, source
+from m2mkd_jax.job import compute_dtype, draw_images, evaluation_batch, source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases import build_phase
-from m2mkd_jax.records import Phase
+from m2mkd_jax.records import FRESH, Phase, Source
 from m2mkd_jax.train.loop import Loop
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
@@ -38,16 +38,17 @@ from m2mkd_jax.weights import job_directory, load_stage
 JOB = "fewshot"
 
 
-def load_network(config: ConfigDict, workdir: Path, phase: Phase) -> dict[str, dict]:
+def load_network(config: ConfigDict, workdir: Path) -> dict[str, dict]:
     """{stage: {"params", "fixed"}} of the trained network; the head is still that of its classes.
 
     Raises:
         UserError: weights are missing, damaged, or of another network.
     """
     # The phase's network has the episodes' classes; what is loaded has its own.
-    records = family(config).network(next(iter(phase.stages.values())).source).stages
+    records = family(config).network(FRESH).stages
+    sources = {name: Source("job", config.few_shot.network, name) for name in records}
     return {
-        name: load_stage(config, workdir, record.source, chain.abstract(record.build))
+        name: load_stage(config, workdir, sources[name], chain.abstract(record.build))
         for name, record in records.items()
     }
 
@@ -65,7 +66,7 @@ def run_few_shot(config: ConfigDict, workdir: Path, mesh) -> dict:
     train, test = (source(phase.data, split) for split in ("train", "test"))
     program = phase.program(None, compute_dtype(config.precision), config.evaluation.sampled)
     where = functools.partial(partition.shardings, mesh, fsdp=config.mesh.fsdp)
-    stages = load_network(config, workdir, phase)
+    stages = load_network(config, workdir)
     frozen = {
         name: {"params": chain.cast_compute(s["params"], program.dtype), "fixed": s["fixed"]}
         for name, s in stages.items()
@@ -178,8 +179,7 @@ class Episode:
         return metrics
 
     def _evaluate(self, state: dict, query) -> dict:
-        size = self._mesh.size
-        batch = -(-min(self._config.evaluation.batch, len(query)) // size) * size
+        batch = evaluation_batch(self._config, len(query), self._mesh)
         batches = eval_batches(query, self._data, batch_size=batch, **_processes())
         placed = (meshes.put_batch(self._mesh, b) for b in batches)
         frozen = with_fixed(self._frozen, state["fixed"])

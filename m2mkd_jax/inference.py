@@ -39,6 +39,7 @@ class Model:
         first, last = (registry.index_of(names[i]) for i in (0, -1))
         spec = registry.spec_of(self.description)
         vit = getattr(spec, "vit", spec)
+        self._group = getattr(spec, "group", 0)
         takes_images = registry.ends(self.description, first)[0]
         self.image_size = vit.image_size if takes_images else 0
         self.width = 0 if takes_images else self._token_width(spec, vit, first)
@@ -85,7 +86,12 @@ class Model:
             kind = f"images (B, {side}, {side}, 3)" if side else f"tokens (B, N, {self.width})"
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
         weights = self._weights if not fixed else self._with_fixed(fixed)
-        return self._run(weights, jnp.asarray(x, jnp.float32))
+        x = jnp.asarray(x, jnp.float32)
+        # Groups are of equal size: what is left over is one by itself.
+        rest = len(x) % self._group if self._group else 0
+        if not 0 < rest < len(x):
+            return self._run(weights, x)
+        return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
 
     def _with_fixed(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
         (name, stage), *others = self._weights.items()

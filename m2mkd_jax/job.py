@@ -26,6 +26,7 @@ from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
+from m2mkd_jax.families import family
 from m2mkd_jax.losses import Program, all_distances, graph_regulariser
 from m2mkd_jax.models import chain
 from m2mkd_jax.objectives.graph import fit_gaussian_mixture
@@ -102,7 +103,7 @@ def evaluator(
     if data.name in PARENTS:
         logits = restricted(logits, positions(data.name))
     count = make_counter(logits, data.mean, data.std, everywhere)
-    batch = -(-min(config.evaluation.batch, len(test)) // mesh.size) * mesh.size
+    batch = evaluation_batch(config, len(test), mesh)
 
     def run(trainable: dict, frozen: dict) -> dict:
         batches = eval_batches(
@@ -116,6 +117,12 @@ def evaluator(
         return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
 
     return run
+
+
+def evaluation_batch(config: ConfigDict, images: int, mesh) -> int:
+    """Images of an evaluation's batches, which devices and groups of images must divide."""
+    unit = mesh.size * max(family(config).group, 1)
+    return -(-min(config.evaluation.batch, images) // unit) * unit
 
 
 def count_updates(config: ConfigDict, phase: Phase) -> int:

@@ -6,8 +6,11 @@ same command again; anything else is a bug.
 
 from __future__ import annotations
 
-import errno
 import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # jax reads it when it is imported
+
+import errno
 import runpy
 import signal
 import sys
@@ -120,7 +123,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
     try:
         process.start_distributed()

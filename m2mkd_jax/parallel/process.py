@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -59,8 +60,20 @@ def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | No
     if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         alone_on_node = tasks == environment.get("SLURM_STEP_NUM_NODES")
         # jax would give each task the one device of its local number.
-        return {"local_device_ids": []} if alone_on_node else {}
+        own = {"local_device_ids": []} if alone_on_node else {}
+        return own | _slurm_coordinator(environment)
     return {} if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def _slurm_coordinator(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node of a step, at jax's port; jax itself makes n1 of n[1-4]-ib."""
+    nodes, job = (environment.get(f"SLURM_{name}", "") for name in ("STEP_NODELIST", "JOB_ID"))
+    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)[0]
+    host = re.sub(r"\[([^],-]*)[^]]*]", r"\1", first)
+    if not host or not job.isdigit() or environment.get("JAX_COORDINATOR_ADDRESS"):
+        return {}
+    port = environment.get("JAX_COORDINATOR_PORT") or int(job) % 2**12 + 2**16 - 2**12
+    return {"coordinator_address": f"{host}:{port}"}
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
@@ -91,18 +104,37 @@ def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
 def start_distributed() -> None:
     """Joins this process to the others of its run, if there are others; before jax is used.
 
+    Where they do not all come within CONNECT_SECONDS it says so and ends the process, exit code 2.
+
     Raises:
-        UserError: wrong variables, or the others do not come within CONNECT_SECONDS.
+        UserError: wrong variables.
     """
     arguments = distributed_arguments(os.environ)
     if arguments is None:
         return
+    # At its own time limit jax aborts with a page of stack, and nothing can be caught.
+    patience = threading.Timer(CONNECT_SECONDS, _nobody_comes)
+    patience.daemon = True
+    patience.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=CONNECT_SECONDS)
+        jax.distributed.initialize(**arguments, initialization_timeout=2 * CONNECT_SECONDS)
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot join the other processes of this run: {reason}") from None
+    finally:
+        patience.cancel()
     _watch(distributed.global_state.client)
+
+
+def _nobody_comes() -> None:
+    state = distributed.global_state
+    print(
+        f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
+        f"are at {state.coordinator_address}; look at what the others say, and whether they can "
+        "reach it",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)
 
 
 def alone() -> bool:

@@ -67,6 +67,18 @@ def test_without_stitches_and_upcycled(workdir, environment, tmp_path):
     assert "stitch" not in str(trees["vmoe_1"]["params"].keys())
 
 
+def test_few_shot_heads_on_a_network_of_several_stages(workdir, environment, tmp_path):
+    flags = ("--config.phases=('fewshot',)", f"--config.init.network={workdir}",
+             "--config.few_shot.data.name=digits", "--config.few_shot.data.classes=10",
+             "--config.few_shot.ways=4", "--config.few_shot.shots=2",
+             "--config.few_shot.episodes=2", "--config.recipes.fewshot.batch=8")  # fmt: skip
+    result = run("tiny_vmoe", environment, tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()
+    # Four times six queries, each counted once.
+    assert [json.loads(line)["eval_images"] for line in lines] == [24, 24]
+
+
 @pytest.mark.parametrize("job", LAYERS)
 def test_routers_are_watched_layer_by_layer(workdir, job):
     for record in records(workdir, job):

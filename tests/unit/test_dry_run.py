@@ -44,3 +44,27 @@ def test_only_the_main_process_prints_it(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(process, "is_main", lambda: False)
     dry_run(tiny_vmoe.get_config(), tmp_path, "e2e_scratch")
     assert not capsys.readouterr().out
+
+
+def test_a_token_of_the_dropless_dispatch_meets_all_experts_where_these_are_apart(
+    capsys, tmp_path
+):
+    """Values per image: FLOPs forward, bytes of activations."""
+
+    def costs(**mesh):
+        config = tiny_vmoe.get_config()
+        config.vmoe.dispatch = "dropless"
+        config.mesh.update(mesh)
+        dry_run(config, tmp_path, "e2e_scratch")
+        text = capsys.readouterr().out
+        flops = re.search(r"FLOPs per image: ([\d.]+) k forward", text)
+        kept = re.search(r"([\d.]+) (KiB|MiB) activations \((\d+) images\)", text)
+        unit = {"KiB": 2**10, "MiB": 2**20}[kept[2]]
+        return 1e3 * float(flops[1]), unit * float(kept[1]) / int(kept[3])
+
+    (whole, kept), (apart, more) = costs(), costs(data=2, expert=4)
+    # In each of three blocks 5 tokens go to 4 experts, not to 2: two layers of 16 x 64. The numbers
+    # are rounded to three digits.
+    assert apart - whole == pytest.approx(3 * 5 * 2 * 2 * (2 * 16 * 64), abs=0.01 * apart)
+    # At least what goes into both layers, and out of the first.
+    assert more - kept > 3 * 5 * 2 * 4 * (16 + 2 * 64)

@@ -36,6 +36,7 @@ def test_help_and_strictness(script):
         ("local.sh", ("-n", "0", *FLAGS), "-n needs a number above 0, not '0'"),
         ("local.sh", ("-d", "four", *FLAGS), "-d needs a number above 0, not 'four'"),
         ("local.sh", ("-n",), "-n needs a number"),
+        ("local.sh", ("-p", "65536", *FLAGS), "-p needs a port below 65536, not '65536'"),
         ("local.sh", ("--config=c.py",), "unknown option '--config=c.py'"),
         ("slurm.sh", (), "the first word must be array or nodes"),
         ("slurm.sh", ("array", "-a", "0-9", *FLAGS), "needs -j mt or -j m2mkd"),

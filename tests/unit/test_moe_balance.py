@@ -68,3 +68,13 @@ def test_a_load_loss_that_would_always_be_zero_is_refused(changes):
     for recipe in config.recipes.values():
         recipe.load_weight = 0.0
     checks.check(config)
+
+
+def test_a_module_of_its_own_may_not_have_one_either():
+    config = tiny_vmoe.get_config()
+    config.vmoe.router = "published"
+    for recipe in config.recipes.values():
+        recipe.load_weight = 0.0
+    config.recipes.m2mkd.modules = {"1": {"load_weight": 0.5}}
+    with pytest.raises(UserError, match=r"config.recipes.m2mkd.load_weight is 0.5; .* 0 without"):
+        checks.check(config)

@@ -142,6 +142,16 @@ def test_upcycling_copies_and_keeps_routers_fresh():
         vmoe.upcycle(stages_of(STITCHED)[1], dense)
 
 
+@pytest.mark.parametrize("count, choices", [(1, 1), (3, 3)])
+def test_an_upcycled_network_starts_as_the_dense_one(count, choices):
+    """Equal experts whose weights sum to one are one MLP, however many are asked."""
+    spec = dataclasses.replace(SPEC, experts=count, top_k=choices)
+    graphs, params = stages_of(spec)
+    stages = merged(graphs, vmoe.upcycle(params, dense_params()))
+    logits = jax.jit(lambda x: chain.run(stages, x))(IMAGES)
+    assert_close(logits, dense_logits(DEPTHS), OUTPUT_TOLERANCE)
+
+
 def test_assembly_with_stitches_is_the_chain_of_the_students():
     students = stages_of(STITCHED, seed=1)[1]
     fresh = stages_of(STITCHED)[1]

@@ -1,7 +1,10 @@
 """Traffic read out of the text of a compiled program, counted by hand."""
 
+import sys
+
 import pytest
 
+from benchmarks import scale
 from benchmarks.scale import group_size, traffic
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
@@ -62,3 +65,18 @@ def test_a_loop_of_unknown_length_may_hold_no_collective():
 )
 def test_group_sizes(groups, members):
     assert group_size(groups) == members
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--devices=8,12"], "divide the 12 devices"),
+        (["--devices=64", "--group=64"], "the 8 experts of 'vmoe_base m2mkd/1'"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused_before_compiling(monkeypatch, capsys, words, says):
+    monkeypatch.setattr(sys, "argv", ["scale", *words])
+    monkeypatch.setattr(scale, "compile_apart", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit):
+        scale.main()
+    assert says in capsys.readouterr().err

@@ -33,6 +33,7 @@ class VMoESpec:
         dispatch: 'dropless' or 'capacity' (models/moe/dispatch.py).
         capacity_factor: slots per expert over its even share; 'capacity' and expert choice only.
         group_images: images that share these slots; 0: those that lie on one device.
+            Without meaning where no slots are shared.
         stitch_dim: width between stitches: the meta model's.
         pre_stitch_pos, post_stitch_pos: blocks that start with a map from that width, and that end
             with one to it.
@@ -63,7 +64,7 @@ class VMoESpec:
                 f"vmoe.top_k: {self.top_k} choices among {self.experts} experts; "
                 "use 1 to the number of experts"
             )
-        if self.router == "published" and self.top_k == 1:
+        if self.router == "published" and self.top_k == 1 < self.experts:
             raise UserError(
                 "vmoe.top_k: the published router's weight of a single choice is always 1 and "
                 'teaches it nothing; use top_k 2 or more, or router "vmoe"'
@@ -75,6 +76,12 @@ class VMoESpec:
             raise UserError(f"vmoe.capacity_factor: {self.capacity_factor} must be above 0")
         if (self.pre_stitch_pos or self.post_stitch_pos) and not self.stitch_dim:
             raise UserError("vmoe.stitch_dim: stitches need the width of the meta model")
+
+    @property
+    def group(self) -> int:
+        """Images whose tokens compete for slots; 0: those of one device, or none do."""
+        shared = self.dispatch == "capacity" or self.router == "expert_choice"
+        return self.group_images if shared else 0
 
     def router_spec(self) -> router.RouterSpec:
         return router.RouterSpec(
@@ -123,7 +130,7 @@ class MoE(nnx.Module):
         experts got none, and 'dropped' (see dispatch.py).
         """
         spec = self.spec
-        groups = dispatch.groups(x.shape[0], spec.group_images)
+        groups = dispatch.groups(x.shape[0], spec.group)
         tokens = rearrange(x, "(g b) t d -> g (b t) d", g=groups)
         routing, seen = self.router(tokens, key)
         arguments = (tokens, routing, self.experts.weights(), experts.mlp)

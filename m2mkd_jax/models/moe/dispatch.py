@@ -55,7 +55,11 @@ def groups(images: int, group_images: int) -> int:
         UserError: the batch cannot be cut so, or a group would lie on several devices.
     """
     mesh = _mesh()
-    devices = mesh.size if mesh else 1
+    return count_groups(images, group_images, mesh.size if mesh else 1)
+
+
+def count_groups(images: int, group_images: int, devices: int) -> int:
+    """`groups` on so many devices. Raises UserError as it does."""
     count = max(images // group_images, 1) if group_images else devices
     if images % count or count % devices or (group_images and images > count * group_images):
         size = f"groups of {group_images} images" if group_images else "equal groups"
