@@ -53,6 +53,8 @@ def describe_vmoe(source: Source, given: Mapping, where: str) -> tuple[dict, lis
     for field, positions in kept.items():
         if not set(positions) <= set(found[field]):
             raise UserError(f"{where}: --arch says {field} {positions}, there are {found[field]}")
+    if not any(kept.values()) and given.get("stitch_dim") == 0:
+        given = {field: value for field, value in given.items() if field != "stitch_dim"}
     decision = _decide(source, shapes, given, known, found)
     experts = found.get("experts", 1)
     spec = VMoESpec(
