@@ -167,9 +167,11 @@ def _from_config(path: Path, argument: str, kind: str, blocks: int | None) -> di
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         config = get_config(argument) if argument else get_config()
-    except Exception as error:
+        return config_fields(config, kind, blocks)
+    except UserError as error:
+        raise UserError(f"--arch: {path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the file does, or lacks
         raise UserError(f"--arch: {path}: {type(error).__name__}: {error}") from None
-    return config_fields(config, kind, blocks)
 
 
 def config_fields(config: ConfigDict, kind: str, blocks: int | None) -> dict[str, Any]:

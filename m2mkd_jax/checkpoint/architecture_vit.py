@@ -25,6 +25,9 @@ def describe_vit(source: Source, given: Mapping, where: str) -> tuple[dict, list
     """Description and notes; see architecture.describe."""
     shapes = Shapes({name: tensor.shape for name, tensor in source.tensors.items()}, where)
     known = [(name, vit_fields(variants.vit_variant(name, 1)[0])) for name in variants.NAMES]
+    for field in ("moe_pos", *_STITCHES):
+        if given.get(field):
+            raise UserError(f"{where}: --arch says {field} {given[field]}, the weights have none")
     decision = _decide(source, shapes, given, known, {})
     spec = dataclasses.asdict(_spec(decision))
     description = {"kind": "vit", "spec": spec, "depths": _cut(source, decision, shapes)}

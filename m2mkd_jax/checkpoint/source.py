@@ -116,7 +116,7 @@ def _complete(contents: Contents, path: Path, depths: list[int] | None) -> None:
     for one, other in itertools.permutations(copies.values(), 2):
         missing = [name for name in one if name not in other]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(
                 f'{path}: tensor "{missing[0]}"{more} is missing beside '
                 f'"{next(iter(other.values()))}"; it is in the file as "{one[missing[0]]}" only'

@@ -161,6 +161,22 @@ def test_a_config_with_an_argument():
     assert (fields["prior"], fields["classes"]) == ("ring-of-cliques", 200)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("raise SystemExit(0)", "SystemExit"),
+        ("get_config = lambda: 3", "has no attribute"),
+        ("x = (", "SyntaxError"),
+        ("get_config = None", "not callable"),
+        ("from m2mkd_jax.errors import UserError\n\ndef get_config():\n    raise UserError('no')",
+         "other.py: no"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_config(text, words, tmp_path):
+    (tmp_path / "other.py").write_text(text)
+    assert words in refusal(read_arch, str(tmp_path / "other.py"), "vit", None)
+
+
 def test_fields_that_make_no_sense(tmp_path):
     file = tmp_path / "arch.json"
     cases = {
@@ -218,6 +234,7 @@ def test_what_contradicts_the_weights(tmp_path):
     assert "patch 8, the weights have 16" in told({"heads": 3, "patch": 8})
     assert "classes 11, the weights have 10" in told({"heads": 3, "classes": 11})
     assert "5 blocks; the weights have 6" in told({"heads": 3, "depths": [2, 3]})
+    assert "moe_pos [0], the weights have none" in told({"heads": 3, "moe_pos": [0]})
     assert "not a multiple of the 5 heads" in told({"heads": 5})
     assert "not a multiple of the patch" in told({"heads": 3, "image_size": 65})
     assert "5 heads do not make up" in told({"heads": 5}, NAC)

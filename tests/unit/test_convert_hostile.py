@@ -53,6 +53,7 @@ def refused(tmp_path, capfd):
         assert convert.main([str(source), str(target), *flags]) == code
         error = capfd.readouterr().err
         assert error.count("\n") == 1 and "Traceback" not in error, error
+        assert "weights_only" not in error  # torch's advice is to load it all the same
         assert not list(target.parent.iterdir())
         return error
 
@@ -233,6 +234,25 @@ def test_wrong_contents(tmp_path, refused):
     }  # fmt: skip
     for words, content in others.items():
         assert words in refused(saved(tmp_path, content)), words
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_positions_are_not_resized(tmp_path, refused):
+    content = torch.load(FIXTURES / "a_vit_large/finished_checkpoint.pth", weights_only=True)
+    whole = {name: t for name, t in content["model"].items() if not name.startswith("stages.")}
+    whole["pos_embed"][0, -1, 0] = float("inf")
+    text = refused(saved(tmp_path, whole), arch={"heads": 3, "image_size": 96})
+    assert '"pos_embed" has NaN or infinite' in text
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 30, 1000])
+def test_cut_off(size, tmp_path, refused):
+    good = saved(tmp_path, {"model": tiny_state()}).read_bytes()
+    (tmp_path / "cut.pth").write_bytes(good[:size])
+    text = refused(tmp_path / "cut.pth")
+    assert "cut off" in text or "not what torch.save writes" in text
+    (tmp_path / "cut.pth").write_bytes(good + b"more")
+    assert "damaged or changed" in refused(tmp_path / "cut.pth")
 
 
 def test_containers_without_end(tmp_path, refused):
