@@ -294,8 +294,42 @@ def test_directories_that_do_not_belong_together(tmp_path, refused):
     assert "one first and one last" in refused(copy("no end", *students), ARCH["students"])
     whole = "a_vit_large/finished_checkpoint.pth"
     assert "not a single module" in refused(copy("whole", whole, whole), arch)
+    other = copy("other network", *rigs)
+    named = torch.load(other / "2_rig_vit_large_2.pth", weights_only=True)
+    torch.save(named | {"model_name": "rig_vit_huge"}, other / "2_rig_vit_large_2.pth")
+    assert "is of a 'rig_vit_huge', other modules" in refused(other, arch)
     nac = "e_nac/checkpoint_best.pt"
     assert "give one of the files" in refused(copy("nacs", nac, nac), ARCH["nac"])
+
+
+@pytest.mark.parametrize(
+    "form, numbers, missing",
+    [
+        ("{}Student_{}.pth", (1, 3), "MediatorStudent_2"),
+        ("{}Student_{}.pth", (2, 3), "MediatorStudent_1"),
+        ("m2mKD_nac_{1}/finished_checkpoint.pth", (1, 2, 4), "m2mKD_nac_3"),
+    ],
+)
+def test_a_student_is_missing(form, numbers, missing, tmp_path, refused):
+    """Nothing in the files says which of the middle ones they are."""
+    ends = {"ReadIn": 0, "ReadOut": max(numbers) + 1}
+    for part, i in ends.items() | {("Mediator", i) for i in numbers}:
+        file = tmp_path / "students" / form.format(part, i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        source = f"{part}Student_1.pth" if part == "Mediator" else f"{part}Student.pth"
+        file.write_bytes((FIXTURES / "f_students" / source).read_bytes())
+    for arch in (ARCH["students"], ARCH["nac"]):
+        assert f"{missing} is missing" in refused(tmp_path / "students", arch).replace(
+            "/finished_checkpoint", ""
+        )
+
+
+def test_seeds(tmp_path, capfd):
+    for seed in ("-1", str(2**63), "1e3"):
+        file = FIXTURES / "f_students/MediatorStudent_1.pth"
+        arguments = [str(file), str(tmp_path / "weights"), f"--arch={ARCH['students']}"]
+        assert convert.main([*arguments, f"--seed={seed}"]) == 2
+        assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_another_architecture(refused):
