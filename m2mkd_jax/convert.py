@@ -34,9 +34,16 @@ def _parser() -> argparse.ArgumentParser:
         help="VARIANT[:DEPTH,...], or a .json, .yml or .py file; by default the weights decide",
     )  # fmt: skip
     parser.add_argument("--image_size", type=int, default=0, help="resize the position embedding")
-    parser.add_argument("--seed", type=int, default=0, help="of what the weights do not bring")
+    parser.add_argument("--seed", type=_seed, default=0, help="of what the weights do not bring")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     return parser
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 2^63 - 1")
+    return seed
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -106,7 +106,8 @@ def _evaluated(config: ConfigDict, workdir: Path) -> bool:
 def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
     """Jobs that must be done before `job`."""
     if job == "eval":
-        return tuple(n for n in job_names(config) if n.startswith("e2e"))
+        networks = tuple(n for n in job_names(config) if n.startswith("e2e"))
+        return networks or (("e2e",) if config.init.network else ())
     phase = build_phase(config, job)
     needed = list(phase.needs)
     if phase.assembled and not config.init.network:

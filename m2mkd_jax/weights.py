@@ -25,8 +25,11 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.records import Phase, Source, StageRecord
 from m2mkd_jax.specs import teacher_spec
 
+# What end-to-end training starts from, where `config.init.network` gives it; no job of a run.
+START = "network"
 # Which `config.init` field stands for the weights of which job.
-INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students"}
+INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students", "e2e": "network"}
+INIT_FIELD[START] = "network"
 
 
 def job_directory(workdir: Path, job: str) -> Path:
@@ -36,20 +39,23 @@ def job_directory(workdir: Path, job: str) -> Path:
 def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     """The weights of `job`, a directory or a file: those that `config.init` names, else this run's.
 
+    A network is given to be trained, too: once this run has trained it, that is the one.
+
     Raises:
         UserError: they are not there.
     """
     phase, _, index = job.partition("/")
-    field = INIT_FIELD.get(phase, "network" if job == "e2e" else "")
+    field = "" if phase == "e2e" and index else INIT_FIELD.get(phase, "")  # no other seed's
     given = config.init[field] if field else ""
-    if not given:
-        path = job_directory(workdir, job) / "weights"
+    path = job_directory(workdir, job) / "weights"
+    if not given or (job == "e2e" and path.is_dir()):
         if not path.is_dir():
             hint = f", or set config.init.{field}" if field else ""
             raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
         return path
     # Another run's directory, one subdirectory a student, weights, or torch files.
     root = local_path(given) if given.startswith(HUB) else Path(given).expanduser()
+    job = "e2e" if job == START else job
     inside = [root / "jobs" / job / "weights"]
     inside += [root / index / "weights", root / index] if index else []
     for path in [*inside, root]:
@@ -65,7 +71,10 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
 
 @functools.lru_cache(maxsize=4)
 def _from_torch(path: Path, fields: str) -> Weights:
-    return open_weights(path, fields=json.loads(fields))
+    try:
+        return open_weights(path, fields=json.loads(fields))
+    except UserError as error:  # which speaks to those who convert
+        raise UserError(str(error).replace("--arch", "the config")) from None
 
 
 def read_tree(config: ConfigDict, workdir: Path, job: str, name: str) -> tuple[dict, str]:
@@ -151,7 +160,7 @@ def load_stages(
     for name, record in phase.stages.items():
         source = record.source
         if source.kind == "assembled" and config.init.network:
-            source = Source("job", "e2e", name)
+            source = Source("job", START, name)
         if source.kind == "job":
             stages[name] = load_stage(config, workdir, source, chain.abstract(record.build))
             given = config.init.network if record.source.kind == "assembled" else ""

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
+from m2mkd_jax.checkpoint.arch_yaml import yaml_fields
 from m2mkd_jax.config import meta_depths, teaching_data
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import variants
@@ -166,9 +167,11 @@ def _from_config(path: Path, argument: str, kind: str, blocks: int | None) -> di
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         config = get_config(argument) if argument else get_config()
-    except Exception as error:
+        return config_fields(config, kind, blocks)
+    except UserError as error:
+        raise UserError(f"--arch: {path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the file does, or lacks
         raise UserError(f"--arch: {path}: {type(error).__name__}: {error}") from None
-    return config_fields(config, kind, blocks)
 
 
 def config_fields(config: ConfigDict, kind: str, blocks: int | None) -> dict[str, Any]:
@@ -197,128 +200,10 @@ def job_fields(config: ConfigDict, job: str) -> dict[str, Any]:
     return fields | {"prior": config.nac.prior, "prior_options": dict(config.nac.options)}
 
 
-# The original's options of a NAC: (name there, name here, default there). Only what acts on the
-# arithmetic; sizes without a default follow from the weights.
-_GRAPH = (
-    ("code_dim", "code_dim", None),
-    ("signature_dim", "signature_dim", None),
-    ("num_input_latents", "input_latents", None),
-    ("num_mediator_latents", "mediator_latents", None),
-    ("num_output_latents", "output_latents", None),
-    ("num_iterations", "iterations", None),
-    ("num_heads", "heads", 1),
-    ("head_dim", "head_dim", 64),
-    ("layer_scale_initial_value", "layer_scale", 1e-6),
-    ("ffn_capacity_factor", "ffn_capacity", 1.0),
-    ("code_noise_scale", "code_noise", 0.0),
-    ("use_geglu", "geglu", False),
-    ("qkv_bias_in_attention", "qkv_bias", True),
-    ("use_latent_seeder", "seeder", True),
-    ("share_propagator_weights", "share_propagators", True),
-    ("share_ffn_between_propagators", "share_ffn", False),
-    ("enable_input_output_communication", "input_output", True),
-    ("enable_persistent_input_mediator_communication", "persistent_inputs", True),
-)
-_GRAPH_OTHERS = {
-    "share_codes_between_iterations", "mod_fc_kwargs", "mediator_latent_kwargs", "read_in_kwargs",
-    "propagator_kwargs", "input_latent_kwargs", "output_latent_kwargs", "read_out_kwargs",
-    "path_drop_prob", "use_code_noise_in_latent_seeder",
-}  # fmt: skip
-_PRESETS = {"tiny": [3, 3, 9], "mini": [3, 3, 6], "micro": [3, 3, 3], "nano": [1, 1, 1],
-            "pico": [1, 1, 0], "femto": [1, 0, 0], "atto": [0, 0, 0]}  # fmt: skip
-_MODULATIONS = {
-    "ln": "layer_norm",
-    "l2": "l2",
-    "none": "none",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
-}
-
-
 def _from_yaml(content: dict, where: str) -> dict[str, Any]:
     try:
-        if "share_kwargs" in content:
-            return check_fields(_student_yaml(content), where)
-        return check_fields(_nac_yaml(content["model"]["kwargs"], where), where)
+        fields = yaml_fields(content, where)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--arch: {where} describes no NAC and no students: {reason}") from None
-
-
-def _modulation(kwargs: dict | None) -> dict[str, Any]:
-    kwargs = kwargs or {}
-    return {
-        "modulation": _MODULATIONS[kwargs.get("scale_normalization_type", "ln")],
-        "gain": kwargs.get("scale_gain", 1.0),
-        "add_one": kwargs.get("add_one_to_scale", False),
-    }
-
-
-def _tokenizer(kwargs: dict) -> dict[str, Any]:
-    depths = _PRESETS[kwargs.get("capacity_preset", "tiny")][: kwargs.get("num_stages", 3)]
-    grid = kwargs["positional_grid_kwargs"]
-    rows, columns = grid.get("grid_size", (8, 8))
-    if rows != columns:
-        raise ValueError(f"positional grid of {rows} x {columns}, not square")
-    # data.input_size is what the data are made into; the grid is what the network was built for.
-    size = rows * 4 * 2 ** (len(depths) - 1)
-    return {"tokenizer_depths": depths, "position_dim": grid["dim"], "image_size": size}
-
-
-def _nac_yaml(kwargs: dict, where: str) -> dict[str, Any]:
-    graph = kwargs["latent_graph_kwargs"]
-    unknown = set(graph) - {there for there, _, _ in _GRAPH} - _GRAPH_OTHERS
-    if unknown:
-        raise UserError(f"--arch: {where}: the option {sorted(unknown)[0]} is not built here")
-    fields = {"kind": "nac", "state_dim": kwargs["state_dim"], "classes": kwargs["output_dim"]}
-    for there, here, default in _GRAPH:
-        value = graph.get(there, default)
-        if value is not None:
-            fields[here] = value
-    fields["codes_per_iteration"] = not graph.get("share_codes_between_iterations", True)
-    fields |= _modulation(graph.get("mod_fc_kwargs"))
-    fields |= _tokenizer(kwargs["input_tokenizer_kwargs"])
-    read_in = graph.get("read_in_kwargs") or {}
-    fields["read_in_residual"] = read_in.get("include_residual_in_read_in_attention", False)
-    attention = (graph.get("propagator_kwargs") or {}).get("latent_attention_kwargs") or {}
-    kernel = attention.get("kernel_kwargs") or {}
-    fields |= {
-        "truncation": kernel.get("truncation"),
-        "truncation_implementation": kernel.get("truncation_implementation", "direct"),
-        "stochastic_kernel": kernel.get("stochastic_kernel", False),
-        "kernel_temperature": kernel.get("stochastic_sampling_temperature", 1.0),
-    }
-    pooled = kwargs.get("output_tokenizer_type", "FirstSlotAsLogits") == "OutputLatentPooling"
-    pooling = (kwargs.get("output_tokenizer_kwargs") or {}).get("softmax_type", "gumbel")
-    fields |= {"output": "pooling" if pooled else "first_slot", "pooling": pooling}
-    mediators = graph.get("mediator_latent_kwargs") or {}
-    options = dict(mediators.get("graph_generator_kwargs") or {})
-    if options.get("n") == fields.get("mediator_latents"):
-        options.pop("n", None)  # the number of nodes, which is that of the mediators here
-    fields |= {"prior": mediators.get("graph_preset") or "none", "prior_options": options}
-    if kwargs.get("student_type"):
-        fields["student_type"] = kwargs["student_type"]
-    return fields
-
-
-def _student_yaml(content: dict) -> dict[str, Any]:
-    share, read_in, read_out = content["share_kwargs"], content["readin"], content["readout"]
-    heads = {part["num_heads"] for part in (read_in, content["mediator"], read_out)}
-    if len(heads) != 1:
-        raise ValueError(f"students with {sorted(heads)} heads")
-    return {
-        "kind": "nac_student",
-        "state_dim": share["state_dim"],
-        "code_dim": share["code_dim"],
-        "heads": heads.pop(),
-        "head_dim": read_in["head_dim"],
-        "ffn_capacity": share["ffn_capacity_factor"],
-        "geglu": share["use_geglu"],
-        "qkv_bias": share["qkv_bias_in_attention"],
-        "layer_scale": share["layer_scale_initial_value"],
-        "classes": read_out["output_dim"],
-        "read_in_residual": read_in["include_residual_in_read_in_attention"],
-        "pooling": read_out["tokenizer_kwargs"]["softmax_type"],
-        **_modulation(share["mod_fc_kwargs"]),
-        **_tokenizer(read_in["tokenizer_kwargs"]),
-    }
+    return check_fields(fields, where)

@@ -25,6 +25,9 @@ def describe_vit(source: Source, given: Mapping, where: str) -> tuple[dict, list
     """Description and notes; see architecture.describe."""
     shapes = Shapes({name: tensor.shape for name, tensor in source.tensors.items()}, where)
     known = [(name, vit_fields(variants.vit_variant(name, 1)[0])) for name in variants.NAMES]
+    for field in ("moe_pos", *_STITCHES):
+        if given.get(field):
+            raise UserError(f"{where}: --arch says {field} {given[field]}, the weights have none")
     decision = _decide(source, shapes, given, known, {})
     spec = dataclasses.asdict(_spec(decision))
     description = {"kind": "vit", "spec": spec, "depths": _cut(source, decision, shapes)}
@@ -53,6 +56,8 @@ def describe_vmoe(source: Source, given: Mapping, where: str) -> tuple[dict, lis
     for field, positions in kept.items():
         if not set(positions) <= set(found[field]):
             raise UserError(f"{where}: --arch says {field} {positions}, there are {found[field]}")
+    if not any(kept.values()) and given.get("stitch_dim") == 0:
+        given = {field: value for field, value in given.items() if field != "stitch_dim"}
     decision = _decide(source, shapes, given, known, found)
     experts = found.get("experts", 1)
     spec = VMoESpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,9 @@ def _download(url: str) -> Path:
             f"{url} needs huggingface_hub: pip install 'm2mkd_jax[convert]'; or download the file"
         ) from None
     name = f"{owner}/{repository}"
+    # It warns of every try, twice; what comes of them is the file or an error.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     # The library raises its own, requests', and the system's errors: all mean no file.
     try:
         if file.endswith(SUFFIXES):
@@ -135,6 +139,8 @@ def _download(url: str) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{url} cannot be downloaded: {reason[:200]}") from None
+    finally:
+        logging.disable(before)
     if not (Path(folder) / file).is_dir():
         raise UserError(f"{url}: the repository has no such folder")
     return Path(folder) / file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _complete(contents: Contents, path: Path, depths: list[int] | None) -> None:
     for one, other in itertools.permutations(copies.values(), 2):
         missing = [name for name in one if name not in other]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(
                 f'{path}: tensor "{missing[0]}"{more} is missing beside '
                 f'"{next(iter(other.values()))}"; it is in the file as "{one[missing[0]]}" only'
@@ -162,6 +163,7 @@ def _students(path: Path, files: dict, parts: dict[str, str], kind: str) -> Sour
             f"{path} holds {counts['readin']} first, {counts['mediator']} middle and "
             f"{counts['readout']} last students; one first and one last belong to a set"
         )
+    _check_numbers(path, parts)
     records, depths = {}, [] if kind == "vmoe" else None
     source = Source(
         kind, {}, {}, {}, depths, None, [parts[n] for n in order], {}, {}, {}
@@ -176,6 +178,19 @@ def _students(path: Path, files: dict, parts: dict[str, str], kind: str) -> Sour
         source.extra |= {f"student_{i}/{k}": t for k, t in files[name].extra.items()}
     source.layout = {"files": records, "depths": depths}
     return source
+
+
+def _check_numbers(path: Path, parts: dict[str, str]) -> None:
+    """Students say nothing of their place; the numbers of files that are named alike do."""
+    alike: dict[str, dict[int, str]] = {}
+    for name, part in parts.items():
+        if match := re.match(r"(.*?)(\d{1,6})(\D*)$", name.removesuffix(Path(name).suffix)):
+            alike.setdefault(f"{match[1]}#{match[3]}", {})[int(match[2])] = part
+    for form, numbers in alike.items():
+        missing = sorted(set(range(min(*numbers, 1), max(numbers))) - set(numbers))
+        if len(numbers) > 1 and "mediator" in numbers.values() and missing:
+            shown = form.replace("#", str(missing[0]))
+            raise UserError(f"{path}: {shown} is missing, student {missing[0]} of the set")
 
 
 def _block_count(contents: Contents) -> int:
@@ -194,7 +209,10 @@ def _modules(path: Path, files: dict[str, Contents]) -> Source:
         if index in by_index:
             raise UserError(f"{path}: {by_index[index]} and {name} are both module {index}")
         by_index[index] = name
-        own, words = layouts.stage_depths(contents, path / name), words | contents.entries
+        own, words = layouts.stage_depths(contents, path / name), contents.entries | words
+        network, other = words.get("model_name"), contents.entries.get("model_name")
+        if other not in (None, network):
+            raise UserError(f"{path / name} is of a {other!r}, other modules of a {network!r}")
         if depths is not None and own != depths:
             raise UserError(f"{path / name}: divided_depths is {own}, elsewhere {depths}")
         depths = own

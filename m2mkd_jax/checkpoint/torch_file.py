@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.checkpoint.tensors import Tensor
-from m2mkd_jax.checkpoint.zip_check import check_zip
+from m2mkd_jax.checkpoint.zip_check import Damaged, check_zip
 from m2mkd_jax.errors import UserError
 
 SUFFIXES = (".pth", ".pt")
@@ -61,12 +62,19 @@ def read_torch(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
+    """Why a file is refused, in a line; torch's own would have the user load it unsafely."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, Damaged):
+        return f"it was damaged or changed ({text})"
+    if isinstance(error, zipfile.BadZipFile | EOFError):
+        return "it is cut off, or damaged"
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    lines = [line for line in text.splitlines() if line.strip()]
     text = " ".join((lines or [""])[0].split())
-    if text.startswith(("Unsupported operand", "Invalid magic number")):
-        text = f"it is not what torch.save writes ({text})"
+    if text.startswith(("Weights only load failed", "Unsupported operand", "Invalid magic number")):
+        return "it is not what torch.save writes"
     return (text or type(error).__name__)[:200]
 
 

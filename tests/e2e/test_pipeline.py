@@ -144,6 +144,15 @@ def test_init_replaces_the_phases_before(whole, environment, tmp_path):
     assert found["jobs"][0]["metrics"] == expected["e2e"]["metrics"]
 
 
+def test_a_given_network_is_measured(whole, environment, tmp_path):
+    flags = (f"--config.init.network={whole[0]}", "--config.phases=('eval',)")
+    result = run(environment, tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    (job,) = summary(tmp_path)["jobs"]
+    expected = {job["name"]: job for job in summary(whole[0])["jobs"]}
+    assert job["networks"] == {"e2e": expected["e2e"]["metrics"]}
+
+
 def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
     result = run(environment, tmp_path, "--only=m2mkd/1")
     assert result.returncode == 2

@@ -76,9 +76,66 @@ def test_options_of_the_yaml(tmp_path):
                 "modulation": "tanh", "add_one": False, "gain": 1.0, "truncation": None,
                 "stochastic_kernel": False}  # fmt: skip
     assert {name: fields[name] for name in expected} == expected
-    graph["use_input_states_as_mediator_states"] = True
+    # The original's own defaults may be said, too.
+    graph |= {"use_input_states_as_mediator_states": False, "latent_seeder_kwargs": {}}
     (tmp_path / "other.yml").write_text(yaml.safe_dump(content))
-    assert "use_input_states" in refusal(read_arch, str(tmp_path / "other.yml"), "nac", None)
+    assert read_arch(str(tmp_path / "other.yml"), "nac", None) == fields
+
+
+@pytest.mark.parametrize(
+    "section, option, value",
+    [
+        ("latent_graph_kwargs", "use_input_states_as_mediator_states", True),
+        ("latent_graph_kwargs", "latent_seeder_kwargs", {"use_state_noise": False}),
+        ("latent_graph_kwargs", "an_option_of_tomorrow", 1),
+        ("latent_graph_kwargs", "read_out_kwargs", {"use_head": False}),  # has a residual then
+        ("mod_fc_kwargs", "activation", "GELU"),
+        ("mod_fc_kwargs", "scale_times_input_normalization_type", "l2"),
+        ("read_in_kwargs", "num_heads", 1),
+        ("read_in_kwargs", "ffn_kwargs", {"include_residual": False}),
+        ("propagator_kwargs", "include_residual_in_latent_attention", False),
+        ("latent_attention_kwargs", "normalize_kernel_along_keys", False),
+        ("latent_attention_kwargs", "scale_attention_by_affinities_after_softmax", True),
+        ("latent_attention_kwargs", "kernel_type", "FixedKernel"),
+        ("kernel_kwargs", "stochastic_eval_behaviour", "threshold"),
+        ("read_out_kwargs", "include_residual_in_latent_attention", True),
+        ("read_out_kwargs", "latent_attention_kwargs", {"kernel_kwargs": {"truncation": 0.9}}),
+        ("output_tokenizer_kwargs", "softmax_temperature", 0.5),
+        ("input_tokenizer_kwargs", "convnext_kwargs", {"layer_scale_init_value": 0}),
+    ],
+)
+def test_options_that_names_and_shapes_do_not_show(section, option, value, tmp_path):
+    """Each gives other numbers from the same tensors, and is built here in one way only."""
+    content = yaml.safe_load((FIXTURES / "e_nac/config.yml").read_text())
+    find_section(content, section)[option] = value
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(content))
+    text = refusal(read_arch, str(tmp_path / "other.yml"), "nac", None)
+    assert option in text and "is not built here" in text
+
+
+@pytest.mark.parametrize(
+    "section, option, value",
+    [
+        ("mod_fc_kwargs", "activation", "GELU"),
+        ("mediator", "num_heads", 1),
+        ("latent_attention_kwargs", "include_residual", False),
+        ("readout", "include_residual_in_latent_attention", True),
+    ],
+)
+def test_options_of_students(section, option, value, tmp_path):
+    content = yaml.safe_load((FIXTURES / "f_students/student_config.yml").read_text())
+    find_section(content, section)[option] = value
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(content))
+    text = refusal(read_arch, str(tmp_path / "other.yml"), "nac_student", None)
+    assert f"{option} {value!r} is not built here" in text
+
+
+def find_section(content: dict, name: str) -> dict:
+    """The mapping of that name, wherever it is."""
+    if name in content:
+        return content[name]
+    inside = (find_section(v, name) for v in content.values() if isinstance(v, dict))
+    return next((found for found in inside if found), {})
 
 
 @pytest.mark.parametrize(
@@ -102,6 +159,22 @@ def test_a_config_with_an_argument():
     file = FIXTURES.parents[1] / "configs/nac_tinyimnet.py"
     fields = read_arch(f"{file}:ring", "nac", None)
     assert (fields["prior"], fields["classes"]) == ("ring-of-cliques", 200)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("raise SystemExit(0)", "SystemExit"),
+        ("get_config = lambda: 3", "has no attribute"),
+        ("x = (", "SyntaxError"),
+        ("get_config = None", "not callable"),
+        ("from m2mkd_jax.errors import UserError\n\ndef get_config():\n    raise UserError('no')",
+         "other.py: no"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_config(text, words, tmp_path):
+    (tmp_path / "other.py").write_text(text)
+    assert words in refusal(read_arch, str(tmp_path / "other.py"), "vit", None)
 
 
 def test_fields_that_make_no_sense(tmp_path):
@@ -161,6 +234,7 @@ def test_what_contradicts_the_weights(tmp_path):
     assert "patch 8, the weights have 16" in told({"heads": 3, "patch": 8})
     assert "classes 11, the weights have 10" in told({"heads": 3, "classes": 11})
     assert "5 blocks; the weights have 6" in told({"heads": 3, "depths": [2, 3]})
+    assert "moe_pos [0], the weights have none" in told({"heads": 3, "moe_pos": [0]})
     assert "not a multiple of the 5 heads" in told({"heads": 5})
     assert "not a multiple of the patch" in told({"heads": 3, "image_size": 65})
     assert "5 heads do not make up" in told({"heads": 5}, NAC)

@@ -53,6 +53,7 @@ def refused(tmp_path, capfd):
         assert convert.main([str(source), str(target), *flags]) == code
         error = capfd.readouterr().err
         assert error.count("\n") == 1 and "Traceback" not in error, error
+        assert "weights_only" not in error  # torch's advice is to load it all the same
         assert not list(target.parent.iterdir())
         return error
 
@@ -235,6 +236,25 @@ def test_wrong_contents(tmp_path, refused):
         assert words in refused(saved(tmp_path, content)), words
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_positions_are_not_resized(tmp_path, refused):
+    content = torch.load(FIXTURES / "a_vit_large/finished_checkpoint.pth", weights_only=True)
+    whole = {name: t for name, t in content["model"].items() if not name.startswith("stages.")}
+    whole["pos_embed"][0, -1, 0] = float("inf")
+    text = refused(saved(tmp_path, whole), arch={"heads": 3, "image_size": 96})
+    assert '"pos_embed" has NaN or infinite' in text
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 30, 1000])
+def test_cut_off(size, tmp_path, refused):
+    good = saved(tmp_path, {"model": tiny_state()}).read_bytes()
+    (tmp_path / "cut.pth").write_bytes(good[:size])
+    text = refused(tmp_path / "cut.pth")
+    assert "cut off" in text or "not what torch.save writes" in text
+    (tmp_path / "cut.pth").write_bytes(good + b"more")
+    assert "damaged or changed" in refused(tmp_path / "cut.pth")
+
+
 def test_containers_without_end(tmp_path, refused):
     content: dict = {}
     for _ in range(100):
@@ -274,8 +294,42 @@ def test_directories_that_do_not_belong_together(tmp_path, refused):
     assert "one first and one last" in refused(copy("no end", *students), ARCH["students"])
     whole = "a_vit_large/finished_checkpoint.pth"
     assert "not a single module" in refused(copy("whole", whole, whole), arch)
+    other = copy("other network", *rigs)
+    named = torch.load(other / "2_rig_vit_large_2.pth", weights_only=True)
+    torch.save(named | {"model_name": "rig_vit_huge"}, other / "2_rig_vit_large_2.pth")
+    assert "is of a 'rig_vit_huge', other modules" in refused(other, arch)
     nac = "e_nac/checkpoint_best.pt"
     assert "give one of the files" in refused(copy("nacs", nac, nac), ARCH["nac"])
+
+
+@pytest.mark.parametrize(
+    "form, numbers, missing",
+    [
+        ("{}Student_{}.pth", (1, 3), "MediatorStudent_2"),
+        ("{}Student_{}.pth", (2, 3), "MediatorStudent_1"),
+        ("m2mKD_nac_{1}/finished_checkpoint.pth", (1, 2, 4), "m2mKD_nac_3"),
+    ],
+)
+def test_a_student_is_missing(form, numbers, missing, tmp_path, refused):
+    """Nothing in the files says which of the middle ones they are."""
+    ends = {"ReadIn": 0, "ReadOut": max(numbers) + 1}
+    for part, i in ends.items() | {("Mediator", i) for i in numbers}:
+        file = tmp_path / "students" / form.format(part, i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        source = f"{part}Student_1.pth" if part == "Mediator" else f"{part}Student.pth"
+        file.write_bytes((FIXTURES / "f_students" / source).read_bytes())
+    for arch in (ARCH["students"], ARCH["nac"]):
+        assert f"{missing} is missing" in refused(tmp_path / "students", arch).replace(
+            "/finished_checkpoint", ""
+        )
+
+
+def test_seeds(tmp_path, capfd):
+    for seed in ("-1", str(2**63), "1e3"):
+        file = FIXTURES / "f_students/MediatorStudent_1.pth"
+        arguments = [str(file), str(tmp_path / "weights"), f"--arch={ARCH['students']}"]
+        assert convert.main([*arguments, f"--seed={seed}"]) == 2
+        assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_another_architecture(refused):

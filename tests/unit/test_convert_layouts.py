@@ -130,6 +130,8 @@ def test_a_vmoe_without_its_stitches(tmp_path):
     found = description(dropped)
     assert found["spec"]["stitch_dim"] == 0
     assert set(found["conversion"]["ignored"].values()) >= {"stitch, dropped"}
+    other = converted(file, tmp_path / "other", none | {"stitch_dim": 0})  # the same in other words
+    assert description(other)["spec"] == found["spec"]
 
 
 @pytest.mark.parametrize("flags", ["image_size", "arch"])

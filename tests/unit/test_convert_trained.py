@@ -15,7 +15,8 @@ from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases import build_phase, job_names
-from m2mkd_jax.weights import load_stages
+from m2mkd_jax.pipeline import needs
+from m2mkd_jax.weights import load_stages, weights_directory
 from tests.e2e import tiny, tiny_vmoe
 from tests.published_files import load, run
 from tests.support import FIXTURES
@@ -187,6 +188,23 @@ def test_config_init_takes_them(finished, form, tmp_path):
     assert set(origin.values()) == {str(tmp_path / ("network" + suffix * (form != "converted")))}
 
 
+def test_a_given_network_and_the_one_trained_from_it(finished, tmp_path):
+    """What is measured is what this run trained, and what was given only where it trained none."""
+    config, workdir = finished
+    given = CONFIGS[config.family]()
+    given.init.network = str(workdir)
+    theirs, own = (where / "jobs" / "e2e" / "weights" for where in (workdir, tmp_path))
+    assert weights_directory(given, tmp_path, "e2e") == theirs
+    shutil.copytree(theirs, own)
+    assert weights_directory(given, tmp_path, "e2e") == own
+    network, origin = load_stages(given, tmp_path, build_phase(given, "e2e"))
+    assert {origin[name] for name in network} == {str(workdir)}  # where it starts
+    with pytest.raises(UserError, match="e2e/1 is not done"):
+        weights_directory(given, tmp_path, "e2e/1")
+    given.phases = ("eval",)
+    assert needs(given, "eval") == ("e2e",)
+
+
 def test_config_init_refuses_what_does_not_fit(finished, tmp_path):
     config, workdir = finished
     given = CONFIGS[config.family]()
@@ -194,7 +212,7 @@ def test_config_init_refuses_what_does_not_fit(finished, tmp_path):
     given.init.teacher = str(tmp_path / "meta.pth")
     phase = build_phase(given, "m2mkd/1")
     given.init.meta = str(workdir)
-    with pytest.raises(UserError, match="the weights have 3"):  # blocks, of 4
+    with pytest.raises(UserError, match=r"the config says depths.*the weights have 3"):
         load_stages(given, tmp_path, phase)
     given.init.teacher = str(tmp_path / "nothing.pth")
     with pytest.raises(UserError, match="teacher: no weights of ft in"):

@@ -1,6 +1,7 @@
 """The predict command and m2mkd_jax.load: images, labels, arrays, and what they refuse."""
 
 import json
+import logging
 import sys
 import types
 
@@ -158,14 +159,16 @@ def test_a_folder_of_the_hub(monkeypatch, tmp_path):
         m2mkd_jax.load("hf://owner/repo/FT_large")
 
 
-def test_the_hub_fails(monkeypatch, tmp_path, capsys):
+def test_the_hub_fails(monkeypatch, tmp_path, capsys, caplog):
     def gone(*_):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
         raise RuntimeError("404: no such repository\nand a long explanation")
 
     hub(monkeypatch, gone)
     arguments = ["hf://owner/repo/x.pth", str(tmp_path / "weights")]
     assert convert.main(arguments) == 2
     assert "404: no such repository\n" in capsys.readouterr().err
+    assert not caplog.records
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert convert.main(arguments) == 2
     assert "pip install 'm2mkd_jax[convert]'" in capsys.readouterr().err
