@@ -168,6 +168,7 @@ def test_cub_follows_its_own_tables(tmp_path):
         ("images.txt", "6 002.B/f.jpg", "name different images"),
         ("image_class_labels.txt", "5 3", "names class '3'"),
         ("train_test_split.txt", "1", "line 6: two words"),
+        ("train_test_split.txt", "1 2", "values but 0 and 1"),
     ],
 )
 def test_broken_cub_tables_are_one_line(tmp_path, file, line, words):
