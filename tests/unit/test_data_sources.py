@@ -217,7 +217,7 @@ def _remove_val_class(root):
             lambda root: (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn03\n"),
             "lacks 2 of the 3 classes",
         ),
-        (write_tiny, lambda root: repeat_line(root / "val/val_annotations.txt"), "line 4: no"),
+        (write_tiny, lambda root: repeat_line(root / "val/val_annotations.txt"), "line 5: no"),
         (
             write_tiny,
             lambda root: shutil.copy(root / "val/images/val_0.JPEG", root / "val/images/a.jpg"),
