@@ -167,9 +167,25 @@ def test_tiny_renditions_are_taken_out_of_imagenet_r(tmp_path):
 def test_preparing_from_the_wrong_place_is_one_line(tmp_path, capsys, folders):
     assert prepare.main(["tiny_imagenet", str(tmp_path), str(tmp_path / "out")]) == 2
     assert prepare.main(["tiny_imagenet", str(folders), str(tmp_path / "out")]) == 2
+    write_renditions(tmp_path / "r", wordnet_ids("tiny_imagenet_r"))
+    next((tmp_path / "r" / wordnet_ids("tiny_imagenet_r")[7]).iterdir()).unlink()
+    assert prepare.main(["tiny_imagenet_r", str(tmp_path / "r"), str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert "expected: train/CLASS" in errors[0]
-    assert "lacks 200 of the 200 classes" in errors[1] and len(errors) == 2
+    assert "lacks 200 of the 200 classes" in errors[1]
+    assert "no image file in" in errors[2] and len(errors) == 3
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    write_renditions(tmp_path / "whole", wordnet_ids("tiny_imagenet_r"))
+    assert prepare.main(["tiny_imagenet_r", str(tmp_path / "whole"), str(tmp_path / "file")]) == 2
+    assert "cannot prepare in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_classes_that_tiny_imagenet_has_not_are_not_prepared(tmp_path, capsys, monkeypatch):
+    write_folders(tmp_path)
+    monkeypatch.setattr(prepare.TinyImagenet, "names", CLASSES[:2])
+    assert prepare.main(["tiny_imagenet", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert f"1 classes beside the 2 (the first: {CLASSES[2]})" in capsys.readouterr().err
 
 
 # What a user is told
