@@ -41,8 +41,8 @@ def _pass(image, weights):
     return cv2.add(sums, 0, dtype=cv2.CV_8U).reshape(len(sums), *image.shape[1:])
 
 
-# Most images of a data set have one of a few sizes; a length takes 12 kB.
-@functools.lru_cache(maxsize=1024)
+# Most images of a data set have one of a few sizes; a length takes 12 kB or more.
+@functools.lru_cache(maxsize=512)
 def _weights(length, wanted, start, stop):
     """What N = `length` pixels count in S = `wanted` new ones between start and stop: (S, N).
 
