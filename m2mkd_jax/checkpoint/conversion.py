@@ -150,8 +150,7 @@ def _fit_positions(tensors: dict[str, Tensor], description: dict, report: Report
     tensors["pos_embed"] = dataclasses.replace(
         embedding,
         shape=(1, vit.tokens, embedding.shape[2]),
-        # NaN and infinite numbers are refused before they are multiplied.
-        read=lambda: resize_positions(embedding.array().astype(np.float32), side).astype(
+        read=lambda: resize_positions(embedding.read().astype(np.float32), side).astype(
             embedding.dtype
         ),
         mapped=False,
@@ -190,9 +189,9 @@ def _makers(
         makers[name] = make
     unknown = [name for name in tensors if name not in known]
     if unknown:
-        more = f", nor have {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(
-            f'{path}: tensor "{report.shown(unknown[0])}" has no place in this network{more}'
+            f'{path}: tensor "{report.shown(unknown[0])}"{more} has no place in this network'
         )
     return makers
 
@@ -201,8 +200,8 @@ def _check(entries: list[Entry], tensors: dict[str, Tensor], params: dict, path:
     """Every target has its tensor, of the right shape."""
     missing = [entry.torch for entry in entries if entry.torch not in tensors]
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f'{path}: tensor "{missing[0]}" is missing{more}')
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f'{path}: tensor "{missing[0]}"{more} is missing')
     filled: dict[tuple, dict[tuple, str]] = {}
     for entry in entries:
         tensor, target = tensors[entry.torch], leaf(params, entry.path)
