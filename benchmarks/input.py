@@ -64,7 +64,8 @@ PILLOW = {
     "Equalize": lambda im, _: ImageOps.equalize(im),
     "Invert": lambda im, _: ImageOps.invert(im),
     "Rotate": lambda im, v: im.rotate(v, BICUBIC, fillcolor=FILL),
-    "Posterize": ImageOps.posterize,
+    # No bits, at magnitude 10, is what newer versions of Pillow refuse.
+    "Posterize": lambda im, v: ImageOps.posterize(im, v) if v else im.point([0] * 768),
     "Solarize": ImageOps.solarize,
     "SolarizeAdd": solarize_add,
     "Color": lambda im, v: ImageEnhance.Color(im).enhance(v),

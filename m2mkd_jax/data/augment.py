@@ -11,9 +11,8 @@ import math
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from m2mkd_jax.data import rand_augment
+from m2mkd_jax.data import rand_augment, resample
 from m2mkd_jax.errors import UserError
 
 CROPS = ("none", "shift", "random_resized")
@@ -172,13 +171,8 @@ def resized_crop(image, box, size, times=1):
     rows = slice(math.floor(top), math.ceil(top + height))
     columns = slice(math.floor(left), math.ceil(left + width))
     top, left = top - rows.start, left - columns.start
-    return _resize(image[rows, columns], size, size, (left, top, left + width, top + height))
-
-
-def _resize(image, height, width, box=None):
-    """Pillow's bicubic, which smooths where it makes smaller; OpenCV's does not."""
-    image = Image.fromarray(image)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    box = left, top, left + width, top + height
+    return resample.resize(image[rows, columns], size, size, box)
 
 
 def evaluation_image(image, size):
@@ -194,7 +188,7 @@ def evaluation_image(image, size):
     else:
         width, height = int(short * width / height), short
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return _resize(image, height, width)[top : top + size, left : left + size]
+    return resample.resize(image, height, width)[top : top + size, left : left + size]
 
 
 def training_images(source, indices, augmentation, draws, size):

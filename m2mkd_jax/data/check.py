@@ -20,6 +20,7 @@ from m2mkd_jax.data.workers import usable_cores
 from m2mkd_jax.errors import UserError
 
 _SHOWN = 10  # damaged files and missing classes that are named
+_NEARLY = 0.9  # of a known set's classes: then the others are missing
 _CHUNK = 256  # images that a thread takes at once
 
 
@@ -65,6 +66,10 @@ def _check_split(source, split, quick, out):
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         out(f"{split}: {len(empty)} classes without an image: {_some(empty)}")
+    missing, strange = _beside_known(names)
+    for classes, words in ((missing, "are missing"), (strange, "are none of its")):
+        if classes:
+            out(f"{split}: {len(classes)} classes {words}: {_some(classes)}")
     damaged = [] if quick else _damaged(source, split)
     if damaged:
         out(f"{split}: {len(damaged)} damaged images ({len(damaged) / len(source):.3%}):")
@@ -72,7 +77,7 @@ def _check_split(source, split, quick, out):
             out(f"  {line}")
         if len(damaged) > _SHOWN:
             out(f"  and {len(damaged) - _SHOWN} more")
-    return not empty and not damaged
+    return not (empty or missing or strange or damaged)
 
 
 def _damaged(source, split):
@@ -96,11 +101,25 @@ def _damaged(source, split):
 
 
 def _known(names):
-    """Whose classes these are."""
-    for name in ("imagenet", "tiny_imagenet", *PARENTS):
-        if tuple(names) == wordnet_ids(name):
-            return f" (the classes of {name})"
-    return ""
+    """Whose classes these are, nearly."""
+    known = _nearest(names)
+    missing, strange = _beside_known(names)
+    return f" ({'nearly ' if missing or strange else ''}the classes of {known})" if known else ""
+
+
+def _nearest(names):
+    for known in ("imagenet", "tiny_imagenet", *PARENTS):
+        ids = wordnet_ids(known)
+        if len(set(ids) & set(names)) >= _NEARLY * max(len(ids), len(names)):
+            return known
+    return None
+
+
+def _beside_known(names):
+    """What `names` lacks of the known set that it nearly is, and what it has beside it."""
+    known = _nearest(names)
+    ids = wordnet_ids(known) if known else names
+    return sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
 
 
 def _some(names):

@@ -50,28 +50,35 @@ def _binary(path):
 
 
 def _python(path):
-    pixels, labels = _fields(path, b"data", b"fine_labels")
-    labels = np.array(labels)
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
+    pixels, labels = map(np.asarray, _fields(path, "data", "fine_labels"))
+    whole = pixels.dtype == np.uint8 and labels.dtype.kind in "iu"
+    if not whole or labels.ndim != 1 or pixels.shape != (len(labels), _PIXELS):
         raise UserError(
-            f"{path} has {len(labels)} labels and pixels of shape {pixels.shape}: download it again"
+            f"{path} has labels of shape {labels.shape} and pixels of shape {pixels.shape}:"
+            " download it again"
         )
     return pixels, labels
 
 
 def _fields(path, *keys):
     content = read_pickle(path)
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
-        wanted = " and ".join(key.decode() for key in keys)
-        raise UserError(f"{path} is not CIFAR-100's: it has no {wanted}")
+    content = dict(content) if isinstance(content, dict) else {}
+    content = {_text(key): value for key, value in content.items()}
+    if not content.keys() >= set(keys):
+        raise UserError(f"{path} is not CIFAR-100's: it has no {' and '.join(keys)}")
     return [content[key] for key in keys]
+
+
+def _text(value):
+    """Python 2's strings come as bytes; in files that were written again they may be text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _names(kind, folder):
     if kind == "binary":
         names = (folder / BINARY[2]).read_text().split()
     else:
-        names = [name.decode() for name in _fields(folder / PYTHON[2], b"fine_label_names")[0]]
+        names = [_text(name) for name in _fields(folder / PYTHON[2], "fine_label_names")[0]]
     if len(names) != CLASSES:
         raise UserError(f"{folder} names {len(names)} classes of 100: download it again")
     return names

@@ -30,6 +30,8 @@ def open_split(root, split):
     paths, labels, training, classes = (_table(folder / name) for name in TABLES)
     if not paths.keys() == labels.keys() == training.keys():
         raise UserError(f"the tables of {folder} name different images: unpack the archive again")
+    if not set(training.values()) <= {"0", "1"}:
+        raise UserError(f"{folder / TABLES[2]} has values but 0 and 1: unpack the archive again")
     wanted = "1" if split == "train" else "0"
     chosen = [number for number in paths if training[number] == wanted]
     order = {number: label for label, number in enumerate(classes)}

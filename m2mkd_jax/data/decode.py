@@ -6,6 +6,7 @@ Axes: H height, W width, C channels (3, RGB).
 """
 
 import io
+import re
 import struct
 
 import cv2
@@ -22,6 +23,9 @@ _FLAGS = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
 }
+_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of a frame: baseline, extended, progressive
+_SCAN = 0xDA
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # other than a byte 255 and a restart
 
 
 class DamagedImage(UserError):
@@ -61,13 +65,22 @@ def decode(content, name, shrink=None):
 
 
 def whole_jpeg(content):
-    """(H, W) of a JPEG file in grey or three colours that ends as it should; None for any other."""
+    """(H, W) of a JPEG file in grey or three colours that seems whole; None for any other.
+
+    OpenCV says nothing about what it could not decode, where Pillow raises an error.
+    """
     if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
         return None
-    place = 2
+    place, size, progressive = 2, None, False
     while place + 10 <= len(content) and content[place] == 0xFF:
-        if 0xC0 <= content[place + 1] <= 0xC2:  # a frame: baseline, extended or progressive
+        marker, length = struct.unpack_from(">BH", content, place + 1)
+        if marker in _FRAMES:
             height, width, channels = struct.unpack_from(">HHB", content, place + 5)
-            return (height, width) if height and width and channels in (1, 3) else None
-        place += 2 + struct.unpack_from(">H", content, place + 2)[0]
+            size = (height, width) if height and width and channels in (1, 3) else None
+            progressive = marker == _FRAMES[-1]
+        place += 2 + length
+        if marker == _SCAN:
+            # The only scan ends with the file, a progressive file has several.
+            end = None if progressive else _MARKER.search(content, place)
+            return size if progressive or (end and end.end() == len(content)) else None
     return None

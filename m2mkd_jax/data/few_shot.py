@@ -43,8 +43,8 @@ def published_selection(targets, k_way, n_shot, val_samples, seed, classes=None)
       seed: 1 or larger. The original leaves seed 0 unseeded, and then its two sets even have
         different classes; there is nothing to reproduce.
       classes: how many classes to draw from (100, CUB 200); default max(targets) + 1.
-    Returns: FewShotTask, both sets indexing `targets`. A class with too few images gives all.
-    Raises: UserError for a seed below 1 or more ways than classes.
+    Returns: FewShotTask, both sets indexing `targets`. A class with too few query images gives all.
+    Raises: UserError for a seed below 1, more ways than classes, or fewer images than shots.
     """
     if seed < 1:
         raise UserError(
@@ -53,10 +53,11 @@ def published_selection(targets, k_way, n_shot, val_samples, seed, classes=None)
         )
     targets = np.asarray(targets)
     classes = int(targets.max()) + 1 if classes is None else classes
-    _check_ways(k_way, classes)
+    _check_numbers(k_way, classes, n_shot, val_samples)
     # Python's own generator draws the classes and numpy's legacy one the images, as published;
     # both are local, so nobody else's random numbers change.
     drawn = np.array(random.Random(seed).sample(range(classes), k_way))
+    _check_enough("train", targets, drawn, n_shot)
     support, support_labels = _draw(targets, drawn, n_shot, np.random.RandomState(seed))
     query, query_labels = _draw(targets, drawn, val_samples, np.random.RandomState(seed))
     return FewShotTask(drawn, support, support_labels, query, query_labels)
@@ -77,20 +78,11 @@ def disjoint_selection(train_targets, test_targets, k_way, n_shot, query_samples
         raise UserError(f"the few-shot seed is {seed}: use a seed that is 0 or larger")
     train_targets, test_targets = np.asarray(train_targets), np.asarray(test_targets)
     present = np.unique(train_targets)
-    _check_ways(k_way, len(present))
+    _check_numbers(k_way, len(present), n_shot, query_samples)
     rng = np.random.default_rng(seed)
     drawn = rng.choice(present, size=k_way, replace=False).astype(np.int64)
-    for split, targets, wanted in (
-        ("train", train_targets, n_shot),
-        ("test", test_targets, query_samples),
-    ):
-        for cls in drawn:
-            found = int((targets == cls).sum())
-            if found < wanted:
-                raise UserError(
-                    f"few-shot needs {wanted} {split} images of class {cls} and there are"
-                    f" {found}: lower the number of shots or queries"
-                )
+    _check_enough("train", train_targets, drawn, n_shot)
+    _check_enough("test", test_targets, drawn, query_samples)
     support, support_labels = _draw(train_targets, drawn, n_shot, rng)
     query, query_labels = _draw(test_targets, drawn, query_samples, rng)
     return FewShotTask(drawn, support, support_labels, query, query_labels)
@@ -133,9 +125,23 @@ def draw_tasks(train, test, config):
         )
 
 
-def _check_ways(k_way, classes):
+def _check_numbers(k_way, classes, *counts):
     if not 1 <= k_way <= classes:
         raise UserError(f"few-shot with {k_way} ways of {classes} classes: use 1 to {classes}")
+    if min(counts) < 1:
+        raise UserError(
+            f"few-shot with {counts[0]} shots and {counts[1]} queries per class: use 1 or more"
+        )
+
+
+def _check_enough(split, targets, drawn, wanted):
+    for cls in drawn:
+        found = int((targets == cls).sum())
+        if found < wanted:
+            raise UserError(
+                f"few-shot needs {wanted} {split} images of class {cls} and there are"
+                f" {found}: lower the number of shots or queries"
+            )
 
 
 def _draw(targets, drawn, count, rng):

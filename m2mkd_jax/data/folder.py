@@ -108,12 +108,19 @@ def _annotated(root, names):
             )
         if file not in present:
             raise UserError(
-                f"{path} line {number}: no image {file!r} in {root / 'val' / 'images'}:"
+                f"{path} line {number}: no image {file!r} in {root / 'val' / 'images'}, or named"
+                " before:"
                 " unpack the archive again"
             )
+        present.remove(file)  # a second line finds it missing
         files.append(os.fsencode(os.path.join("val", "images", file)))
         labels.append(numbers[name])
     check_same_classes(path, names, [names[label] for label in sorted(set(labels))])
+    if present:
+        raise UserError(
+            f"{path} has no line for {len(present)} of the images beside it (the first:"
+            f" {min(present)!r}): unpack the archive again"
+        )
     return np.array(files), np.array(labels, np.int32)
 
 

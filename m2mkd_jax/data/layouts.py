@@ -89,8 +89,15 @@ def test_only(root, layout):
 def open_split(root, layout, split):
     """A split of a directory as a source: 'train', or 'test'.
 
-    Raises: UserError for what is missing or broken.
+    Raises: UserError for what is missing or broken, and for a split without an image.
     """
+    source = _open(root, layout, split)
+    if not len(source):
+        raise UserError(f"{root} has no {split} images: unpack or prepare it again")
+    return source
+
+
+def _open(root, layout, split):
     if layout == "cifar":
         return cifar.open_split(root, split)
     if layout == "idx":

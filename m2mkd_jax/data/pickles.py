@@ -17,10 +17,13 @@ _DTYPE = ("numpy", "dtype")
 _RECONSTRUCT = {
     ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
 }  # fmt: skip
+# What Python 3 writes instead: protocol 5 for an array, protocols 0 to 2 for bytes.
+_FROM_BUFFER = {("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")}
+_ENCODE = ("_codecs", "encode")
 _BYTES = {"u1": np.uint8, "i8": np.int64, "i4": np.int32}
 _VALUES = {
-    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "BINUNICODE", "SHORT_BINUNICODE",
-    "BINBYTES", "SHORT_BINBYTES", "BINFLOAT",
+    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8", "BINFLOAT",
 }  # fmt: skip
 _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING"}  # Python 2's bytes; genops gives text
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -28,9 +31,10 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Array:
-    """An array whose contents come later, in a BUILD."""
+    """An array; mostly its contents come later, in a BUILD."""
 
-    value = None
+    def __init__(self, value=None):
+        self.value = value
 
 
 def read_pickle(path):
@@ -43,7 +47,7 @@ def read_pickle(path):
         # From memory: a file that says it has a string of 2^60 bytes is then just cut short.
         return _plain(_run(pickletools.genops(Path(path).read_bytes())))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"cannot read the pickle {path} ({error}): download it again") from error
 
@@ -112,7 +116,7 @@ def _pairs(items):
 
 
 def _known(function):
-    if function not in {_ARRAY, _DTYPE} | _RECONSTRUCT:
+    if function not in {_ARRAY, _DTYPE, _ENCODE} | _RECONSTRUCT | _FROM_BUFFER:
         raise UserError(f"the pickle calls {'.'.join(map(str, function))}: it is not CIFAR's")
     return function
 
@@ -123,6 +127,11 @@ def _make(function, arguments):
     if function == _DTYPE:
         text = arguments[0]
         return np.dtype(_BYTES[text.decode() if isinstance(text, bytes) else text])
+    if function in _FROM_BUFFER:
+        content, dtype, shape, order = arguments
+        return _Array(np.frombuffer(content, dtype).reshape(shape, order=order))
+    if function == _ENCODE and arguments[1] == "latin1":
+        return arguments[0].encode("latin-1")
     raise UserError("the pickle calls something that no array needs: it is not CIFAR's")
 
 

@@ -13,10 +13,9 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from m2mkd_jax.data import folder
+from m2mkd_jax.data import folder, layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.encoded import FolderFiles
-from m2mkd_jax.data.layouts import require
 from m2mkd_jax.errors import UserError
 
 
@@ -24,14 +23,34 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
     """A prepared copy of image folders.
 
     Paths are handed over, not arrays: encoding arrays is what TFDS needs TensorFlow for.
+    Raises, before anything is written: UserError for a source of another layout, with other classes
+    or without images.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     names: tuple[str, ...]
+    layout: str
 
     def __init__(self, *, source, data_dir):
-        self._source = source
+        layouts.require(source, (self.layout,))
+        found = layouts.class_names(source, self.layout)
+        missing, strange = set(self.names) - set(found), set(found) - set(self.names)
+        if missing:
+            raise UserError(
+                f"{source} lacks {len(missing)} of the {len(self.names)} classes"
+                f" (the first: {min(missing)}): unpack the archive again"
+            )
+        if strange and self.layout == "folders":  # renditions are taken out of more
+            raise UserError(
+                f"{source} has {len(strange)} classes beside the {len(self.names)}"
+                f" (the first: {min(strange)}): remove them"
+            )
+        self._source, self._splits = source, self._list(source)
         super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _list(self, source):
+        """{split: (paths bytes (N,), labels int (N,))}."""
+        raise NotImplementedError
 
     def _info(self):
         # TFDS's own helper for this asks TensorFlow for the class's documentation.
@@ -45,6 +64,9 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _split_generators(self, dl_manager):
+        return {name: self._generate_examples(*listed) for name, listed in self._splits.items()}
+
     def _generate_examples(self, paths, labels):
         files = FolderFiles(self._source, paths)
         for i, label in enumerate(labels):
@@ -56,13 +78,11 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
 class TinyImagenet(_Folders):
     """Tiny-ImageNet: 200 classes at 64 px; splits train and validation."""
 
-    names = wordnet_ids("tiny_imagenet")
+    names, layout = wordnet_ids("tiny_imagenet"), "folders"
 
-    def _split_generators(self, dl_manager):
-        require(self._source, ("folders",))
-        folder.check_same_classes(self._source, self.names, folder.check_layout(self._source))
+    def _list(self, source):
         return {
-            name: self._generate_examples(*folder.list_images(self._source, split, self.names))
+            name: folder.list_images(source, split, self.names)
             for name, split in (("train", "train"), ("validation", "test"))
         }
 
@@ -70,18 +90,10 @@ class TinyImagenet(_Folders):
 class TinyImagenetR(_Folders):
     """Tiny-ImageNet-R: renditions of 62 classes of Tiny-ImageNet; split test."""
 
-    names = wordnet_ids("tiny_imagenet_r")
+    names, layout = wordnet_ids("tiny_imagenet_r"), "classes"
 
-    def _split_generators(self, dl_manager):
-        require(self._source, ("classes",))
-        missing = sorted(set(self.names) - set(folder.class_folders(self._source)))
-        if missing:
-            raise UserError(
-                f"{self._source} lacks {len(missing)} of the 62 classes (the first: {missing[0]})"
-            )
-        return {"test": self._generate_examples(
-            *folder.list_classes(self._source, "", self.names)
-        )}  # fmt: skip
+    def _list(self, source):
+        return {"test": folder.list_classes(source, "", self.names)}
 
 
 BUILDERS = {"tiny_imagenet": TinyImagenet, "tiny_imagenet_r": TinyImagenetR}
@@ -99,6 +111,9 @@ def main(arguments=None):
         builder.download_and_prepare()
     except UserError as error:
         print(f"m2mkd_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"m2mkd_jax: cannot prepare in {given.data_dir} ({error})", file=sys.stderr)
         return 2
     splits = [f"{name} {split.num_examples}" for name, split in builder.info.splits.items()]
     print(f"{builder.data_path}: {', '.join(splits)}")

@@ -19,6 +19,7 @@ from m2mkd_jax.data.folder import check_same_classes
 from m2mkd_jax.errors import UserError
 
 _EXPECTED = {"train": ("*train*.tar",), "test": ("*val*.tar", "*test*.tar")}
+_CLASS_BYTES = 1024  # of a .cls file that are looked at
 _SPLITS = {"train": re.compile("train"), "test": re.compile("val|test")}
 
 
@@ -98,9 +99,12 @@ def _shard_members(tar, number, path):
     classes, found = {}, []
     for member in tar:
         stem, suffix = os.path.splitext(member.name)
+        if not member.isfile() or os.path.basename(stem).startswith("."):
+            continue
         if suffix == ".cls":
-            classes[stem] = tar.extractfile(member).read().decode().strip()
-        elif member.isfile() and suffix.lower() in SUFFIXES:
+            text = tar.extractfile(member).read(_CLASS_BYTES)
+            classes[stem] = text.decode(errors="replace").strip()
+        elif suffix.lower() in SUFFIXES:
             folders = [part for part in member.name.split("/")[:-1] if part != "images"]
             found.append((folders[-1] if folders else "", stem, member))
     for folder, stem, member in found:
@@ -111,13 +115,13 @@ def _shard_members(tar, number, path):
                 f" or have its number beside it in {stem}.cls"
             )
         # Numbers as equally wide text, so that they sort as numbers do.
-        name = name.zfill(6) if stem in classes else name
+        name = name.zfill(6) if stem in classes and name.isdecimal() else name
         yield name, member.name, number, member.offset_data, member.size
 
 
 def _titles(root, names):
     titles = Path(root) / "classes.txt"
-    if titles.is_file() and all(name.isdigit() for name in names):
+    if titles.is_file() and all(name.isdecimal() for name in names):
         lines = titles.read_text().splitlines()
         if len(lines) < int(names[-1]) + 1:
             raise UserError(f"{titles} has {len(lines)} lines and the shards class {names[-1]}")

@@ -42,7 +42,9 @@ EXACT = [
     *[(lambda im, b=b: ImageOps.posterize(im, b), ops.posterize, b) for b in range(1, 5)],
     *[(lambda im, t=t: ImageOps.solarize(im, t), ops.solarize, t) for t in (0, 26, 128, 256)],
     *blend(ImageEnhance.Brightness, ops.brightness),
-]
+    *[(lambda im, d=d: im.rotate(d, Image.Resampling.BICUBIC, fillcolor=FILL), ops.rotate, d)
+      for d in (-29, -5, 0, 3.3, 30)],
+]  # fmt: skip
 WITHIN_ONE = [
     *blend(ImageEnhance.Contrast, ops.contrast),
     *blend(ImageEnhance.Color, ops.color),
@@ -69,7 +71,7 @@ def difference(reference, function, value, picture):
 @pytest.mark.parametrize(
     ("reference", "function", "value"), EXACT, ids=[f"{f.__name__}-{v}" for _, f, v in EXACT]
 )
-def test_tables_are_pillows(reference, function, value, name):
+def test_tables_and_rotations_are_pillows(reference, function, value, name):
     assert difference(reference, function, value, PICTURES[name]).max() == 0
 
 
@@ -83,24 +85,6 @@ def test_blends_shears_and_shifts_are_pillows_within_one_level(reference, functi
     assert difference(reference, function, value, PICTURES[name]).max() <= 1
 
 
-@pytest.mark.parametrize("degrees", [-29, -5, 3.3, 30])
-def test_rotations_are_pillows_but_for_the_cubic(degrees):
-    """Same geometry and fill; the cubic's slope differs, which shows at sharp edges only."""
-
-    def rotated(picture):
-        return difference(
-            lambda im: im.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL),
-            ops.rotate, degrees, picture,
-        )  # fmt: skip
-
-    rows, columns = np.mgrid[:64, :64]
-    smooth = np.stack([2 * rows + columns, 255 - 3 * rows, 4 * columns], -1).clip(0, 255)
-    inside = np.s_[16:48, 16:48]  # the fill blends into the seam over one or two pixels
-    assert rotated(smooth.astype(np.uint8))[inside].max() <= 2
-    photo = rotated(PICTURES["photo"])
-    assert photo.mean() < 2 and np.median(photo) <= 1
-
-
 def test_solarize_add_by_hand():
     row = np.array([0, 17, 18, 127, 128, 255], np.uint8)
     picture = np.repeat(row[None, :, None], 3, -1)
@@ -110,6 +94,11 @@ def test_solarize_add_by_hand():
     np.testing.assert_array_equal(
         ops.solarize_add(picture, 200)[0, :, 0], [200, 217, 218, 255, 128, 255]
     )
+
+
+def test_posterize_to_no_bits_is_black():
+    """Magnitude 10 with inc1 keeps 4 - 4 bits, which newer versions of Pillow refuse."""
+    assert not ops.posterize(PICTURES["noise"], 0).any()
 
 
 def test_directions_and_fill_by_hand():

@@ -1,5 +1,6 @@
 """CIFAR-100 in both of its archives, read without running what is in a pickle; CUB's own tables."""
 
+import codecs
 import os
 import pickle
 
@@ -29,24 +30,27 @@ def write_cifar_binary(root, names):
     (root / "fine_label_names.txt").write_text("\n".join(names) + "\n")
 
 
-def write_cifar_python(root, names, protocol):
+def write_cifar_python(root, names, protocol, text=str.encode):
+    """text: what strings are written as, bytes or, by `str`, text."""
     root.mkdir(parents=True)
     for file, count, seed in (("train", 12, 0), ("test", 5, 1)):
         pixels, labels = cifar_arrays(count, seed)
         value = {
-            b"filenames": [b"x.png"] * count, b"batch_label": b"training batch 1 of 1",
-            b"fine_labels": labels.tolist(), b"coarse_labels": [3] * count, b"data": pixels,
+            "filenames": [text("x.png")] * count, "batch_label": text("training batch 1 of 1"),
+            "fine_labels": labels.tolist(), "coarse_labels": [3] * count, "data": pixels,
         }  # fmt: skip
+        value = {text(key): field for key, field in value.items()}
         (root / file).write_bytes(pickle.dumps(value, protocol))
-    meta = {b"fine_label_names": [name.encode() for name in names]}
+    meta = {text("fine_label_names"): [text(name) for name in names]}
     (root / "meta").write_bytes(pickle.dumps(meta, protocol))
 
 
-@pytest.mark.parametrize("protocol", [3, 4])
-def test_both_cifar_archives_hold_the_same(tmp_path, protocol):
+@pytest.mark.parametrize("text", [str.encode, str])
+@pytest.mark.parametrize("protocol", range(6))
+def test_both_cifar_archives_hold_the_same(tmp_path, protocol, text):
     names = [f"class_{i}" for i in range(100)]
     write_cifar_binary(tmp_path / "b" / "cifar-100-binary", names)
-    write_cifar_python(tmp_path / "p", names, protocol)
+    write_cifar_python(tmp_path / "p", names, protocol, text)
     for split, count, seed in (("train", 12, 0), ("test", 5, 1)):
         pixels, labels = cifar_arrays(count, seed)
         for root in (tmp_path / "b", tmp_path / "p"):
@@ -93,6 +97,8 @@ def hostile(path):
     yield pickle.dumps(Calls(eval, f"__import__('os').mkdir({str(path)!r})"), 4)
     yield pickle.dumps(Calls(os.system, f"mkdir {path}"), 0)
     yield b"cposix\nmkdir\n(S'x'\ntR."
+    yield b"\x80\x04\x8c\x03o\ns\x8c\x05mkdir\x93."  # a name of two lines
+    yield pickle.dumps(Calls(codecs.encode, "x", "rot13"), 2)
     yield b"(S'x'\niposix\nmkdir\n."
     yield b"\x80\x02cnumpy\nndarray\n)\x81."
     yield pickle.dumps(np.zeros(3, "f8"), 2)  # no type of CIFAR's
@@ -113,9 +119,11 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
 
 
 def test_mutated_pickles_end_in_one_line_or_a_value(tmp_path):
-    rng = np.random.default_rng(0)
-    good, path = python2_pickle(), tmp_path / "train"
-    for _ in range(300):
+    rng, path = np.random.default_rng(0), tmp_path / "train"
+    value = {b"data": np.arange(6, dtype=np.uint8), "labels": [1, 2]}
+    pickles = [python2_pickle(), *(pickle.dumps(value, protocol) for protocol in range(6))]
+    for number in range(700):
+        good = pickles[number % 7]
         content = bytearray(good)
         for place in rng.integers(0, len(good), rng.integers(1, 4)):
             content[place] = rng.integers(256)
@@ -160,6 +168,7 @@ def test_cub_follows_its_own_tables(tmp_path):
         ("images.txt", "6 002.B/f.jpg", "name different images"),
         ("image_class_labels.txt", "5 3", "names class '3'"),
         ("train_test_split.txt", "1", "line 6: two words"),
+        ("train_test_split.txt", "1 2", "values but 0 and 1"),
     ],
 )
 def test_broken_cub_tables_are_one_line(tmp_path, file, line, words):

@@ -20,7 +20,7 @@ from m2mkd_jax.data.augment import (
     shift_batch,
     training_images,
 )
-from m2mkd_jax.data.decode import decode
+from m2mkd_jax.data.decode import DamagedImage, decode, whole_jpeg
 from m2mkd_jax.data.rand_augment import Policy, apply, operations
 from m2mkd_jax.errors import UserError
 
@@ -214,6 +214,31 @@ def test_files_are_decoded_as_pillow_does(content):
     assert image.dtype == np.uint8 and image.shape == PHOTO.shape
     # The same library decodes for both, but maybe not in the same version.
     assert abs(image - with_pillow(content)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quality": 95}, {"progressive": True}, {"restart_marker_blocks": 10}],
+    ids=["plain", "progressive", "restarts"],
+)
+def test_what_pillow_cannot_decode_is_damaged(options):
+    """OpenCV alone gives pixels for most of it. Bytes in the middle were overwritten."""
+    content = encoded(PHOTO[:200, :300], format="JPEG", **options)
+    assert whole_jpeg(content) == (200, 300)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        count = rng.choice([3, 20, 300])
+        place = rng.integers(650, len(content) - count - 2)
+        broken = content[:place] + rng.bytes(count) + content[place + count :]
+        try:
+            expected = with_pillow(broken)
+        except OSError:
+            refused += 1
+            with pytest.raises(DamagedImage):
+                decode(broken, "it")
+        else:
+            assert abs(decode(broken, "it") - expected).max() <= 2
+    assert refused > 1
 
 
 @pytest.mark.parametrize(("asked", "given"), [(1, 1), (1.9, 1), (2, 2), (7, 4), (8, 8), (99, 8)])

@@ -53,12 +53,18 @@ def test_a_grid_holds_every_image_with_its_caption():
     assert picture.shape == (2 * (112 + 14), 3 * 112, 3)
     np.testing.assert_array_equal(picture[126:238:4, 112:224:4], images[4])
     assert (picture[112:126, :112] < 128).any() and (picture[238:, 224:] == 255).all()
+    picture = np.asarray(draw_grid(images[:2], ["a", "a\nb"]))
+    assert picture.shape == (112 + 26, 2 * 112, 3)
+    assert (picture[126:, 112:] < 128).any() and (picture[126:, :112] == 255).all()
 
 
 def test_captions():
     names = ["a long name of a class", "b", "c"]
     assert caption(np.array([1.0, 0.0, 0.0]), names) == "a long name of a c"
-    assert caption(np.array([0.0, 0.251, 0.749]), names) == "75% c, 25% b"
+    assert caption(np.array([0.0, 0.251, 0.749]), names) == "75% c\n25% b"
+    # WordNet ids whole: their first letters do not tell them apart.
+    names = ["n03970156", "n02795169"]
+    assert caption(np.array([0.6, 0.4]), names) == "60% n03970156\n40% n02795169"
 
 
 def test_a_job_draws_what_its_step_sees(tmp_path):

@@ -161,6 +161,9 @@ def test_published_episodes_ask_what_was_trained_on():
         ({"episodes": 0}, "0 episodes"),
         ({"ways": 11}, "11 ways of 10"),
         ({"selection": "published", "seed": 0}, "no seed 0"),
+        ({"selection": "published", "shots": 13}, "needs 13 train images of class"),
+        ({"shots": 0}, "0 shots"),
+        ({"shots": -1, "selection": "published"}, "-1 shots"),
     ],
 )
 def test_episodes_that_cannot_be_drawn_are_user_errors(fields, words):

@@ -167,9 +167,25 @@ def test_tiny_renditions_are_taken_out_of_imagenet_r(tmp_path):
 def test_preparing_from_the_wrong_place_is_one_line(tmp_path, capsys, folders):
     assert prepare.main(["tiny_imagenet", str(tmp_path), str(tmp_path / "out")]) == 2
     assert prepare.main(["tiny_imagenet", str(folders), str(tmp_path / "out")]) == 2
+    write_renditions(tmp_path / "r", wordnet_ids("tiny_imagenet_r"))
+    next((tmp_path / "r" / wordnet_ids("tiny_imagenet_r")[7]).iterdir()).unlink()
+    assert prepare.main(["tiny_imagenet_r", str(tmp_path / "r"), str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert "expected: train/CLASS" in errors[0]
-    assert "lacks 200 of the 200 classes" in errors[1] and len(errors) == 2
+    assert "lacks 200 of the 200 classes" in errors[1]
+    assert "no image file in" in errors[2] and len(errors) == 3
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    write_renditions(tmp_path / "whole", wordnet_ids("tiny_imagenet_r"))
+    assert prepare.main(["tiny_imagenet_r", str(tmp_path / "whole"), str(tmp_path / "file")]) == 2
+    assert "cannot prepare in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_classes_that_tiny_imagenet_has_not_are_not_prepared(tmp_path, capsys, monkeypatch):
+    write_folders(tmp_path)
+    monkeypatch.setattr(prepare.TinyImagenet, "names", CLASSES[:2])
+    assert prepare.main(["tiny_imagenet", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert f"1 classes beside the 2 (the first: {CLASSES[2]})" in capsys.readouterr().err
 
 
 # What a user is told
@@ -219,11 +235,37 @@ def test_broken_shards_are_one_line(tmp_path, folders, damage, words):
     assert words in text and str(tmp_path / "s") in text
 
 
-def write_member(path, name):
+def write_member(path, *names, content=b"abc"):
     with tarfile.open(path, "w") as tar:
-        member = tarfile.TarInfo(name)
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"abc"))
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_what_stands_beside_an_image_in_a_shard(tmp_path):
+    """Hidden files are left out, as in folders; a class may have a name instead of a number."""
+    hidden = ("n01/._a.jpg", ".b.cls")
+    write_member(tmp_path / "train.tar", "b.jpg", "b.cls", "n01/a.JPG", "n01/a.json", *hidden)
+    source = sources.load_source(make_config("imagenet", tmp_path, 2), "train")
+    assert source.class_names == ("abc", "n01") and len(source) == 2
+    write_member(tmp_path / "train.tar", "b.jpg", "b.cls", content=b"\xff" * 5000)
+    assert len(sources.load_source(make_config("imagenet", tmp_path, 1), "train")) == 1
+
+
+@pytest.mark.parametrize("layout", ["shards", "cub", "cifar"])
+def test_a_split_without_an_image_is_one_line(tmp_path, layout):
+    if layout == "shards":
+        write_member(tmp_path / "val.tar", "readme.txt")
+    elif layout == "cub":
+        write_cub(tmp_path)
+        rows = (tmp_path / "train_test_split.txt").read_text().replace(" 0\n", " 1\n")
+        (tmp_path / "train_test_split.txt").write_text(rows)
+    else:
+        for name in ("train.bin", "test.bin"):
+            (tmp_path / name).touch()
+        (tmp_path / "fine_label_names.txt").write_text("x\n" * 100)
+    assert "no test images" in message(layouts.open_split, tmp_path, layout, "test")
 
 
 def test_the_check_command(tmp_path, capsys):
@@ -257,6 +299,14 @@ def test_the_check_command_names_the_classes_it_knows(tmp_path, capsys):
     write_renditions(tmp_path, wordnet_ids("tiny_imagenet_r"))
     assert check.main([str(tmp_path)]) == 0
     assert "(the classes of tiny_imagenet_r)" in capsys.readouterr().out
+    # Classes that are missing, or do not belong to nearly the same set.
+    gone = wordnet_ids("tiny_imagenet_r")[3]
+    shutil.rmtree(tmp_path / gone)
+    write_renditions(tmp_path, ["n99999999"])
+    assert check.main([str(tmp_path), "--quick"]) == 2
+    out = capsys.readouterr().out
+    assert f"test: 1 classes are missing: {gone}" in out
+    assert "test: 1 classes are none of its: n99999999" in out
 
 
 # Damaged images

@@ -1,6 +1,7 @@
 """Data sets on disk, written by the tests as small files; and what a user is told about them."""
 
 import gzip
+import shutil
 import struct
 
 import numpy as np
@@ -185,6 +186,11 @@ def test_missing_data_says_where_and_how(tmp_path, name, words):
     assert message(sources.load_source, config, "train") == text
 
 
+def repeat_line(path):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[0]]))
+
+
 def _remove_val_class(root):
     for path in (root / "val" / "n02").iterdir():
         path.unlink()
@@ -210,6 +216,12 @@ def _remove_val_class(root):
             write_tiny,
             lambda root: (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn03\n"),
             "lacks 2 of the 3 classes",
+        ),
+        (write_tiny, lambda root: repeat_line(root / "val/val_annotations.txt"), "line 5: no"),
+        (
+            write_tiny,
+            lambda root: shutil.copy(root / "val/images/val_0.JPEG", root / "val/images/a.jpg"),
+            "no line for 1 of the images beside it (the first: 'a.jpg')",
         ),
     ],
 )

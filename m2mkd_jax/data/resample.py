@@ -1,0 +1,76 @@
+"""Pillow's bicubic resizing in half of its time; OpenCV's does not smooth where it makes smaller.
+
+A pass over one axis is a product with a sparse matrix of the whole numbers that Pillow adds up too:
+the bytes are Pillow's.
+Axes: H height, W width, C channels (3), N pixels before a pass, S after it, M pixels across.
+"""
+
+import functools
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy import sparse
+
+_BITS = 22  # of the weights, after the point
+_LARGEST = 1 << 23  # bytes; whole numbers take four times the memory
+
+
+def resize(image, height, width, box=None):
+    """Resizes uint8 (H, W, C) to (height, width, C), bicubic.
+
+    box: (left, top, right, bottom), the part to take, in pixels and fractions of them; None: all.
+    """
+    old_height, old_width = image.shape[:2]
+    if image.size > _LARGEST:
+        image = Image.fromarray(image)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    left, top, right, bottom = np.float32(box or (0, 0, old_width, old_height))
+    rows = _weights(old_height, height, top, bottom)
+    columns = _weights(old_width, width, left, right)
+    tall = old_height - height > max(0, 2 * (old_width - width))
+    return _passes(image, rows, columns, tall and _tall_begins_with_rows())
+
+
+def _passes(image, rows, columns, rows_first):
+    """Both passes. Their order shows, since the first one's result is rounded and cut."""
+    if rows_first:
+        return cv2.transpose(_pass(cv2.transpose(_pass(image, rows)), columns))
+    return _pass(cv2.transpose(_pass(cv2.transpose(image), columns)), rows)
+
+
+@functools.cache
+def _tall_begins_with_rows():
+    """Whether Pillow begins with the rows where these shrink most; older versions never do."""
+    edges = np.random.default_rng(0).integers(0, 2, (40, 6, 3), np.uint8) * 255
+    weights = [_weights(length, 4, 0, length) for length in edges.shape[:2]]
+    theirs = Image.fromarray(edges).resize((4, 4), Image.Resampling.BICUBIC)
+    return np.array_equal(theirs, _passes(edges, *weights, rows_first=True))
+
+
+def _pass(image, weights):
+    """uint8 (N, M, C), weights (S, N) -> uint8 (S, M, C)."""
+    sums = weights @ image.reshape(len(image), -1).astype(np.int32)
+    sums += 1 << (_BITS - 1)
+    sums >>= _BITS
+    # Adding nothing, OpenCV cuts to 0..255.
+    return cv2.add(sums, 0, dtype=cv2.CV_8U).reshape(len(sums), *image.shape[1:])
+
+
+# Most images of a data set have one of a few sizes; a length takes 12 kB or more.
+@functools.lru_cache(maxsize=512)
+def _weights(length, wanted, start, stop):
+    """What N = `length` pixels count in S = `wanted` new ones between start and stop: (S, N).
+
+    The kernel is Keys's cubic with a = -1/2, stretched to the new pixels where they are larger.
+    """
+    step = float(stop - start) / wanted
+    stretch = max(step, 1.0)
+    centre = start + step * (np.arange(wanted)[:, None] + 0.5)
+    pixel = np.floor(centre - 2 * stretch).astype(np.int32) + np.arange(int(4 * stretch) + 2)
+    x = abs(pixel + 0.5 - centre) / stretch
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    value = np.where(x < 1, near, far) * ((x < 2) & (pixel >= 0) & (pixel < length))
+    value = np.round(value / value.sum(1, keepdims=True) * 2**_BITS).astype(np.int32)
+    row, column = np.nonzero(value)
+    return sparse.csr_array((value[row, column], (row, pixel[row, column])), (wanted, length))
