@@ -86,6 +86,13 @@ class NACFamily:
             "share_ffn off or drop the m2mkd phase",
         )
         priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
+        for name in ("m2mkd", "e2e"):
+            recipe = config.recipes[name]
+            require(
+                not (recipe.importance_weight or recipe.load_weight),
+                f"config.recipes.{name}: importance_weight and load_weight are about routers; a "
+                "NAC has none",
+            )
         wanted, latents = config.regulariser, nac.mediator_latents
         if wanted.kind == "stochastic_block":
             block_matrix(latents, wanted.clusters, wanted.p_in, wanted.p_out)

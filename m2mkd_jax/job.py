@@ -122,18 +122,25 @@ def count_updates(config: ConfigDict, phase: Phase) -> int:
     """Optimizer updates in an epoch of a phase; opens its training data.
 
     Raises:
-        UserError: the data cannot be read, or are fewer than a batch.
+        UserError: the data cannot be read, are fewer than a batch, or the epochs too short for one.
     """
     recipe, data = phase.recipe, phase.data
+    key = f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}"
     micro = recipe.batch // recipe.accumulate
     images = len(source(data, "train"))
     steps = BatchIndices(images, micro, config.seed, data.repeated_augmentation).steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
             f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
-            f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}.batch"
+            f"{key}.batch"
         )
-    return steps // recipe.accumulate
+    updates = steps // recipe.accumulate
+    if not round(recipe.epochs * updates):
+        raise UserError(
+            f"{phase.job}: {recipe.epochs:g} epochs of {updates} batches are none; raise "
+            f"{key}.epochs"
+        )
+    return updates
 
 
 def draw_images(path: Path, train, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int):
@@ -245,6 +252,8 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     log = Log(directory / "metrics.jsonl", job, total, start)
     metrics_of = evaluator(program, data, config, mesh)
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
+    every = config.evaluation.every  # at least a batch, however small a part of an epoch
+    every = every and max(round(every * updates_per_epoch), 1)
 
     def near_enough(metrics: dict) -> bool:
         return metrics["eval_accuracy"] >= target - recipe.stop_within
@@ -268,7 +277,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
         frozen=frozen,
         total_steps=total,
         log_every=config.log_every,
-        evaluate_every=round(config.evaluation.every * updates_per_epoch) * recipe.accumulate,
+        evaluate_every=every * recipe.accumulate,
         evaluate=lambda s: metrics_of(evaluated_params(s), with_fixed(frozen, s["fixed"])),
         log=log,
         save=checkpoints.save,

@@ -46,7 +46,13 @@ def _check_keys(argv: list[str]) -> None:
     for argument in argv[1:]:
         flag = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and flag.startswith("config."):
-            checks.check_key(flag.removeprefix("config.").partition("[")[0])
+            key = flag.removeprefix("config.").partition("[")[0]
+            checks.check_key(key)
+            if any(part.isdigit() for part in key.split(".")):
+                raise UserError(
+                    f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
+                    "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
+                )
 
 
 def _check_file(path: str, *argument: str) -> None:
@@ -78,7 +84,7 @@ def _parse(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
         for flag in (_CONFIG, _WORKDIR):
-            if flag.value is None:
+            if not flag.value:
                 raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))

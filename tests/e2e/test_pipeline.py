@@ -177,7 +177,7 @@ BROKEN_CONFIGS = {
     "import nothing_there\n": "line 1: ModuleNotFoundError",
     "def get_config():\n    return None\n": "gives no ConfigDict",
     "from ml_collections import ConfigDict\n"
-    "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is unknown",
+    "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is a group of keys",
     None: "No such file",
 }  # fmt: skip
 

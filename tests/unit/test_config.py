@@ -139,7 +139,11 @@ def change(key, value):
     ("changed", "says"),
     [
         (change("data.imagesize", 3), 'did you mean "data.image_size"'),
-        (change("recipes.pt.batch", 0), "config.recipes.pt.batch"),
+        (change("data", "digits"), "config.data is a group of keys"),
+        (change("recipes.pt.batch", 0), "config.recipes.pt.batch is 0; it must be above 0"),
+        (change("recipes.pt.stop_within", 0.1), "only mt and m2mkd have a reference"),
+        (change("recipes.mt.stop_within", 0.1), "config.evaluation.every epochs, which is 0"),
+        (change("recipes.e2e.load_weight", 0.1), "a NAC has none"),
         (change("recipes.pt.accumulate", 3), "multiple of 3"),
         (change("recipes.pt.epochs", 0), "config.recipes.pt.epochs"),
         (change("recipes.pt.warmup_epochs", 99), "config.recipes.pt.warmup_epochs"),
@@ -275,6 +279,15 @@ def test_kd_needs_a_teacher_of_the_same_task():
     config = load(ROOT / "configs" / "nac_tinyimnet.py")
     config.phases = (*config.phases, "e2e_kd")
     with pytest.raises(UserError, match="1000 classes at 224 px"):
+        checks.check(config)
+
+
+def test_stopping_at_the_meta_model_needs_its_accuracy():
+    config = digits()
+    config.recipes.mt.stop_within, config.evaluation.every = 0.1, 1.0
+    checks.check(config)
+    config.init.meta = "somewhere"
+    with pytest.raises(UserError, match=r"config\.init\.meta makes unnecessary"):
         checks.check(config)
 
 
