@@ -128,7 +128,11 @@ def count_updates(config: ConfigDict, phase: Phase) -> int:
     key = f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}"
     micro = recipe.batch // recipe.accumulate
     images = len(source(data, "train"))
-    steps = BatchIndices(images, micro, config.seed, data.repeated_augmentation).steps_per_epoch
+    try:
+        indices = BatchIndices(images, micro, config.seed, data.repeated_augmentation)
+    except UserError as error:
+        raise UserError(f"{key}.batch: {error}") from None
+    steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
             f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "

@@ -72,20 +72,27 @@ def _check_file(path: str, *argument: str) -> None:
         raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
 
 
+def _require(flag: flags.FlagHolder, value) -> None:
+    """Raises UserError for a flag that is not given, or empty."""
+    if not value:
+        raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
     try:
         for i, argument in enumerate(argv):
-            name, _, value = argument.lstrip("-").partition("=")
-            if argument.startswith("-") and name == "config" and (value or argv[i + 1 :]):
-                _check_file(*(value or argv[i + 1]).split(":", 1))
+            name, given, value = argument.lstrip("-").partition("=")
+            if argument.startswith("-") and name == "config":
+                value = value if given else "".join(argv[i + 1 : i + 2])
+                _require(_CONFIG, value)
+                _check_file(*value.split(":", 1))
         _check_keys(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
         for flag in (_CONFIG, _WORKDIR):
-            if not flag.value:
-                raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+            _require(flag, flag.value)
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
     except OSError as error:

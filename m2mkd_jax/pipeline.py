@@ -120,6 +120,8 @@ def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
     Raises:
         UserError: names the first such job.
     """
+    if config.init.network and any(job.split("/")[0] == "e2e" for job in todo):
+        weights_directory(config, workdir, "e2e")  # all of them start from there
     for job in todo:
         for needed in needs(config, job):
             if needed not in todo:

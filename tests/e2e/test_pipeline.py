@@ -160,6 +160,7 @@ def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
         ("--config.recipes.pt.batch=7.5", "batch"),
         ("--config.teacher.depths=(1,2)", "3 (read-in, 1 iterations, read-out)"),
         ("--config.nac.stitch_dim=24", "meta model's width 16"),
+        ("--config.recipes.mt.modules.1.epochs=2", "give all modules, such as"),
         ("--only=m2mkd/3", 'no job "m2mkd/3"'),
         ("--only=m2mdk", 'did you mean "m2mkd'),
         ("--config.nac.options.m=8", "prior"),
@@ -205,7 +206,27 @@ def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(environment, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_batch_larger_than_a_later_phases_data_is_refused_at_once(environment, tmp_path):
-    result = run(environment, tmp_path / "new", "--config.recipes.e2e.batch=100000")
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.recipes.e2e.batch=100000", "config.recipes.e2e.batch: a batch of 100000"),
+        ("--config.recipes.e2e.epochs=0.01", "e2e: 0.01 epochs of 10 batches are none"),
+        ("--config.init.network=/nowhere", "no weights of e2e in /nowhere"),
+    ],
+)
+def test_what_only_a_later_phase_would_meet_is_refused_at_once(environment, tmp_path, flag, says):
+    result = run(environment, tmp_path / "new", flag)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert says in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_flag_is_a_missing_one(environment, tmp_path):
+    result = run(environment, "")
+    assert result.returncode == 2 and "--workdir is missing" in result.stderr
+    assert not (ROOT / "config.json").exists()
+    flags = [sys.executable, "-m", "m2mkd_jax.main", "--config=", f"--workdir={tmp_path}"]
+    result = subprocess.run(
+        flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "--config is missing" in result.stderr

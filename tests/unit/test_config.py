@@ -225,10 +225,12 @@ def test_a_vmoe_that_cannot_run_is_refused(changed, says):
         ("log_every", 0),
         ("e2e_seeds", 0),
         ("seed", -1),
+        ("seed", 2**32),
         ("nac.kernel_temperature", 0.0),
         ("nac.head_dim", 0),
         ("nac.truncation", -0.5),
         ("regulariser.components", 0),
+        ("regulariser.weight", -1.0),
         ("phases", ()),
     ],
 )  # fmt: skip
@@ -245,6 +247,15 @@ def test_a_stochastic_block_needs_equal_clusters():
     config = digits()
     config.regulariser.kind, config.regulariser.clusters = "stochastic_block", 5
     with pytest.raises(UserError, match="cannot be split into 5 equal clusters"):
+        checks.check(config)
+
+
+def test_a_mixture_needs_as_many_distances_as_components():
+    config = digits()
+    config.regulariser.kind, config.regulariser.components = "gaussian_mixture", 496
+    checks.check(config)  # 8 + 16 + 8 latents have 32 * 31 / 2 pairs
+    config.regulariser.components = 497
+    with pytest.raises(UserError, match="only 496 distances"):
         checks.check(config)
 
 
