@@ -137,16 +137,28 @@ def check_partition(config: ConfigDict, todo: list[str], mesh) -> None:
             partition.shardings(mesh, chain.abstract(record.build).params, config.mesh.fsdp)
 
 
+def missing_data(config: ConfigDict, jobs: list[str]) -> list[str]:
+    """What stands between the jobs and their data: a line for each data set that is not there."""
+    wanted = []  # and what says where each is
+    for job in jobs:
+        if job == "eval":
+            wanted.append((config.data, "config.data.root"))
+            for name in config.evaluation.renditions:
+                wanted.append((renditions_data(config, name), "$M2MKD_DATA"))
+            continue
+        data, key = build_phase(config, job).data, "data"
+        if job == "fewshot":
+            key = "few_shot.data"
+        elif not job.startswith("e2e") and config.teaching_data.name:
+            key = "teaching_data"
+        wanted.append((data, f"config.{key}.root"))
+    lines = [(describe_missing(data), where) for data, where in wanted]
+    return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
+
+
 def check_data(config: ConfigDict, todo: list[str]) -> None:
     """Raises UserError when the data of a job that is to run are not there."""
-    missing = {}
-    for job in todo:
-        data = config.data if job == "eval" else build_phase(config, job).data
-        missing[describe_missing(data)] = job
-        for name in config.evaluation.renditions if job == "eval" else ():
-            missing[describe_missing(renditions_data(config, name))] = job
-    missing.pop(None, None)
-    if missing:
+    if missing := missing_data(config, todo):
         raise UserError("; ".join(missing))
 
 
