@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
+from scipy.special import stdtrit
 
 from m2mkd_jax import checks
 from m2mkd_jax.checkpoint.files import read_json, write_json
@@ -293,7 +293,7 @@ def interval(values: list[float]) -> dict:
     half = None
     if len(values) > 1:
         spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+        half = float(stdtrit(len(values) - 1, 0.975)) * spread
     return {"mean": float(np.mean(values)), "interval95": half, "values": values}
 
 
