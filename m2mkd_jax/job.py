@@ -67,12 +67,12 @@ class Log:
         kept = []
         if start and path.is_file():
             # A restart repeats the steps after its checkpoint; their old records would be double.
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    record = json.loads(line)
-                except ValueError:  # the line that a kill cut off
+                    step = json.loads(line)["step"]
+                except (ValueError, TypeError, KeyError):  # the line that a kill cut off
                     continue
-                if record["step"] <= start:
+                if step <= start:
                     kept.append(line + "\n")
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)

@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save, and when it waits
     try:
         process.start_distributed()
     except UserError as error:

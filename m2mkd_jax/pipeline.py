@@ -65,7 +65,8 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
     enable_compilation_cache()
     try:
         for job in chosen:
-            if job not in todo:
+            # Another process may have done it since: with --only they share a directory.
+            if job not in todo or (job != "eval" and from_main(is_done(workdir, job))):
                 say(f"[{job}] done already")
             elif job == "eval":
                 evaluate_networks(config, workdir, mesh)
@@ -90,8 +91,12 @@ def unfinished(config: ConfigDict, workdir: Path, chosen: list[str]) -> list[str
 
 def is_done(workdir: Path, job: str) -> bool:
     """Whether a job is finished. Raises UserError, before any work, where its record is damaged."""
-    record = job_directory(workdir, job) / "done.json"
-    return record.is_file() and bool(read_json(record))
+    path = job_directory(workdir, job) / "done.json"
+    if not path.is_file():
+        return False
+    if not isinstance(read_json(path), dict):
+        raise UserError(f"{path} is not what a finished job leaves; delete it to run {job} again")
+    return True
 
 
 def _evaluated(config: ConfigDict, workdir: Path) -> bool:
@@ -182,6 +187,8 @@ def remember(config: ConfigDict, workdir: Path) -> None:
     path, now = workdir / "config.json", _plain(config)
     if path.is_file():
         before = read_json(path)
+        if not isinstance(before, dict):
+            raise UserError(f"{path} is no config; delete it or restore it")
         for key in sorted(set(_flat(before)) | set(_flat(now))):
             old, new = _flat(before).get(key), _flat(now).get(key)
             if old != new and not key.startswith(HARMLESS):
@@ -249,9 +256,11 @@ def summarise(config: ConfigDict, workdir: Path) -> dict:
         if is_done(workdir, job):
             jobs.append(read_json(job_directory(workdir, job) / "done.json"))
         else:
-            begun = (job_directory(workdir, job) / "checkpoints").is_dir()
-            jobs.append({"name": job, "status": "interrupted" if begun else "pending",
-                         "steps": 0, "seconds": 0.0, "metrics": {}})  # fmt: skip
+            checkpoints = job_directory(workdir, job) / "checkpoints"
+            status = "interrupted" if checkpoints.is_dir() else "pending"
+            saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
+            jobs.append({"name": job, "status": status, "steps": max(saved, default=0),
+                         "seconds": 0.0, "metrics": {}})  # fmt: skip
     summary = {"name": config.name, "jobs": jobs, "results": results(jobs)}
     if is_main():
         write_json(workdir / "summary.json", summary)
