@@ -27,7 +27,7 @@ from m2mkd_jax.parallel.mesh import make_mesh, meet, spanning_groups
 from m2mkd_jax.parallel.process import barrier, enable_compilation_cache, from_main, is_main, say
 from m2mkd_jax.phases import build_phase, job_names, select
 from m2mkd_jax.records import Source
-from m2mkd_jax.weights import job_directory, load_stage, weights_directory
+from m2mkd_jax.weights import check_given, job_directory, load_stage, weights_directory
 
 # A run may go on with other values of these: they do not change what a job computes.
 HARMLESS = (
@@ -120,17 +120,17 @@ def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
 
 
 def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
-    """Refuses a job whose weights neither exist nor are about to be made.
+    """Refuses a job whose weights neither exist nor are about to be made, or do not fit.
 
     Raises:
         UserError: names the first such job.
     """
-    if config.init.network and any(job.split("/")[0] == "e2e" for job in todo):
-        weights_directory(config, workdir, "e2e")  # all of them start from there
     for job in todo:
         for needed in needs(config, job):
             if needed not in todo:
                 weights_directory(config, workdir, needed)
+    training = [build_phase(config, job) for job in todo if job not in ("eval", "fewshot")]
+    check_given(config, workdir, training)
 
 
 def check_partition(config: ConfigDict, todo: list[str], mesh) -> None:

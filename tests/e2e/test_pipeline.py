@@ -145,6 +145,21 @@ def test_init_replaces_the_phases_before(whole, environment, tmp_path):
     assert found["jobs"][0]["metrics"] == expected["e2e"]["metrics"]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.init.students={}", "--config.nac.state_dim=32"),
+        ("--config.init.network={}", "--config.nac.mediator_latents=16"),
+        # The meta model is still to be trained: only m2mkd would meet the teacher.
+        ("--config.init.teacher={}", "--config.teacher.depths=(1,1,1)"),
+    ],
+)
+def test_given_weights_that_do_not_fit_are_refused_at_once(whole, environment, tmp_path, flags):
+    result = run(environment, tmp_path / "new", flags[0].format(whole[0]), flags[1])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "has shape" in result.stderr and not (tmp_path / "new").exists()
+
+
 def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
     result = run(environment, tmp_path, "--only=m2mkd/1")
     assert result.returncode == 2
