@@ -228,6 +228,7 @@ def test_a_vmoe_that_cannot_run_is_refused(changed, says):
         ("seed", 2**32),
         ("nac.kernel_temperature", 0.0),
         ("nac.head_dim", 0),
+        ("nac.position_dim", 0),
         ("nac.truncation", -0.5),
         ("regulariser.components", 0),
         ("regulariser.weight", -1.0),
