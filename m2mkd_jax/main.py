@@ -26,8 +26,9 @@ from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 # What is the user's to put right: a path that must not or cannot be written, a full disk.
-USERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
-         errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
+USERS = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+         errno.ENAMETOOLONG)  # fmt: skip
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -118,9 +119,11 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
     except OSError as error:
-        if error.errno not in USERS or not error.filename:
+        # A write to an open file does not say to which; a full disk is that of the run.
+        where = error.filename or (_WORKDIR.value if error.errno in FULL else "")
+        if error.errno not in USERS or not where:
             raise
-        return process.fail(f"m2mkd_jax: {error.filename}: {error.strerror}", WRONG_INPUT)
+        return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
     except Preempted as stop:
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
@@ -134,7 +137,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save, and when it waits
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
     try:
         process.start_distributed()
     except UserError as error:
