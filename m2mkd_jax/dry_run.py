@@ -81,10 +81,7 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
     for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
         y = x
         for name in names if title == "chain" or program.teacher else ():
-            params, fixed = shapes[name].params, shapes[name].fixed
-            y = jax.eval_shape(
-                lambda p, f, y, n=name: chain.merge(program.graphs[n], p, f)(y), params, fixed, y
-            )
+            y = _output(phase.stages[name].build, y.shape, y.dtype)
             mark = "train " if name in phase.trainable else "frozen"
             yield (
                 f"{title:<8}{name:<11}{mark}  {phase.stages[name].title:<24}"
@@ -126,6 +123,14 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
         f"{mesh.shape['expert']}); parameters of the chain: "
         + ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase, shapes))
     )
+
+
+@functools.cache  # most stages are the same in most jobs
+def _output(build, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """Shape and type of what a stage makes of an input of this shape and type."""
+    stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, dtype)
+    run = lambda p, f, x: chain.merge(stage.graph, p, f)(x)  # noqa: E731
+    return jax.eval_shape(run, stage.params, stage.fixed, x)
 
 
 def bytes_held(mesh: AbstractMesh, fsdp: bool, tree) -> int:
