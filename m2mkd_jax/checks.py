@@ -54,10 +54,13 @@ def _one_of(value, allowed, key: str) -> None:
 
 
 def check_key(key: str, known: Collection[str] = ()) -> None:
-    """Raises UserError where `key` (a.b.c) is neither in `base()` nor below a free key of it."""
+    """Raises UserError where `key` (a.b.c) is no key of `base()`, nor below a free one of it."""
     known = known or [name for name, _ in _leaves(base())]
     if key in known or any(key.startswith(f"{k}.") for k in known if k.split(".")[-1] in FREE):
         return
+    below = [name for name in known if name.startswith(f"{key}.")]
+    if below:
+        raise UserError(f"config.{key} is a group of keys; set one, such as config.{below[0]}")
     close = difflib.get_close_matches(key, known, 1)
     hint = f'did you mean "{close[0]}"?' if close else "every key is listed in m2mkd_jax/config.py"
     raise UserError(f"config.{key} is unknown; {hint}")
@@ -127,10 +130,26 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
         )
         parts = recipe.accumulate * devices
         require(
-            recipe.batch > 0 and recipe.accumulate > 0 and recipe.batch % parts == 0,
-            f"{where}.batch is {recipe.batch}; it must be a multiple of {parts} "
+            recipe.batch > 0 and recipe.batch % parts == 0,
+            f"{where}.batch is {recipe.batch}; it must be above 0 and a multiple of {parts} "
             f"(accumulate {recipe.accumulate} x devices {devices})",
         )
+        if recipe.stop_within:
+            _check_stop(config, name)
+
+
+def _check_stop(config: ConfigDict, name: str) -> None:
+    """Raises UserError where there is nothing to stop at, or no evaluation to stop after."""
+    key = f"config.recipes.{name}.stop_within"
+    require(name in MODULE_PHASES, f"{key}: only mt and m2mkd have a reference to stop at")
+    require(
+        name != "mt" or not config.init.meta,
+        f"{key}: the accuracy to stop at is that of pt, which config.init.meta makes unnecessary",
+    )
+    require(
+        config.evaluation.every > 0,
+        f"{key} is looked at every config.evaluation.every epochs, which is 0",
+    )
 
 
 def _check_few_shot(config: ConfigDict, students) -> None:

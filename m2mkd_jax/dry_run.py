@@ -16,8 +16,6 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax import checks
-from m2mkd_jax.config import renditions_data
-from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.job import compute_dtype
 from m2mkd_jax.models import chain
@@ -25,7 +23,7 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import AXES, mesh_shape, on
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases import Phase, build_phase, select
-from m2mkd_jax.pipeline import is_done, needs
+from m2mkd_jax.pipeline import is_done, missing_data, needs
 
 ADAM_COPIES = 2  # first and second moment
 
@@ -44,15 +42,12 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
     say(f"{config.name}: {mesh.size} {jax.default_backend()} device(s)"
         + (f" (here {here})" if here != mesh.size else "")
         + f", compute type {compute_dtype(config.precision).name}")  # fmt: skip
-    missing: dict[str, None] = {}
-    for job in select(config, only):
+    chosen = select(config, only)
+    for job in chosen:
         status = "done" if is_done(workdir, job) else "to run"
         after = ", ".join(needs(config, job)) or "-"
         if job == "eval":
             say(f"\n{job}  [{status}]  after: {after}")
-            missing[describe_missing(config.data)] = None
-            for name in config.evaluation.renditions:
-                missing[describe_missing(renditions_data(config, name))] = None
             continue
         phase = build_phase(config, job)
         recipe = phase.recipe
@@ -65,9 +60,7 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "") -> None:
         )
         for line in describe_phase(config, phase, mesh):
             say(f"  {line}")
-        missing[describe_missing(phase.data)] = None
-    missing.pop(None, None)
-    for line in missing:
+    for line in missing_data(config, chosen):
         say(f"\nmissing data: {line}")
 
 
@@ -90,10 +83,7 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
     for title, names in (("chain", phase.student), ("teacher", phase.teacher)):
         y = x
         for name in names if title == "chain" or program.teacher else ():
-            params, fixed = shapes[name].params, shapes[name].fixed
-            y = jax.eval_shape(
-                lambda p, f, y, n=name: chain.merge(program.graphs[n], p, f)(y), params, fixed, y
-            )
+            y = _output(phase.stages[name].build, y.shape, y.dtype)
             mark = "train " if name in phase.trainable else "frozen"
             yield (
                 f"{title:<8}{name:<11}{mark}  {phase.stages[name].title:<24}"
@@ -136,6 +126,14 @@ def describe_phase(config: ConfigDict, phase: Phase, mesh: AbstractMesh):
         f"{mesh.shape['expert']}); parameters of the chain: "
         + ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase, shapes))
     )
+
+
+@functools.cache  # most stages are the same in most jobs
+def _output(build, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """Shape and type of what a stage makes of an input of this shape and type."""
+    stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, dtype)
+    run = lambda p, f, x: chain.merge(stage.graph, p, f)(x)  # noqa: E731
+    return jax.eval_shape(run, stage.params, stage.fixed, x)
 
 
 def bytes_held(mesh: AbstractMesh, fsdp: bool, tree) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,9 +90,22 @@ class NACFamily:
             "share_ffn off or drop the m2mkd phase",
         )
         priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
+        for name in ("m2mkd", "e2e"):
+            recipe = config.recipes[name]
+            require(
+                not (recipe.importance_weight or recipe.load_weight),
+                f"config.recipes.{name}: importance_weight and load_weight are about routers; a "
+                "NAC has none",
+            )
         wanted, latents = config.regulariser, nac.mediator_latents
         if wanted.kind == "stochastic_block":
             block_matrix(latents, wanted.clusters, wanted.p_in, wanted.p_out)
+        latents += nac.input_latents + nac.output_latents
+        require(
+            wanted.kind != "gaussian_mixture" or wanted.components <= math.comb(latents, 2),
+            f"config.regulariser.components is {wanted.components}; {latents} latents have only "
+            f"{math.comb(latents, 2)} distances",
+        )
 
     def student(self, index: int) -> Student:
         config = self.config

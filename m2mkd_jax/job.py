@@ -68,12 +68,12 @@ class Log:
         kept = []
         if start and path.is_file():
             # A restart repeats the steps after its checkpoint; their old records would be double.
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    record = json.loads(line)
-                except ValueError:  # the line that a kill cut off
+                    step = json.loads(line)["step"]
+                except (ValueError, TypeError, KeyError):  # the line that a kill cut off
                     continue
-                if record["step"] <= start:
+                if step <= start:
                     kept.append(line + "\n")
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
@@ -129,18 +129,29 @@ def count_updates(config: ConfigDict, phase: Phase) -> int:
     """Optimizer updates in an epoch of a phase; opens its training data.
 
     Raises:
-        UserError: the data cannot be read, or are fewer than a batch.
+        UserError: the data cannot be read, are fewer than a batch, or the epochs too short for one.
     """
     recipe, data = phase.recipe, phase.data
+    key = f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}"
     micro = recipe.batch // recipe.accumulate
     images = len(source(data, "train"))
-    steps = BatchIndices(images, micro, config.seed, data.repeated_augmentation).steps_per_epoch
+    try:
+        indices = BatchIndices(images, micro, config.seed, data.repeated_augmentation)
+    except UserError as error:
+        raise UserError(f"{key}.batch: {error}") from None
+    steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
             f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
-            f"config.recipes.{configs.recipe_name(phase.job.split('/')[0])}.batch"
+            f"{key}.batch"
         )
-    return steps // recipe.accumulate
+    updates = steps // recipe.accumulate
+    if not round(recipe.epochs * updates):
+        raise UserError(
+            f"{phase.job}: {recipe.epochs:g} epochs of {updates} batches are none; raise "
+            f"{key}.epochs"
+        )
+    return updates
 
 
 def draw_images(path: Path, train, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int):
@@ -252,6 +263,8 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     log = Log(directory / "metrics.jsonl", job, total, start)
     metrics_of = evaluator(program, data, config, mesh)
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
+    every = config.evaluation.every  # at least a batch, however small a part of an epoch
+    every = every and max(round(every * updates_per_epoch), 1)
 
     def near_enough(metrics: dict) -> bool:
         return metrics["eval_accuracy"] >= target - recipe.stop_within
@@ -275,7 +288,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
         frozen=frozen,
         total_steps=total,
         log_every=config.log_every,
-        evaluate_every=round(config.evaluation.every * updates_per_epoch) * recipe.accumulate,
+        evaluate_every=every * recipe.accumulate,
         evaluate=lambda s: metrics_of(evaluated_params(s), with_fixed(frozen, s["fixed"])),
         log=log,
         save=checkpoints.save,

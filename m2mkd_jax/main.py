@@ -29,8 +29,9 @@ from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 # What is the user's to put right: a path that must not or cannot be written, a full disk.
-USERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
-         errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
+USERS = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+         errno.ENAMETOOLONG)  # fmt: skip
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -49,7 +50,13 @@ def _check_keys(argv: list[str]) -> None:
     for argument in argv[1:]:
         flag = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and flag.startswith("config."):
-            checks.check_key(flag.removeprefix("config.").partition("[")[0])
+            key = flag.removeprefix("config.").partition("[")[0]
+            checks.check_key(key)
+            if any(part.isdigit() for part in key.split(".")):
+                raise UserError(
+                    f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
+                    "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
+                )
 
 
 def _check_file(path: str, *argument: str) -> None:
@@ -69,20 +76,27 @@ def _check_file(path: str, *argument: str) -> None:
         raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
 
 
+def _require(flag: flags.FlagHolder, value) -> None:
+    """Raises UserError for a flag that is not given, or empty."""
+    if not value:
+        raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
     try:
         for i, argument in enumerate(argv):
-            name, _, value = argument.lstrip("-").partition("=")
-            if argument.startswith("-") and name == "config" and (value or argv[i + 1 :]):
-                _check_file(*(value or argv[i + 1]).split(":", 1))
+            name, given, value = argument.lstrip("-").partition("=")
+            if argument.startswith("-") and name == "config":
+                value = value if given else "".join(argv[i + 1 : i + 2])
+                _require(_CONFIG, value)
+                _check_file(*value.split(":", 1))
         _check_keys(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
         for flag in (_CONFIG, _WORKDIR):
-            if flag.value is None:
-                raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+            _require(flag, flag.value)
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
     except OSError as error:
@@ -108,9 +122,11 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
     except OSError as error:
-        if error.errno not in USERS or not error.filename:
+        # A write to an open file does not say to which; a full disk is that of the run.
+        where = error.filename or (_WORKDIR.value if error.errno in FULL else "")
+        if error.errno not in USERS or not where:
             raise
-        return process.fail(f"m2mkd_jax: {error.filename}: {error.strerror}", WRONG_INPUT)
+        return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
     except Preempted as stop:
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
@@ -123,7 +139,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
     try:
         process.start_distributed()
     except UserError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
+from scipy.special import stdtrit
 
 from m2mkd_jax import checks
 from m2mkd_jax.checkpoint.files import read_json, write_json
@@ -27,7 +27,7 @@ from m2mkd_jax.parallel.mesh import make_mesh, meet, spanning_groups
 from m2mkd_jax.parallel.process import barrier, enable_compilation_cache, from_main, is_main, say
 from m2mkd_jax.phases import build_phase, job_names, select
 from m2mkd_jax.records import Source
-from m2mkd_jax.weights import job_directory, load_stage, weights_directory
+from m2mkd_jax.weights import check_given, job_directory, load_stage, weights_directory
 
 # A run may go on with other values of these: they do not change what a job computes.
 HARMLESS = (
@@ -65,7 +65,8 @@ def run(config: ConfigDict, workdir: Path, only: str = "") -> dict:
     enable_compilation_cache()
     try:
         for job in chosen:
-            if job not in todo:
+            # Another process may have done it since: with --only they share a directory.
+            if job not in todo or (job != "eval" and from_main(is_done(workdir, job))):
                 say(f"[{job}] done already")
             elif job == "eval":
                 evaluate_networks(config, workdir, mesh)
@@ -90,8 +91,12 @@ def unfinished(config: ConfigDict, workdir: Path, chosen: list[str]) -> list[str
 
 def is_done(workdir: Path, job: str) -> bool:
     """Whether a job is finished. Raises UserError, before any work, where its record is damaged."""
-    record = job_directory(workdir, job) / "done.json"
-    return record.is_file() and bool(read_json(record))
+    path = job_directory(workdir, job) / "done.json"
+    if not path.is_file():
+        return False
+    if not isinstance(read_json(path), dict):
+        raise UserError(f"{path} is not what a finished job leaves; delete it to run {job} again")
+    return True
 
 
 def _evaluated(config: ConfigDict, workdir: Path) -> bool:
@@ -116,7 +121,7 @@ def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
 
 
 def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
-    """Refuses a job whose weights neither exist nor are about to be made.
+    """Refuses a job whose weights neither exist nor are about to be made, or do not fit.
 
     Raises:
         UserError: names the first such job.
@@ -125,6 +130,8 @@ def check_needs(config: ConfigDict, workdir: Path, todo: list[str]) -> None:
         for needed in needs(config, job):
             if needed not in todo:
                 weights_directory(config, workdir, needed)
+    training = [build_phase(config, job) for job in todo if job not in ("eval", "fewshot")]
+    check_given(config, workdir, training)
 
 
 def check_partition(config: ConfigDict, todo: list[str], mesh) -> None:
@@ -136,16 +143,28 @@ def check_partition(config: ConfigDict, todo: list[str], mesh) -> None:
             partition.shardings(mesh, chain.abstract(record.build).params, config.mesh.fsdp)
 
 
+def missing_data(config: ConfigDict, jobs: list[str]) -> list[str]:
+    """What stands between the jobs and their data: a line for each data set that is not there."""
+    wanted = []  # and what says where each is
+    for job in jobs:
+        if job == "eval":
+            wanted.append((config.data, "config.data.root"))
+            for name in config.evaluation.renditions:
+                wanted.append((renditions_data(config, name), "$M2MKD_DATA"))
+            continue
+        data, key = build_phase(config, job).data, "data"
+        if job == "fewshot":
+            key = "few_shot.data"
+        elif not job.startswith("e2e") and config.teaching_data.name:
+            key = "teaching_data"
+        wanted.append((data, f"config.{key}.root"))
+    lines = [(describe_missing(data), where) for data, where in wanted]
+    return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
+
+
 def check_data(config: ConfigDict, todo: list[str]) -> None:
     """Raises UserError when the data of a job that is to run are not there."""
-    missing = {}
-    for job in todo:
-        data = config.data if job == "eval" else build_phase(config, job).data
-        missing[describe_missing(data)] = job
-        for name in config.evaluation.renditions if job == "eval" else ():
-            missing[describe_missing(renditions_data(config, name))] = job
-    missing.pop(None, None)
-    if missing:
+    if missing := missing_data(config, todo):
         raise UserError("; ".join(missing))
 
 
@@ -169,6 +188,8 @@ def remember(config: ConfigDict, workdir: Path) -> None:
     path, now = workdir / "config.json", _plain(config)
     if path.is_file():
         before = read_json(path)
+        if not isinstance(before, dict):
+            raise UserError(f"{path} is no config; delete it or restore it")
         for key in sorted(set(_flat(before)) | set(_flat(now))):
             old, new = _flat(before).get(key), _flat(now).get(key)
             if old != new and not key.startswith(HARMLESS):
@@ -214,12 +235,13 @@ def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
             result[f"{name}_accuracy"] = renditions["eval_accuracy"]
         metrics[job] = result
         say(f"[eval] {job}: accuracy {result['eval_accuracy']:.4f}")
+    first = metrics.get("e2e", next(iter(metrics.values()), {}))
     record = {
         "name": "eval",
         "status": "done",
         "steps": 0,
         "seconds": round(time.monotonic() - began, 2),
-        "metrics": {"eval_accuracy": metrics["e2e"]["eval_accuracy"]} if "e2e" in metrics else {},
+        "metrics": {k: v for k, v in first.items() if k == "eval_accuracy"},
         "networks": metrics,
     }
     if is_main():
@@ -236,9 +258,11 @@ def summarise(config: ConfigDict, workdir: Path) -> dict:
         if is_done(workdir, job):
             jobs.append(read_json(job_directory(workdir, job) / "done.json"))
         else:
-            begun = (job_directory(workdir, job) / "checkpoints").is_dir()
-            jobs.append({"name": job, "status": "interrupted" if begun else "pending",
-                         "steps": 0, "seconds": 0.0, "metrics": {}})  # fmt: skip
+            checkpoints = job_directory(workdir, job) / "checkpoints"
+            status = "interrupted" if checkpoints.is_dir() else "pending"
+            saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
+            jobs.append({"name": job, "status": status, "steps": max(saved, default=0),
+                         "seconds": 0.0, "metrics": {}})  # fmt: skip
     summary = {"name": config.name, "jobs": jobs, "results": results(jobs)}
     if is_main():
         write_json(workdir / "summary.json", summary)
@@ -280,7 +304,7 @@ def interval(values: list[float]) -> dict:
     half = None
     if len(values) > 1:
         spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+        half = float(stdtrit(len(values) - 1, 0.975)) * spread
     return {"mean": float(np.mean(values)), "interval95": half, "values": values}
 
 

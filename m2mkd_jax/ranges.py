@@ -15,16 +15,18 @@ NUMBERS: dict[str, tuple[Callable, str]] = {
     "above 0": (
         lambda v: v > 0,
         "accumulate temperature kernel_temperature ffn_capacity head_dim signature_dim eps "
-        "truncation clusters components experts top_k capacity_factor repeated_augmentation "
-        "evaluation.batch log_every e2e_seeds",
+        "position_dim truncation clusters components experts top_k capacity_factor "
+        "repeated_augmentation evaluation.batch log_every e2e_seeds",
     ),
     "0 or more": (
         lambda v: v >= 0,
-        "seed lr lr_per min_lr warmup_lr weight_decay clip mixup cutmix stop_within "
-        "importance_weight load_weight evaluation.every checkpoint_minutes train_images "
-        "test_images shift noise code_noise group_images position_dim hinge "
+        "lr lr_per min_lr warmup_lr weight_decay clip mixup cutmix stop_within "
+        "importance_weight load_weight regulariser.weight evaluation.every checkpoint_minutes "
+        "train_images test_images shift noise code_noise group_images hinge "
         "stitch_dim",
     ),
+    # Seeds of 0, 1, ... are added, and jax, numpy and scikit-learn take 32 bits.
+    "from 0 to 2^31": (lambda v: 0 <= v <= 2**31, "seed"),
     "-1 or more": (lambda v: v >= -1, "workers"),
     "from 0 to 1": (
         lambda v: 0 <= v <= 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -36,6 +36,13 @@ def job_directory(workdir: Path, job: str) -> Path:
     return workdir / "jobs" / job
 
 
+def _given(config: ConfigDict, job: str) -> tuple[str, str]:
+    """The field of `config.init` that stands for `job`, and the path in it ("": none)."""
+    phase, _, index = job.partition("/")
+    field = "" if phase == "e2e" and index else INIT_FIELD.get(phase, "")  # no other seed's
+    return field, config.init[field] if field else ""
+
+
 def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     """The weights of `job`, a directory or a file: those that `config.init` names, else this run's.
 
@@ -44,9 +51,8 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     Raises:
         UserError: they are not there.
     """
-    phase, _, index = job.partition("/")
-    field = "" if phase == "e2e" and index else INIT_FIELD.get(phase, "")  # no other seed's
-    given = config.init[field] if field else ""
+    index = job.partition("/")[2]
+    field, given = _given(config, job)
     path = job_directory(workdir, job) / "weights"
     if not given or (job == "e2e" and path.is_dir()):
         if not path.is_dir():
@@ -144,6 +150,32 @@ def _upcycled(config: ConfigDict, workdir: Path, job: str, network: dict[str, di
     return family(config).upcycle(network, dense)
 
 
+def _source(config: ConfigDict, name: str, record: StageRecord) -> Source:
+    """Where a stage comes from, `config.init.network` in place of students considered."""
+    if record.source.kind == "assembled" and config.init.network:
+        return Source("job", START, name)
+    return record.source
+
+
+def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> None:
+    """Reads all that `config.init` names for some phases, each weight once, and lets it go.
+
+    Raises:
+        UserError: it is damaged, or of another shape; a late phase would say so after hours.
+    """
+    fitting, assembled = set(), not config.init.students or config.init.network
+    for phase in phases:
+        for name, record in phase.stages.items():
+            source = _source(config, name, record)
+            if source.kind == "job" and _given(config, source.job)[1] and source not in fitting:
+                load_stage(config, workdir, source, chain.abstract(record.build))
+                fitting.add(source)
+        if phase.assembled and not assembled:
+            network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
+            jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
+            assembled = True
+
+
 def load_stages(
     config: ConfigDict, workdir: Path, phase: Phase, shardings: Callable | None = None
 ) -> tuple[dict[str, dict], dict[str, str]]:
@@ -158,9 +190,7 @@ def load_stages(
     stages, origin = {}, {}
     upcycled = {n: r.source.job for n, r in phase.stages.items() if r.source.kind == "upcycled"}
     for name, record in phase.stages.items():
-        source = record.source
-        if source.kind == "assembled" and config.init.network:
-            source = Source("job", START, name)
+        source = _source(config, name, record)
         if source.kind == "job":
             stages[name] = load_stage(config, workdir, source, chain.abstract(record.build))
             given = config.init.network if record.source.kind == "assembled" else ""

@@ -5,12 +5,13 @@ damaged one is passed over.  Finished weights (`save_weights`, `load_weights`) a
 other jobs and people, and unforgiving: each carries a checksum.  Local (or mounted) paths only.
 """
 
+import contextlib
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,18 @@ class RunCheckpoints:
 
         Returns:
           False where `step` is saved already (nothing is written then).
+
+        Raises:
+          OSError: the file system refuses, now or in the save before this one.
         """
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays)}),
-            # Orbax warns on every save without metrics; {} ranks below all that have some.
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-        )
+        with _writing(self.directory):
+            return self._manager.save(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays)}),
+                # Orbax warns on every save without metrics; {} ranks below all that have some.
+                metrics={name: float(value) for name, value in (metrics or {}).items()},
+            )
 
     def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree] | None:
         """The newest checkpoint that can be read.
@@ -140,7 +145,8 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then ends the background threads; no call after this one."""
@@ -219,15 +225,8 @@ def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
             (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        silence_orphans()
-        try:
-            with ocp.Checkpointer(handler) as checkpointer:
-                checkpointer.save(epath.Path(path), ocp.args.PyTreeSave(arrays))
-        except ValueError as error:
-            # Orbax's writer, of what the system says: a full disk, a quota.
-            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        with _writing(path), ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(epath.Path(path), ocp.args.PyTreeSave(arrays))
     return {"sha256": checksum(tree), "arrays": len(flat)}
 
 
@@ -273,6 +272,21 @@ def load_weights(
             raise UserError(f"{path} is damaged ({reason}); restore it or make it again")
         loaded[name] = tree
     return loaded, description
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system says to Orbax's writers (a full disk, a quota) as OSError, with the path."""
+    silence_orphans()
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except ValueError as error:
+        if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _drop_damaged_metrics(directory: Path) -> None:

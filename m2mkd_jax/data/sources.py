@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from m2mkd_jax.data import idx, layouts
 from m2mkd_jax.data.arrays import ArraySource, to_images
@@ -194,6 +193,9 @@ def _digits(split, size):
 
     The first fifth of a fixed class-balanced order is the test split; enlarged by bicubic.
     """
+    # scikit-learn takes a second to import and only this data set needs it.
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
     digits = load_digits()
     order = class_balanced_order(digits.target)
     cut = round(len(order) / 5) + 1  # 360 is a multiple of the 10 classes, 359 is not

@@ -9,6 +9,7 @@ of the weights is kept, "ema" like "params".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def make_step(
     Args:
         loss: (trainable, frozen, batch, key) -> (scalar, metrics); losses.Program.loss.
         optimizer: of train/optimizer.py.
-        recipe: mixing and ema fields.
+        recipe: mixing, ema and accumulate fields.
         data: mean, std, classes, augment.erase.
         seed: of all randomness; a step's key depends on it and on the step number alone.
         out_shardings: (of the state, of the metrics); the new state must lie where the old one
@@ -90,6 +91,10 @@ def make_step(
         new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}
         if recipe.ema:
             new["ema"] = ema_update(state["ema"], params, recipe.ema)
+        if recipe.ema and recipe.accumulate > 1:
+            # The weights move with the last part of a batch alone, and so must their average.
+            moved = new["step"] % recipe.accumulate == 0
+            new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)

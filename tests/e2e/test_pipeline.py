@@ -126,7 +126,8 @@ def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 3
     assert "run the same command again" in process.stderr.read()
-    assert summary(tmp_path)["jobs"][0]["status"] == "interrupted"
+    interrupted = summary(tmp_path)["jobs"][0]
+    assert interrupted["status"] == "interrupted" and 0 < interrupted["steps"] < 40
     result = run(environment, tmp_path, "--only=pt")
     assert result.returncode == 0 and "[pt] resumed at step" in result.stdout
     done = json.loads((tmp_path / "jobs" / "pt" / "done.json").read_text())
@@ -153,6 +154,21 @@ def test_a_given_network_is_measured(whole, environment, tmp_path):
     assert job["networks"] == {"e2e": expected["e2e"]["metrics"]}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.init.students={}", "--config.nac.state_dim=32"),
+        ("--config.init.network={}", "--config.nac.mediator_latents=16"),
+        # The meta model is still to be trained: only m2mkd would meet the teacher.
+        ("--config.init.teacher={}", "--config.teacher.depths=(1,1,1)"),
+    ],
+)
+def test_given_weights_that_do_not_fit_are_refused_at_once(whole, environment, tmp_path, flags):
+    result = run(environment, tmp_path / "new", flags[0].format(whole[0]), flags[1])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "has shape" in result.stderr and not (tmp_path / "new").exists()
+
+
 def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
     result = run(environment, tmp_path, "--only=m2mkd/1")
     assert result.returncode == 2
@@ -169,6 +185,7 @@ def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
         ("--config.recipes.pt.batch=7.5", "batch"),
         ("--config.teacher.depths=(1,2)", "3 (read-in, 1 iterations, read-out)"),
         ("--config.nac.stitch_dim=24", "meta model's width 16"),
+        ("--config.recipes.mt.modules.1.epochs=2", "give all modules, such as"),
         ("--only=m2mkd/3", 'no job "m2mkd/3"'),
         ("--only=m2mdk", 'did you mean "m2mkd'),
         ("--config.nac.options.m=8", "prior"),
@@ -186,7 +203,7 @@ BROKEN_CONFIGS = {
     "import nothing_there\n": "line 1: ModuleNotFoundError",
     "def get_config():\n    return None\n": "gives no ConfigDict",
     "from ml_collections import ConfigDict\n"
-    "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is unknown",
+    "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is a group of keys",
     None: "No such file",
 }  # fmt: skip
 
@@ -214,7 +231,27 @@ def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(environment, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_batch_larger_than_a_later_phases_data_is_refused_at_once(environment, tmp_path):
-    result = run(environment, tmp_path / "new", "--config.recipes.e2e.batch=100000")
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.recipes.e2e.batch=100000", "config.recipes.e2e.batch: a batch of 100000"),
+        ("--config.recipes.e2e.epochs=0.01", "e2e: 0.01 epochs of 10 batches are none"),
+        ("--config.init.network=/nowhere", "no weights of e2e in /nowhere"),
+    ],
+)
+def test_what_only_a_later_phase_would_meet_is_refused_at_once(environment, tmp_path, flag, says):
+    result = run(environment, tmp_path / "new", flag)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert says in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_flag_is_a_missing_one(environment, tmp_path):
+    result = run(environment, "")
+    assert result.returncode == 2 and "--workdir is missing" in result.stderr
+    assert not (ROOT / "config.json").exists()
+    flags = [sys.executable, "-m", "m2mkd_jax.main", "--config=", f"--workdir={tmp_path}"]
+    result = subprocess.run(
+        flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "--config is missing" in result.stderr

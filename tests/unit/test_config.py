@@ -139,7 +139,11 @@ def change(key, value):
     ("changed", "says"),
     [
         (change("data.imagesize", 3), 'did you mean "data.image_size"'),
-        (change("recipes.pt.batch", 0), "config.recipes.pt.batch"),
+        (change("data", "digits"), "config.data is a group of keys"),
+        (change("recipes.pt.batch", 0), "config.recipes.pt.batch is 0; it must be above 0"),
+        (change("recipes.pt.stop_within", 0.1), "only mt and m2mkd have a reference"),
+        (change("recipes.mt.stop_within", 0.1), "config.evaluation.every epochs, which is 0"),
+        (change("recipes.e2e.load_weight", 0.1), "a NAC has none"),
         (change("recipes.pt.accumulate", 3), "multiple of 3"),
         (change("recipes.pt.epochs", 0), "config.recipes.pt.epochs"),
         (change("recipes.pt.warmup_epochs", 99), "config.recipes.pt.warmup_epochs"),
@@ -221,10 +225,13 @@ def test_a_vmoe_that_cannot_run_is_refused(changed, says):
         ("log_every", 0),
         ("e2e_seeds", 0),
         ("seed", -1),
+        ("seed", 2**32),
         ("nac.kernel_temperature", 0.0),
         ("nac.head_dim", 0),
+        ("nac.position_dim", 0),
         ("nac.truncation", -0.5),
         ("regulariser.components", 0),
+        ("regulariser.weight", -1.0),
         ("phases", ()),
     ],
 )  # fmt: skip
@@ -241,6 +248,15 @@ def test_a_stochastic_block_needs_equal_clusters():
     config = digits()
     config.regulariser.kind, config.regulariser.clusters = "stochastic_block", 5
     with pytest.raises(UserError, match="cannot be split into 5 equal clusters"):
+        checks.check(config)
+
+
+def test_a_mixture_needs_as_many_distances_as_components():
+    config = digits()
+    config.regulariser.kind, config.regulariser.components = "gaussian_mixture", 496
+    checks.check(config)  # 8 + 16 + 8 latents have 32 * 31 / 2 pairs
+    config.regulariser.components = 497
+    with pytest.raises(UserError, match="only 496 distances"):
         checks.check(config)
 
 
@@ -275,6 +291,15 @@ def test_kd_needs_a_teacher_of_the_same_task():
     config = load(ROOT / "configs" / "nac_tinyimnet.py")
     config.phases = (*config.phases, "e2e_kd")
     with pytest.raises(UserError, match="1000 classes at 224 px"):
+        checks.check(config)
+
+
+def test_stopping_at_the_meta_model_needs_its_accuracy():
+    config = digits()
+    config.recipes.mt.stop_within, config.evaluation.every = 0.1, 1.0
+    checks.check(config)
+    config.init.meta = "somewhere"
+    with pytest.raises(UserError, match=r"config\.init\.meta makes unnecessary"):
         checks.check(config)
 
 

@@ -1,13 +1,17 @@
 """What --dry_run says about devices that are not here."""
 
 import re
+import runpy
 
 import pytest
 
 from m2mkd_jax.dry_run import dry_run
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel import process
+from m2mkd_jax.phases import select
+from m2mkd_jax.pipeline import check_data, missing_data
 from tests.e2e import tiny_vmoe
+from tests.e2e.command import ROOT
 
 
 def planned(capsys, tmp_path, **mesh):
@@ -36,8 +40,28 @@ def test_it_plans_for_a_mesh_that_is_not_here(capsys, tmp_path):
 
 
 def test_it_refuses_what_could_not_run_there(capsys, tmp_path):
-    with pytest.raises(UserError, match="must be a multiple of 32"):
+    with pytest.raises(UserError, match="a multiple of 32"):
         planned(capsys, tmp_path, data=8, expert=4)
+
+
+def test_missing_data_name_the_key_that_says_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2MKD_DATA", str(tmp_path / "here"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "there"))
+    config = runpy.run_path(ROOT / "configs" / "nac_tinyimnet.py")["get_config"]()
+    config.evaluation.renditions = ("tiny_imagenet_r",)
+    lines = missing_data(config, select(config, ""))
+    wanted = [("here/imagenet", "config.teaching_data.root"),
+              ("here/tiny-imagenet-200", "config.data.root"),
+              ("here/tiny-imagenet-r", "$M2MKD_DATA")]  # fmt: skip
+    assert len(lines) == len(wanted)
+    for line, (place, key) in zip(lines, wanted, strict=True):
+        assert f"{tmp_path}/{place} ({key} says where" in line and "\n" not in line
+    with pytest.raises(UserError, match=r"; no data in .*tiny-imagenet-200"):
+        check_data(config, ["pt", "e2e"])
+    # One root for both, where there is one data set.
+    config = runpy.run_path(ROOT / "configs" / "nac_imnet.py")["get_config"]()
+    (line,) = missing_data(config, ["pt", "e2e"])
+    assert "(config.data.root says where" in line
 
 
 def test_only_the_main_process_prints_it(capsys, tmp_path, monkeypatch):

@@ -73,6 +73,8 @@ def test_options_that_are_refused():
         spec_with(output="first_slot")
     with pytest.raises(UserError, match="modulation"):
         spec_with(modulation="batch_norm")
+    with pytest.raises(UserError, match="leaves none"):
+        spec_with(ffn_capacity=0.05)
     with pytest.raises(UserError, match="stride 8"):
         spec_with(image_size=20)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.pipeline import remember
+from m2mkd_jax.job import Log
+from m2mkd_jax.pipeline import is_done, remember
 from tests.e2e import tiny_vmoe
 
 
@@ -20,3 +21,31 @@ def test_a_run_goes_on_with_other_machines_but_not_as_another_run(tmp_path):
     with pytest.raises(UserError, match=r"holds a run with config\.recipes\.e2e\.lr = ") as error:
         remember(config, tmp_path)
     assert "\n" not in str(error.value) and (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "null"])
+def test_damaged_records_are_refused_with_their_path(tmp_path, text):
+    done = tmp_path / "jobs" / "mt" / "1" / "done.json"
+    done.parent.mkdir(parents=True)
+    for path in (done, tmp_path / "config.json"):
+        path.write_text(text)
+    for look in (
+        lambda: is_done(tmp_path, "mt/1"),
+        lambda: remember(tiny_vmoe.get_config(), tmp_path),
+    ):
+        with pytest.raises(UserError, match="delete it") as error:
+            look()
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_log_goes_on_after_lines_that_are_none(tmp_path):
+    """As a power cut or another program leaves them; records after the checkpoint go."""
+    path = tmp_path / "metrics.jsonl"
+    kept = b'{"step": 5, "loss": 1.0}\n'
+    path.write_bytes(
+        kept + b'{"step": 10, "loss": 1.0}\n\x00\x00\n{"loss": 1}\n[3]\n{"step": 12, \xff'
+    )
+    log = Log(path, "pt", 20, start=9)
+    log({"step": 10})
+    log.close()
+    assert path.read_bytes() == kept + b'{"step": 10}\n'

@@ -1,6 +1,7 @@
 """Checkpoints of a run and finished weights: kept, damaged, killed, mistaken for others."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -245,6 +246,26 @@ def weights():
         "module_1": {"kernel": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "scale": 2.5},
         "stitch": {},
     }
+
+
+def test_what_a_full_disk_says_is_an_oserror(tmp_path):
+    """A limit on the size of files stands for the disk; Orbax has its own error for both."""
+    state, (soft, hard) = make_state(1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = RunCheckpoints(tmp_path)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoints.save(2, state)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path)
+    again = RunCheckpoints(tmp_path)
+    assert again.restore_latest(abstract(state))[0] == 1
+    assert again.save(2, state)
+    again.close()
 
 
 def test_weights_come_back_all_or_one_alone(tmp_path):

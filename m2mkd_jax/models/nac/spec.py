@@ -70,6 +70,10 @@ class NACSpec:
                 f"nac: output 'first_slot' reads {self.classes} logits off a state of "
                 f"{self.state_dim}; make state_dim equal to the classes or use 'pooling'"
             )
+        if self.hidden_dim < 1:
+            raise UserError(
+                f"nac: ffn_capacity {self.ffn_capacity:g} of {self.state_dim} channels leaves none"
+            )
         choices = {
             "modulation": ("layer_norm", "l2", "none", "sigmoid", "tanh"),
             "truncation_implementation": ("direct", "masked"),
