@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,7 +30,6 @@ class Parser(argparse.ArgumentParser):
 
 def run(name: str, command: Callable[[], None]) -> int:
     """Runs a command; 0, or 2 and one line on stderr where the input is wrong."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show

@@ -104,15 +104,21 @@ def _evaluated(config: ConfigDict, workdir: Path) -> bool:
     networks = read_json(job_directory(workdir, "eval") / "done.json")["networks"]
     wanted = {f"{name}_accuracy" for name in config.evaluation.renditions}
     return networks.keys() == set(needs(config, "eval")) and all(
-        wanted <= metrics.keys() for metrics in networks.values()
+        wanted <= metrics.keys()
+        for job, metrics in networks.items()
+        if build_phase(config, job).data == config.data
     )
 
 
 def needs(config: ConfigDict, job: str) -> tuple[str, ...]:
-    """Jobs that must be done before `job`."""
+    """Jobs that must be done before `job`; before 'eval', those whose networks it measures.
+
+    They are the end-to-end ones, or where the run has none all networks that `config.init` names.
+    """
     if job == "eval":
         networks = tuple(n for n in job_names(config) if n.startswith("e2e"))
-        return networks or (("e2e",) if config.init.network else ())
+        given = (("pt", "meta"), ("ft", "teacher"), ("e2e", "network"))
+        return networks or tuple(name for name, field in given if config.init[field])
     phase = build_phase(config, job)
     needed = list(phase.needs)
     if phase.assembled and not config.init.network:
@@ -147,17 +153,15 @@ def missing_data(config: ConfigDict, jobs: list[str]) -> list[str]:
     """What stands between the jobs and their data: a line for each data set that is not there."""
     wanted = []  # and what says where each is
     for job in jobs:
-        if job == "eval":
-            wanted.append((config.data, "config.data.root"))
-            for name in config.evaluation.renditions:
-                wanted.append((renditions_data(config, name), "$M2MKD_DATA"))
-            continue
-        data, key = build_phase(config, job).data, "data"
-        if job == "fewshot":
-            key = "few_shot.data"
-        elif not job.startswith("e2e") and config.teaching_data.name:
-            key = "teaching_data"
-        wanted.append((data, f"config.{key}.root"))
+        for reader in needs(config, "eval") if job == "eval" else (job,):
+            data, key = build_phase(config, reader).data, "data"
+            if reader == "fewshot":
+                key = "few_shot.data"
+            elif not reader.startswith("e2e") and config.teaching_data.name:
+                key = "teaching_data"
+            wanted.append((data, f"config.{key}.root"))
+        for name in config.evaluation.renditions if job == "eval" else ():
+            wanted.append((renditions_data(config, name), "$M2MKD_DATA"))
     lines = [(describe_missing(data), where) for data, where in wanted]
     return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
 
@@ -176,7 +180,8 @@ def check_images(config: ConfigDict, todo: list[str]) -> None:
     """
     for job in todo:
         if job == "eval":
-            source(config.data, "test")
+            for name in needs(config, job):
+                source(build_phase(config, name).data, "test")
         elif job != "fewshot":
             phase = build_phase(config, job)
             count_updates(config, phase)
@@ -215,7 +220,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
-    """The job 'eval': every end-to-end network from its finished weights, on the test split."""
+    """The job 'eval': networks (`needs`) from their finished weights, each on its test split."""
     began, metrics = time.monotonic(), {}
     for job in needs(config, "eval"):
         phase = build_phase(config, job)
@@ -228,8 +233,8 @@ def evaluate_networks(config: ConfigDict, workdir: Path, mesh) -> None:
         stages = partition.put(stages, partition.shardings(mesh, stages, config.mesh.fsdp))
         program = make_program(config, phase, stages)
         params = {name: stage["params"] for name, stage in stages.items()}
-        result = evaluator(program, config.data, config, mesh)(params, stages)
-        for name in config.evaluation.renditions:
+        result = evaluator(program, phase.data, config, mesh)(params, stages)
+        for name in config.evaluation.renditions if phase.data == config.data else ():
             data = renditions_data(config, name)
             renditions = evaluator(program, data, config, mesh)(params, stages)
             result[f"{name}_accuracy"] = renditions["eval_accuracy"]
@@ -272,6 +277,8 @@ def summarise(config: ConfigDict, workdir: Path) -> dict:
 def results(jobs: list[dict]) -> dict:
     """Accuracies side by side: networks over seeds, the gap to scratch, pupils and teachers."""
     accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
+    measured = {n: m for j in jobs for n, m in j.get("networks", {}).items()}  # given, not trained
+    accuracy = {n: m["eval_accuracy"] for n, m in measured.items()} | accuracy
     found: dict = {}
     for name, title in (("pt", "meta"), ("ft", "teacher")):
         if name in accuracy:

@@ -145,13 +145,17 @@ def test_init_replaces_the_phases_before(whole, environment, tmp_path):
     assert found["jobs"][0]["metrics"] == expected["e2e"]["metrics"]
 
 
-def test_a_given_network_is_measured(whole, environment, tmp_path):
-    flags = (f"--config.init.network={whole[0]}", "--config.phases=('eval',)")
-    result = run(environment, tmp_path, *flags)
+def test_given_networks_are_measured(whole, environment, tmp_path):
+    flags = [f"--config.init.{name}={whole[0]}" for name in ("meta", "teacher", "network")]
+    result = run(environment, tmp_path, *flags, "--config.phases=('eval',)")
     assert result.returncode == 0, result.stderr
-    (job,) = summary(tmp_path)["jobs"]
-    expected = {job["name"]: job for job in summary(whole[0])["jobs"]}
-    assert job["networks"] == {"e2e": expected["e2e"]["metrics"]}
+    found, expected = summary(tmp_path), {j["name"]: j for j in summary(whole[0])["jobs"]}
+    (job,) = found["jobs"]
+    assert job["networks"] == {name: expected[name]["metrics"] for name in ("pt", "ft", "e2e")}
+    accuracies = {name: metrics["eval_accuracy"] for name, metrics in job["networks"].items()}
+    assert found["results"]["meta"] == accuracies["pt"]
+    assert found["results"]["teacher"] == accuracies["ft"]
+    assert found["results"]["e2e"]["values"] == [accuracies["e2e"]]
 
 
 @pytest.mark.parametrize(
