@@ -47,7 +47,7 @@ def gradient(attention, arguments, written_out: bool):
     program = jax.jit(jax.grad(loss, argnums=numbers))
     if not written_out:
         return program.lower(*arguments).compile()
-    with mock.patch.object(layers, "fits_cudnn", lambda q: False):
+    with mock.patch.object(layers, "fits_cudnn", lambda q, k: False):
         return program.lower(*arguments).compile()
 
 

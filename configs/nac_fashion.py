@@ -37,7 +37,7 @@ def get_config():
     # read-in student, which learns from the labels too: it gets its full time.
     train.m2mkd.stop_within = 0.002
     train.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3, "stop_within": 0.0}}
-    train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 3, 5e-3, 0.5
+    train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 6, 5e-3, 0.5
     train.e2e.decay_rule, train.e2e.drop_path = "all", 0.1
     config.evaluation.every = 1
     config.evaluation.batch = 1000

@@ -30,6 +30,10 @@ transformer_init = nnx.initializers.normal(0.02)
 torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+# Below so many tokens fused attention has nothing to gain.
+SHORTEST = 64
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Exact (erf) GELU; the tanh form would not match PyTorch."""
     return jax.nn.gelu(x, approximate=False)
@@ -72,7 +76,7 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     By cuDNN where it can be had: about 2.3 times as fast on an H100 (benchmarks/RESULTS.md).
     """
-    if not fits_cudnn(q):
+    if not fits_cudnn(q, k):
         return jax.nn.dot_product_attention(q, k, v)
     return evened_attention(q, k, v, "cudnn")
 
@@ -94,10 +98,11 @@ def evened_attention(q, k, v, implementation: str) -> jax.Array:
     return x[:, :n]
 
 
-def fits_cudnn(q: jax.Array) -> bool:
-    """Whether cuDNN's fused attention, forward and backward, takes queries (B, N, H, C)."""
+def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN's fused attention, forward and backward, takes (B, N, H, C)."""
+    n, c = q.shape[1], q.shape[3]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _has_cudnn()
+    return half and min(n, k.shape[1]) >= SHORTEST and c % 8 == 0 and c <= 128 and _has_cudnn()
 
 
 @functools.cache

@@ -58,9 +58,10 @@ def test_odd_lengths_are_evened_without_a_trace(n):
 
 
 def test_only_a_gpu_gets_cudnn(monkeypatch):
-    half = jnp.zeros((B, U, H, C), jnp.bfloat16)
-    assert not layers.fits_cudnn(half)
+    half, short = jnp.zeros((B, 64, H, C), jnp.bfloat16), jnp.zeros((B, 63, H, C), jnp.bfloat16)
+    assert not layers.fits_cudnn(half, half)
     monkeypatch.setattr(layers, "_has_cudnn", lambda: True)
-    assert layers.fits_cudnn(half)
-    assert not layers.fits_cudnn(half.astype(jnp.float32))
-    assert not layers.fits_cudnn(half[..., :6]) and not layers.fits_cudnn(jnp.tile(half, 17))
+    assert layers.fits_cudnn(half, half)
+    assert not layers.fits_cudnn(half, short) and not layers.fits_cudnn(short, half)
+    for other in (half.astype(jnp.float32), half[..., :6], jnp.tile(half, 17)):
+        assert not layers.fits_cudnn(other, other)

@@ -30,7 +30,7 @@ def attend(q, k, v, log_kernel=None):
         attention = layers.self_attention if equally_long else jax.nn.dot_product_attention
         return attention(q, k, v)
     # With a bias cuDNN's backward pass takes even lengths alone.
-    if layers.fits_cudnn(q) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
+    if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         return by_library(q, k, v, log_kernel, "cudnn")
     log_kernel = log_kernel[..., None, :, :]
     inside = ~jnp.isneginf(log_kernel)
