@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 from ml_collections import ConfigDict
 
-from m2mkd_jax.job import make_program
-from m2mkd_jax.models import chain
+from m2mkd_jax.job import make_program, taken_apart
 from m2mkd_jax.phases import build_phase
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.step import initial_state, make_step
@@ -23,13 +22,7 @@ def training_step(config: ConfigDict, job: str):
     phase = build_phase(config, job)
     stages = {name: fresh_stage(config, record, name, 0) for name, record in phase.stages.items()}
     program = make_program(config, phase, stages)
-    params = {name: stages[name]["params"] for name in phase.trainable}
-    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
-    frozen = {
-        name: {"params": chain.cast_compute(s["params"], program.dtype), "fixed": s["fixed"]}
-        for name, s in stages.items()
-        if name not in phase.trainable
-    }
+    params, fixed, frozen = taken_apart(program, stages)
     optimizer = make_optimizer(phase.recipe, STEPS_PER_EPOCH, params)
     step = make_step(program.loss, optimizer, phase.recipe, phase.data, 0)
     state = jax.jit(lambda p, f: initial_state(p, f, optimizer, phase.recipe))(params, fixed)

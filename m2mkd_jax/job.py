@@ -182,6 +182,19 @@ def make_program(config: ConfigDict, phase: Phase, stages: dict[str, dict]) -> P
     return phase.program(regulariser, dtype, config.evaluation.sampled)
 
 
+def taken_apart(program: Program, stages: dict[str, dict]) -> tuple[dict, dict, dict]:
+    """What is trained, by stage; the fixed arrays beside it; and the stages that stand still."""
+    params = {name: stages[name]["params"] for name in program.trainable}
+    fixed = {name: stages[name]["fixed"] for name in program.trainable}
+    # Where nothing is trained there is no master copy to keep: the compute type serves.
+    frozen = {
+        name: {"params": chain.cast_compute(s["params"], program.dtype), "fixed": s["fixed"]}
+        for name, s in stages.items()
+        if name not in program.trainable
+    }
+    return params, fixed, frozen
+
+
 def _reference(config: ConfigDict, workdir: Path, phase: Phase, program, stages, mesh) -> dict:
     """The accuracy that a hybrid is measured by: its teacher's hybrid, or the meta model's."""
     if phase.teacher and phase.job.startswith("m2mkd"):
@@ -231,14 +244,7 @@ def _run_job(config: ConfigDict, workdir: Path, job: str, directory: Path, mesh)
     micro = recipe.batch // recipe.accumulate
     updates_per_epoch = count_updates(config, phase)
     total = round(recipe.epochs * updates_per_epoch) * recipe.accumulate
-    params = {name: stages[name]["params"] for name in phase.trainable}
-    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
-    # Where nothing is trained there is no master copy to keep: the compute type serves.
-    frozen = {
-        name: {"params": chain.cast_compute(s["params"], program.dtype), "fixed": s["fixed"]}
-        for name, s in stages.items()
-        if name not in phase.trainable
-    }
+    params, fixed, frozen = taken_apart(program, stages)
     optimizer = make_optimizer(recipe, updates_per_epoch, params)
     if is_main():
         overview = parameter_overview.get_parameter_overview(params, include_stats=False)
