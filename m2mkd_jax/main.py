@@ -110,6 +110,8 @@ def _terminated(number, frame) -> None:
 
 def main(argv: list[str]) -> int:
     del argv
+    # Orbax logs through absl: every step, and stacks of what it raises. What jax logs is for users.
+    logging.get_absl_logger().setLevel("CRITICAL")
     if process.alone():  # several processes: jax catches it; in the loop: after the step, saved
         signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -139,7 +141,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
+    logging.set_verbosity(logging.WARNING)
     try:
         process.start_distributed()
     except UserError as error:
