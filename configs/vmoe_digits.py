@@ -22,7 +22,7 @@ def get_config():
     train = config.recipes
     train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 24, 2e-3, 2
     train.mt.epochs, train.mt.lr, train.mt.warmup_epochs = 6, 2e-3, 1
-    train.mt.modules = {"0": {"epochs": 12}}
+    train.mt.modules = {"0": {"epochs": 24}}
     train.ft.epochs, train.ft.lr, train.ft.clip = 6, 1e-3, 1.0
     train.m2mkd.epochs, train.m2mkd.lr, train.m2mkd.warmup_epochs = 6, 2e-3, 1
     train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
