@@ -147,6 +147,7 @@ def test_gaussian_mixture_fit():
     distances = symmetric(x, 40)
     mixture = fit_gaussian_mixture(distances, 2, seed=0)
     order = np.argsort(mixture.means)
+    # Of 780 draws, some 195 are of the narrow part: their own mean, spread and share vary so much.
     np.testing.assert_allclose(mixture.means[order], [0.2, 1.0], rtol=0.05)
     np.testing.assert_allclose(mixture.scales[order], [0.02, 0.1], rtol=0.15)
     np.testing.assert_allclose(mixture.weights[order], [0.25, 0.75], rtol=0.2)
