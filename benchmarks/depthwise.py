@@ -1,6 +1,6 @@
 """Ways to compute a 7x7 depthwise convolution (m2mkd_jax/models/layers.py), forward and backward.
 
-    python -m benchmarks.depthwise [--repeats=5] [--shape=B,H,W,C] [--dtype=bfloat16]
+python -m benchmarks.depthwise [--repeats=5] [--shape=B,H,W,C] [--dtype=bfloat16]
 """
 
 from __future__ import annotations

@@ -93,9 +93,7 @@ def main() -> None:
             programs[name] = jax.jit(jax.grad(loss, argnums=(0, 1)))
             results[name] = jax.block_until_ready(programs[name](weights, rows))
         for name, result in results.items():
-            for a, b in zip(
-                jax.tree.leaves(result), jax.tree.leaves(results["loop"]), strict=True
-            ):
+            for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(results["loop"]), strict=True):
                 error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
                 assert error < LARGEST_ERROR[options.dtype], (name, error)
         seconds: dict[str, list[float]] = {name: [] for name in programs}

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 from m2mkd_jax.data import augment, rand_augment
 from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
 from m2mkd_jax.data.image_ops import FILL
@@ -111,7 +111,7 @@ def with_pillow(
 
 def compare(size: int, images: int, rounds: int, repeats: int) -> None:
     (shape, quality), data = CASES[size], base().data
-    recipes.published_augmentation(data)
+    presets.published_augmentation(data)
     data.image_size = size
     augmentation = augment.Augmentation.from_config(data)
     with tempfile.TemporaryDirectory() as root:
@@ -146,7 +146,7 @@ def compare(size: int, images: int, rounds: int, repeats: int) -> None:
 def compare_workers(size: int, images: int, rounds: int) -> None:
     """Wall time of batches with one and two worker processes."""
     (shape, quality), data = CASES[size], base().data
-    recipes.published_augmentation(data)
+    presets.published_augmentation(data)
     data.image_size, batch, steps = size, 32, 80
     with tempfile.TemporaryDirectory() as root:
         source = write_files(Path(root), max(images, 256), shape, quality)

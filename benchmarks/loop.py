@@ -14,10 +14,9 @@ import time
 
 import jax
 
-from benchmarks.setup import training_step
 from configs import nac_digits
 from m2mkd_jax.data.pipeline import train_batches
-from m2mkd_jax.job import source
+from m2mkd_jax.jobs.setup import fresh_setup, image_source
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
 from m2mkd_jax.train.loop import Loop
 
@@ -29,27 +28,36 @@ def main() -> None:
     parser.add_argument("--job", default="m2mkd/1")
     arguments = parser.parse_args()
     config, mesh = nac_digits.get_config(), make_mesh()
-    phase, _, step, state, frozen = training_step(config, arguments.job)
-    train = source(phase.data, "train")
+    setup = fresh_setup(config, arguments.job)
+    phase, step, state = setup.phase, setup.make_step(), setup.initial_state()
+    train = image_source(phase.data, "train")
 
     def batches(total):
         options = dict(batch_size=phase.recipe.batch, total_steps=total, seed=0)
         return (put_batch(mesh, b) for b in train_batches(train, phase.data, **options))
 
     loop = Loop(
-        name=arguments.job, step=step, frozen=frozen, total_steps=arguments.steps,
-        log_every=config.log_every, evaluate_every=0, evaluate=lambda state: {"none": 0.0},
-        log=lambda record: None, save=lambda *_: None, save_seconds=1e9, stop=None,
+        name=arguments.job,
+        step=step,
+        frozen=setup.frozen,
+        total_steps=arguments.steps,
+        log_every=config.log_every,
+        evaluate_every=0,
+        evaluate=lambda state: {"none": 0.0},
+        log=lambda record: None,
+        save=lambda *_: None,
+        save_seconds=1e9,
+        stop=None,
         learning_rate=lambda step: 0.0,
-    )  # fmt: skip
+    )
     batch = next(batches(1))
     for _ in range(2):  # the second time the state lies where the step left it: compiled again
-        state, _ = step(state, frozen, batch)
+        state, _ = step(state, setup.frozen, batch)
     alone, whole = [], []
     for _ in range(arguments.rounds):
         began = time.perf_counter()
         for _ in range(arguments.steps):
-            state, _ = step(state, frozen, batch)
+            state, _ = step(state, setup.frozen, batch)
         jax.block_until_ready(state)
         alone.append((time.perf_counter() - began) / arguments.steps)
         stream = batches(arguments.steps)

@@ -89,8 +89,9 @@ def main() -> int:
             f"{name:10s} batch {options.batch}: {flops[name] / 1e9:9.2f} GFLOP  "
             f"{memory[name] / 2**20:8.1f} MiB temporary"
         )
-    ratios = {kind: n["literal"] / n["rewritten"] for kind, n in
-              (("FLOPs", flops), ("memory", memory))}  # fmt: skip
+    ratios = {
+        kind: n["literal"] / n["rewritten"] for kind, n in (("FLOPs", flops), ("memory", memory))
+    }
     both = compiled(shared, parts, shapes(options.batch)).cost_analysis()["flops"]
     print(f"literal / rewritten: FLOPs {ratios['FLOPs']:.1f}, memory {ratios['memory']:.1f}")
     alone = (flops["literal"] - both) / (flops["rewritten"] - both)
@@ -98,8 +99,10 @@ def main() -> int:
 
     free = available_bytes()
     if options.timed_batch and free is not None and free < options.timed_batch * BYTES_NEEDED:
-        print(f"not timed: {free / 2**30:.1f} GiB free, {options.timed_batch} x "
-              f"{BYTES_NEEDED / 2**30:.0f} GiB needed")  # fmt: skip
+        print(
+            f"not timed: {free / 2**30:.1f} GiB free, {options.timed_batch} x "
+            f"{BYTES_NEEDED / 2**30:.0f} GiB needed"
+        )
     elif options.timed_batch:
         key = jax.random.key(0)
         args = random_like((parts.params, shapes(options.timed_batch)), key)

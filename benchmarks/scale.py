@@ -35,8 +35,21 @@ CASES = {
     "vmoe_large, 64 experts, e2e": ("large", 64, "e2e_scratch"),
 }
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-         "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -115,59 +128,30 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
 
     from configs import vmoe_imnet  # noqa: PLC0415
     from m2mkd_jax.evaluate.flops import count_flops  # noqa: PLC0415
+    from m2mkd_jax.jobs.setup import abstract_stages, set_up  # noqa: PLC0415
     from m2mkd_jax.models import chain  # noqa: PLC0415
     from m2mkd_jax.parallel import partition  # noqa: PLC0415
-    from m2mkd_jax.parallel.mesh import (  # noqa: PLC0415
-        batch_sharding,
-        make_mesh,
-        on,
-        replicated,
-    )
-    from m2mkd_jax.phases import build_phase  # noqa: PLC0415
-    from m2mkd_jax.train.optimizer import make_optimizer  # noqa: PLC0415
-    from m2mkd_jax.train.step import initial_state, make_step, with_fixed  # noqa: PLC0415
+    from m2mkd_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: PLC0415
+    from m2mkd_jax.phases.build import build_phase  # noqa: PLC0415
+    from m2mkd_jax.train.step import with_fixed  # noqa: PLC0415
 
     variant, experts, job = CASES[case]
     config = vmoe_imnet.get_config(variant)
     config.vmoe.experts, config.vmoe.dispatch = experts, "capacity"
-    config.teacher.remat = True
+    config.teacher.remat, config.mesh.fsdp, config.precision = True, fsdp, "float32"
     mesh = make_mesh(expert=group)
     phase = build_phase(config, job)
-    program = phase.program(None, jnp.float32, False)
-    stages = {name: chain.abstract(record.build) for name, record in phase.stages.items()}
-    params = {name: stages[name].params for name in phase.trainable}
-    optimizer = make_optimizer(phase.recipe, 1000, params)
-
-    def placed(tree):
-        return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            tree,
-            partition.shardings(mesh, tree, fsdp),
-        )
-
-    no_fixed = {name: {} for name in params}
-    state = placed(
-        jax.eval_shape(lambda p: initial_state(p, no_fixed, optimizer, phase.recipe), params)
-    )
-    frozen = placed(
-        {
-            name: {"params": stage.params, "fixed": stage.fixed}
-            for name, stage in stages.items()
-            if name not in phase.trainable
-        }
-    )
+    setup = set_up(config, phase, abstract_stages(phase), mesh=mesh)
+    state, frozen = setup.abstract_state, setup.abstract_frozen
     total, size = images * mesh.size, phase.data.image_size
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, shape, dtype in (
-            ("image", (total, size, size, 3), jnp.uint8), ("label", (total,), jnp.int32)
+            ("image", (total, size, size, 3), jnp.uint8),
+            ("label", (total,), jnp.int32),
         )
-    }  # fmt: skip
-    loss = on(mesh, program.loss)
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_step(
-        loss, optimizer, phase.recipe, phase.data, 0, out_shardings=(where, replicated(mesh))
-    )
+    }
+    step, loss = setup.make_step(), setup.on_mesh(setup.program.loss)
     began = time.monotonic()
     compiled = step.lower(state, frozen, batch).compile()
     seconds = time.monotonic() - began
@@ -175,7 +159,7 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
 
     def of_batch(params, frozen, images):
         batch = {"image": images, "target": jnp.zeros((total, phase.data.classes))}
-        return loss(params, with_fixed(frozen, no_fixed), batch, jax.random.key(0))[0]
+        return loss(params, with_fixed(frozen, setup.fixed), batch, jax.random.key(0))[0]
 
     normalised = jax.ShapeDtypeStruct((total, size, size, 3), jnp.float32)
     flops = count_flops(jax.value_and_grad(of_batch), state["params"], frozen, normalised)
@@ -183,7 +167,7 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
     return {
         "case": case,
         "devices": mesh.size,
-        "parameters": chain.count(params),
+        "parameters": chain.count(setup.params),
         "state": partition.bytes_per_device((state, frozen), shardings),
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
@@ -198,13 +182,22 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
 def compile_apart(case: str, devices: int, arguments) -> dict:
     """`measure` in a process that has so many devices."""
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2",
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
         # The code of single operations does not matter; the partitioning does.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_optimization_level=0",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.scale", "--measure", f"--case={case}",
-               f"--images={arguments.images}", f"--group={arguments.group}"]  # fmt: skip
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scale",
+        "--measure",
+        f"--case={case}",
+        f"--images={arguments.images}",
+        f"--group={arguments.group}",
+    ]
     command += ["--no_fsdp"] if arguments.no_fsdp else []
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -212,9 +205,11 @@ def compile_apart(case: str, devices: int, arguments) -> dict:
 
 def table(results: list[dict]):
     """The lines of a Markdown table."""
-    yield "| case | devices | state | temporary | GFLOP | " + " | ".join(
-        COLLECTIVES
-    ) + " | compiled in |"
+    yield (
+        "| case | devices | state | temporary | GFLOP | "
+        + " | ".join(COLLECTIVES)
+        + " | compiled in |"
+    )
     yield "|" + "---|" * (6 + len(COLLECTIVES))
     for r in results:
         cells = [r["case"], str(r["devices"])]

@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.setup import training_step
 from m2mkd_jax.evaluate.flops import count_flops
+from m2mkd_jax.jobs.setup import fresh_setup
 from m2mkd_jax.train.step import with_fixed
 
 # name: config, its argument, job, images per step
@@ -67,7 +67,9 @@ def measure(case: str, batch: int, steps: int, rounds: int) -> dict:
     config = get_config(*[argument] if argument else [])
     recipe = config.recipes[job.split("/")[0].partition("_")[0]]
     recipe.batch, recipe.accumulate = batch or images, 1
-    phase, program, step, state, frozen = training_step(config, job)
+    setup = fresh_setup(config, job)
+    phase, program, step, frozen = setup.phase, setup.program, setup.make_step(), setup.frozen
+    state = setup.initial_state()
     images, size = recipe.batch, phase.data.image_size
     keys = jax.random.split(jax.random.key(1))
     data = {

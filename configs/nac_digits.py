@@ -1,10 +1,10 @@
 """m2mKD for a small NAC on scikit-learn's digits: every phase in minutes on two CPU cores.
 
-    python -m m2mkd_jax.main --config=configs/nac_digits.py --workdir=runs/nac_digits
+python -m m2mkd_jax.main --config=configs/nac_digits.py --workdir=runs/nac_digits
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config():
@@ -17,7 +17,7 @@ def get_config():
     data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     data.augment.crop, data.augment.shift = "shift", 2
 
-    recipes.small_nac(config)
+    presets.small_nac(config)
     nac = config.nac
     nac.input_latents, nac.mediator_latents, nac.output_latents = 8, 16, 8
 

@@ -7,8 +7,8 @@ weak meta model spoils all that follows, and module 0, the teacher's and the stu
 to three times the epochs of the others. Evaluated on all 10,000 test images.
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config():
@@ -23,7 +23,7 @@ def get_config():
     data.mean, data.std = (0.286, 0.286, 0.286), (0.353, 0.353, 0.353)
     data.augment.crop, data.augment.shift = "shift", 2
 
-    recipes.small_nac(config)
+    presets.small_nac(config)
     nac = config.nac
     nac.input_latents, nac.mediator_latents, nac.output_latents = 16, 32, 16
 

@@ -7,22 +7,22 @@ config.init.meta make pt, mt and ft unnecessary. Published gain of m2mKD: about 
 ImageNet and on ImageNet-R. Not run here in full.
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config(prior: str = "scale"):
     config = base()
     config.name = f"nac_{prior or 'scale'}_imnet"
-    recipes.imagenet(config.data)
-    recipes.vit_huge_teacher(config)
+    presets.imagenet(config.data)
+    presets.vit_huge_teacher(config)
     nac = config.nac
     nac.state_dim = nac.code_dim = 512
     nac.heads, nac.ffn_capacity = 8, 1.0
     nac.input_latents, nac.mediator_latents, nac.output_latents = 192, 768, 64
-    recipes.nac_prior(config, prior or "scale")
-    recipes.published_teaching(config)
-    recipes.published_nac_end_to_end(config, epochs=110, batch=256, decay=0.05)
-    recipes.published_few_shot(config)
+    presets.nac_prior(config, prior or "scale")
+    presets.published_teaching(config)
+    presets.published_nac_end_to_end(config, epochs=110, batch=256, decay=0.05)
+    presets.published_few_shot(config)
     config.evaluation.every = 10.0
     return config

@@ -8,8 +8,8 @@ Published top-1 from scratch (scale): 60.76, on Tiny-ImageNet-R 19.52; m2mKD up 
 more. Not run here in full.
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config(prior: str = "scale"):
@@ -17,15 +17,15 @@ def get_config(prior: str = "scale"):
     config.name = f"nac_{prior or 'scale'}_tinyimnet"
     data = config.data
     data.name, data.image_size, data.classes = "tiny_imagenet", 64, 200
-    recipes.published_augmentation(data)
-    recipes.imagenet(config.teaching_data)
-    recipes.vit_huge_teacher(config)
+    presets.published_augmentation(data)
+    presets.imagenet(config.teaching_data)
+    presets.vit_huge_teacher(config)
     nac = config.nac
     nac.state_dim = nac.code_dim = 384
     nac.heads, nac.ffn_capacity = 6, 2.0
     nac.input_latents, nac.mediator_latents, nac.output_latents = 64, 256, 64
-    recipes.nac_prior(config, prior or "scale")
-    recipes.published_teaching(config)
-    recipes.published_nac_end_to_end(config, epochs=400, batch=1024, decay=0.075)
+    presets.nac_prior(config, prior or "scale")
+    presets.published_teaching(config)
+    presets.published_nac_end_to_end(config, epochs=400, batch=1024, decay=0.075)
     config.evaluation.every = 10.0
     return config

@@ -1,10 +1,10 @@
 """m2mKD for a small V-MoE on scikit-learn's digits: every phase in minutes on two CPU cores.
 
-    python -m m2mkd_jax.main --config=configs/vmoe_digits.py --workdir=runs/vmoe_digits
+python -m m2mkd_jax.main --config=configs/vmoe_digits.py --workdir=runs/vmoe_digits
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config():
@@ -17,7 +17,7 @@ def get_config():
     data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     data.augment.crop, data.augment.shift = "shift", 2
 
-    recipes.small_vmoe(config)
+    presets.small_vmoe(config)
 
     train = config.recipes
     train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 24, 2e-3, 2

@@ -6,16 +6,24 @@ Evaluated on all 10,000 test images. The V-MoE has the teacher's width and depth
 upcycling needs.
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 
 
 def get_config():
     config = base()
     config.name = "vmoe_fashion"
     config.phases = (
-        "pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "e2e_upcycled", "eval",
-    )  # fmt: skip
+        "pt",
+        "mt",
+        "ft",
+        "m2mkd",
+        "e2e",
+        "e2e_scratch",
+        "e2e_kd",
+        "e2e_upcycled",
+        "eval",
+    )
 
     data = config.data
     data.name, data.image_size, data.classes = "fashion_mnist", 32, 10
@@ -23,7 +31,7 @@ def get_config():
     data.mean, data.std = (0.286, 0.286, 0.286), (0.353, 0.353, 0.353)
     data.augment.crop, data.augment.shift = "shift", 2
 
-    recipes.small_vmoe(config)
+    presets.small_vmoe(config)
     config.vmoe.width, config.vmoe.depths = 64, (2,) * 4
 
     train = config.recipes

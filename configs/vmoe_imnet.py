@@ -9,8 +9,8 @@ ImageNet; config.init.teacher and config.init.meta make pt, mt and ft unnecessar
 m2mKD over end-to-end training: 3.5 points. Not run here in full.
 """
 
-from m2mkd_jax import recipes
-from m2mkd_jax.config import base
+from m2mkd_jax.config import presets
+from m2mkd_jax.config.defaults import base
 from m2mkd_jax.errors import UserError
 
 # patch, width, heads, blocks of each module. The published V-MoE-H has a qkv bias and eps 1e-6,
@@ -28,13 +28,13 @@ def get_config(variant: str = "base"):
     config = base()
     config.name = f"vmoe_{variant or 'base'}_imnet"
     config.family = "vmoe"
-    recipes.imagenet(config.data)
-    recipes.vit_large_teacher(config)
+    presets.imagenet(config.data)
+    presets.vit_large_teacher(config)
     vmoe = config.vmoe
     vmoe.patch, vmoe.width, vmoe.heads, vmoe.depths = VARIANTS[variant or "base"]
     vmoe.remat = True
-    recipes.published_teaching(config)
-    recipes.published_vmoe_end_to_end(config)
-    recipes.published_few_shot(config)
+    presets.published_teaching(config)
+    presets.published_vmoe_end_to_end(config)
+    presets.published_few_shot(config)
     config.evaluation.every = 10.0
     return config

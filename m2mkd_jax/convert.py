@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2mkd_jax.checkpoint.conversion import read_converted
 from m2mkd_jax.checkpoint.files import read_json
-from m2mkd_jax.checkpoint.opened import find_weights, fitting, local_path, open_weights
 from m2mkd_jax.checkpoint.store import save_weights
-from m2mkd_jax.checkpoint.to_torch import to_torch
-from m2mkd_jax.commands import Parser, run
+from m2mkd_jax.command_line import Parser, run
+from m2mkd_jax.conversion.from_torch import read_converted
+from m2mkd_jax.conversion.open_weights import find_weights, local_path, open_weights, validate
+from m2mkd_jax.conversion.to_torch import to_torch
 from m2mkd_jax.errors import UserError
 
 
@@ -30,9 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="a path, or hf://OWNER/REPOSITORY/FILE")
     parser.add_argument("target", metavar="DST", type=Path)
     parser.add_argument(
-        "--arch", default="",
+        "--arch",
+        default="",
         help="VARIANT[:DEPTH,...], or a .json, .yml or .py file; by default the weights decide",
-    )  # fmt: skip
+    )
     parser.add_argument("--image_size", type=int, default=0, help="resize the position embedding")
     parser.add_argument("--seed", type=_seed, default=0, help="of what the weights do not bring")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
@@ -61,7 +62,7 @@ def convert(args: argparse.Namespace) -> None:
         if args.arch or args.image_size:
             raise UserError("--arch and --image_size are for weights that come from torch")
         weights = open_weights(stored)
-        report = fitting(
+        report = validate(
             stored, lambda: to_torch(stored, weights.description, weights.trees, target)
         )
         print("\n".join(report.lines()))

@@ -1,4 +1,9 @@
-"""The one exception that means "the user's input is wrong"."""
+"""What means "the user's input is wrong", and the words of such messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -6,3 +11,29 @@ class UserError(Exception):
 
     `main` prints the message on stderr and exits with code 2.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown word: the known word that is nearest to it.
+
+    Args:
+        word: what was given.
+        known: what could have been given.
+        otherwise: where nothing is near; by default all known words.
+    """
+    known = list(known)
+    close = difflib.get_close_matches(word, known, 1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return otherwise or f"known: {', '.join(known)}"
+
+
+def printable(text: str) -> str:
+    """Without the line breaks and control characters that names in a file may have."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

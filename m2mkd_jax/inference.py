@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.checkpoint.opened import Weights, fitting, open_weights
 from m2mkd_jax.checkpoint.trees import match_tree
+from m2mkd_jax.conversion.open_weights import Weights, open_weights, validate
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
 
@@ -120,7 +120,7 @@ def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: i
         UserError: nothing there, it cannot be read, or several NAC students without `module`.
     """
     weights = open_weights(path, arch, seed=seed)
-    return fitting(path, lambda: _model(weights, path, module))
+    return validate(path, lambda: _model(weights, path, module))
 
 
 def _model(weights: Weights, path: str | Path, module: int | None) -> Model:

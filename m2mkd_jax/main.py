@@ -20,22 +20,32 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from m2mkd_jax import checks
-from m2mkd_jax.dry_run import dry_run
+from m2mkd_jax.config.values import check_key, check_values, leaves
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.parallel import process
-from m2mkd_jax.pipeline import print_summary, run
+from m2mkd_jax.jobs.dry_run import dry_run
+from m2mkd_jax.jobs.pipeline import run
+from m2mkd_jax.jobs.summary import print_summary
+from m2mkd_jax.parallel import cluster, process
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 # What is the user's to put right: a path that must not or cannot be written, a full disk.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-USERS = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
-         errno.ENAMETOOLONG)  # fmt: skip
+USERS = (
+    *FULL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _ONLY = flags.DEFINE_string("only", "", "jobs to run, e.g. m2mkd/3,e2e; all by default")
+_REDO = flags.DEFINE_string("redo", "", "jobs to start again, and all that stand on them")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no data")
 
 
@@ -45,13 +55,14 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()).replace("Did you mean", "did you mean")
 
 
-def _check_keys(argv: list[str]) -> None:
+def _check_keys(argv: list[str], config: ConfigDict) -> None:
     """Raises UserError for an override of a key that no config has, naming the whole key."""
+    known = [key for key, _ in leaves(config)]
     for argument in argv[1:]:
         flag = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and flag.startswith("config."):
             key = flag.removeprefix("config.").partition("[")[0]
-            checks.check_key(key)
+            check_key(key, known)
             if any(part.isdigit() for part in key.split(".")):
                 raise UserError(
                     f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
@@ -59,8 +70,8 @@ def _check_keys(argv: list[str]) -> None:
                 )
 
 
-def _check_file(path: str, *argument: str) -> None:
-    """Raises UserError, naming the line, where a config file cannot be run or gives no config.
+def _read_file(path: str, *argument: str) -> ConfigDict:
+    """What a config file gives. Raises UserError, naming the line, where it cannot be run.
 
     config_flags would run it too, but hides or delays what goes wrong.
     """
@@ -74,6 +85,7 @@ def _check_file(path: str, *argument: str) -> None:
         raise UserError(f"--config={where}: {type(error).__name__}: {_one_line(error)}") from None
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
+    return config
 
 
 def _require(flag: flags.FlagHolder, value) -> None:
@@ -84,14 +96,16 @@ def _require(flag: flags.FlagHolder, value) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
+    config = None
     try:
         for i, argument in enumerate(argv):
             name, given, value = argument.lstrip("-").partition("=")
             if argument.startswith("-") and name == "config":
                 value = value if given else "".join(argv[i + 1 : i + 2])
                 _require(_CONFIG, value)
-                _check_file(*value.split(":", 1))
-        _check_keys(argv)
+                config = _read_file(*value.split(":", 1))
+        if config is not None:
+            _check_keys(argv, config)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
@@ -116,11 +130,11 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, _terminated)
     try:
         config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-        checks.check_values(config)
+        check_values(config)
         if _DRY_RUN.value:
-            dry_run(config, workdir, _ONLY.value)
+            dry_run(config, workdir, _ONLY.value, _REDO.value)
             return 0
-        print_summary(run(config, workdir, _ONLY.value))
+        print_summary(run(config, workdir, _ONLY.value, _REDO.value))
     except UserError as error:
         return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
     except OSError as error:
@@ -143,7 +157,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
     try:
-        process.start_distributed()
+        cluster.start_distributed()
     except UserError as error:
         sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
     app.run(main, flags_parser=_parse)

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.checkpoint.report import printable
-from m2mkd_jax.checkpoint.torch_file import replace_file
-from m2mkd_jax.commands import Parser, run
+from m2mkd_jax.checkpoint.files import replace_file
+from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.data.decode import decode
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.inference import Model, load
 
 BATCH = 64

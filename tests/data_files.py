@@ -11,10 +11,17 @@ CLASSES = ("n01", "n02", "n03")
 
 
 def make_config(name, root, classes=3, **fields):
-    return ConfigDict({
-        "name": name, "root": str(root), "image_size": 16, "classes": classes,
-        "train_images": 0, "test_images": 0, **fields,
-    })  # fmt: skip
+    return ConfigDict(
+        {
+            "name": name,
+            "root": str(root),
+            "image_size": 16,
+            "classes": classes,
+            "train_images": 0,
+            "test_images": 0,
+            **fields,
+        }
+    )
 
 
 def message(call, *arguments):
@@ -38,8 +45,13 @@ def write_folders(root, classes=CLASSES, per_class=3):
 
 def write_cub(root):
     """Five images of two classes; number 2 and 5 are for testing."""
-    rows = [(1, "001.A/a.jpg", 1, 1), (2, "001.A/b.jpg", 1, 0), (3, "002.B/c.jpg", 2, 1),
-            (4, "002.B/d.jpg", 2, 1), (5, "002.B/e.jpg", 2, 0)]  # fmt: skip
+    rows = [
+        (1, "001.A/a.jpg", 1, 1),
+        (2, "001.A/b.jpg", 1, 0),
+        (3, "002.B/c.jpg", 2, 1),
+        (4, "002.B/d.jpg", 2, 1),
+        (5, "002.B/e.jpg", 2, 0),
+    ]
     for number, path, _, _ in rows:
         (root / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (40 * number,) * 3).save(root / "images" / path)

@@ -19,8 +19,9 @@ from tests.support import FIXTURES
 
 def _transformer(kind: str, width: int, depths: list[int], **fields: Any) -> dict[str, Any]:
     common = {"kind": kind, "width": width, "depths": depths, "classes": 10}
-    return common | {"patch": 16, "heads": 3, "image_size": 64, "qkv_bias": True,
-                     "eps": 1e-6} | fields  # fmt: skip
+    return (
+        common | {"patch": 16, "heads": 3, "image_size": 64, "qkv_bias": True, "eps": 1e-6} | fields
+    )
 
 
 B_VIT = {"patch": 14, "image_size": 56, "qkv_bias": False, "eps": 1e-5}
@@ -30,19 +31,41 @@ ARCH: dict[str, dict[str, Any] | str] = {
     "b": _transformer("vit", 30, [2, 1, 1, 1, 2], **B_VIT),
     "b_meta": _transformer("vit", 30, [1] * 5, **B_VIT),
     "vmoe": _transformer("vmoe", 16, [2, 1, 1, 1], heads=2, experts=8, moe_pos=[0, 1, 2, 3, 4]),
-    "vmoe_0": _transformer("vmoe", 16, [2], heads=2, experts=8, moe_pos=[0, 1], idx=0,
-                           post_stitch_pos=[1], stitch_dim=24),
-    "vmoe_1": _transformer("vmoe", 16, [1], heads=2, experts=8, moe_pos=[0], idx=1,
-                           pre_stitch_pos=[0], post_stitch_pos=[0], stitch_dim=24),
-    "vmoe_last": _transformer("vmoe", 16, [1], heads=2, experts=8, moe_pos=[0], idx=-1,
-                              pre_stitch_pos=[0], stitch_dim=24),
+    "vmoe_0": _transformer(
+        "vmoe",
+        16,
+        [2],
+        heads=2,
+        experts=8,
+        moe_pos=[0, 1],
+        idx=0,
+        post_stitch_pos=[1],
+        stitch_dim=24,
+    ),
+    "vmoe_1": _transformer(
+        "vmoe",
+        16,
+        [1],
+        heads=2,
+        experts=8,
+        moe_pos=[0],
+        idx=1,
+        pre_stitch_pos=[0],
+        post_stitch_pos=[0],
+        stitch_dim=24,
+    ),
+    "vmoe_last": _transformer(
+        "vmoe", 16, [1], heads=2, experts=8, moe_pos=[0], idx=-1, pre_stitch_pos=[0], stitch_dim=24
+    ),
     "nac": str(FIXTURES / "e_nac/config.yml"),
     "nac_fields": {"kind": "nac", "heads": 3},
     "students": str(FIXTURES / "f_students/student_config.yml"),
-}  # fmt: skip
+}
 ARCH["vmoe_stitch"] = ARCH["vmoe"] | {
-    "pre_stitch_pos": [2, 3, 4], "post_stitch_pos": [1, 2, 3], "stitch_dim": 24,
-}  # fmt: skip
+    "pre_stitch_pos": [2, 3, 4],
+    "post_stitch_pos": [1, 2, 3],
+    "stitch_dim": 24,
+}
 
 
 @dataclass(frozen=True)
@@ -63,12 +86,22 @@ def _cases() -> Iterator[Case]:
     for name, arch in (("a_vit_large", "a"), ("b_vit_huge", "b")):
         for suffix in ("", "_meta"):
             folder = f"{name}{suffix}"
-            yield Case(f"{folder}/finished_checkpoint.pth", f"{arch}{suffix}",
-                       f"{folder}/io.npz", "image", "logits")  # fmt: skip
+            yield Case(
+                f"{folder}/finished_checkpoint.pth",
+                f"{arch}{suffix}",
+                f"{folder}/io.npz",
+                "image",
+                "logits",
+            )
         for file in sorted((FIXTURES / name).glob("rig*.pth")):
             i = int(file.stem[-1])
-            yield Case(f"{name}/{file.name}", arch, f"{name}/teacher_modules_io.npz",
-                       "tokens" if i else "image", f"module_{i}.out")  # fmt: skip
+            yield Case(
+                f"{name}/{file.name}",
+                arch,
+                f"{name}/teacher_modules_io.npz",
+                "tokens" if i else "image",
+                f"module_{i}.out",
+            )
     for name, arch in (
         ("assembled_plain", "vmoe"),
         ("full", "vmoe"),
@@ -81,13 +114,21 @@ def _cases() -> Iterator[Case]:
         folder = f"d_vmoe_{name}"
         yield Case(f"{folder}/finished_checkpoint.pth", arch, f"{folder}/io.npz", x, f"{x}.out")
     yield Case("e_nac/checkpoint_best.pt", "nac", "e_nac/io.npz", "raw_inputs", "zero.outputs")
-    yield Case("f_nac_from_students/nac_state_dict.pth", "nac", "f_nac_from_students/io.npz",
-               "raw_inputs", "zero.outputs")  # fmt: skip
+    yield Case(
+        "f_nac_from_students/nac_state_dict.pth",
+        "nac",
+        "f_nac_from_students/io.npz",
+        "raw_inputs",
+        "zero.outputs",
+    )
     yield Case("h_regularisers/checkpoint_best.pt", "nac_fields")
-    for name, x, y in (("ReadInStudent", "image", "out_1"), ("MediatorStudent_1", "tokens", "out"),
-                       ("MediatorStudent_2", "tokens", "out"),
-                       ("MediatorStudent_3", "tokens", "out"),
-                       ("ReadOutStudent", "tokens", "zero.out_1")):  # fmt: skip
+    for name, x, y in (
+        ("ReadInStudent", "image", "out_1"),
+        ("MediatorStudent_1", "tokens", "out"),
+        ("MediatorStudent_2", "tokens", "out"),
+        ("MediatorStudent_3", "tokens", "out"),
+        ("ReadOutStudent", "tokens", "zero.out_1"),
+    ):
         yield Case(f"f_students/{name}.pth", "students", f"f_students/{name}_io.npz", x, y)
 
 
@@ -122,8 +163,9 @@ def converted(source: Any, target: Path, arch: dict | str = "", *flags: str) -> 
 
 def predicted(weights: Path, folder: Path, *flags: str) -> str:
     """Runs the predict command on folder/in.npz; outputs go to folder/out.npz."""
-    return run(predict, weights, f"--npz_in={folder / 'in.npz'}", f"--npz={folder / 'out.npz'}",
-               *flags)  # fmt: skip
+    return run(
+        predict, weights, f"--npz_in={folder / 'in.npz'}", f"--npz={folder / 'out.npz'}", *flags
+    )
 
 
 def tensors(content: Any, path: tuple = ()) -> Iterator[tuple[tuple, torch.Tensor]]:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2mkd_jax.checkpoint import torch_names, torch_names_moe
+from m2mkd_jax.conversion.names import arrays_from_torch, vit_stage_names
+from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe import vmoe
 from m2mkd_jax.models.nac.spec import NACSpec
-from m2mkd_jax.models.vit import ViTSpec
+from m2mkd_jax.models.vit_spec import ViTSpec
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OUTPUT_TOLERANCE = 1e-5  # relative to the largest entry, float32
@@ -73,14 +74,14 @@ def vit_stage_params(spec: ViTSpec, weights: dict, depths) -> list[dict]:
     """Parameters of every stage from one state dict with global block numbers."""
     stages, offset = [], 0
     for i, depth in enumerate(depths):
-        table = torch_names.vit_stage(
+        table = vit_stage_names(
             depth,
             first=i == 0,
             last=i == len(depths) - 1,
             qkv_bias=spec.qkv_bias,
             offset=offset,
         )
-        stages.append(torch_names.from_torch(table, {e.torch: weights[e.torch] for e in table}))
+        stages.append(arrays_from_torch(table, {e.torch: weights[e.torch] for e in table}))
         offset += depth
     return stages
 
@@ -115,7 +116,7 @@ def vmoe_stage_params(spec: vmoe.VMoESpec, weights: dict) -> list[dict]:
     stages, start = [], 0
     for i, depth in enumerate(VMOE_DEPTHS):
         ends = {"first": i == 0, "last": i == len(VMOE_DEPTHS) - 1}
-        table = torch_names_moe.vmoe_stage(spec, start, depth, **ends, offset=start)
-        stages.append(torch_names.from_torch(table, {e.torch: weights[e.torch] for e in table}))
+        table = vmoe_stage_names(spec, start, depth, **ends, offset=start)
+        stages.append(arrays_from_torch(table, {e.torch: weights[e.torch] for e in table}))
         start += depth
     return stages

@@ -1,5 +1,6 @@
 """Small JSON files (description.json, done.json, summary.json): all or nothing on disk."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -54,3 +55,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic) or hasattr(value, "__array__"):
         return np.asarray(value).tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """Calls `write(tmp)` and puts what it wrote at `path`; on any failure nothing is left.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch's own when the disk is full
+        reason = str(error).splitlines()[0]
+        if "enforce fail" in reason:
+            reason = "not all of it was taken; is the disk full?"
+        reason = getattr(error, "strerror", None) or reason
+        raise UserError(f"{path} cannot be written: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)

@@ -71,8 +71,10 @@ def to_images(grey, size):
     if (side, size) == (28, 32):
         grey = np.pad(grey, ((0, 0), (2, 2), (2, 2)))
     elif side != size:
-        grey = np.stack([
-            np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC))
-            for one in grey
-        ])
+        grey = np.stack(
+            [
+                np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC))
+                for one in grey
+            ]
+        )
     return np.repeat(grey[..., None], 3, axis=-1)

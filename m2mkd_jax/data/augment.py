@@ -63,8 +63,14 @@ class Augmentation:
             raise UserError(f"data.augment.erase is {augment.erase}: use a probability, 0 to 1")
         text = augment.rand_augment
         policy = rand_augment.Policy.parse(text) if text else None
-        return cls(augment.crop, int(augment.shift), scale, bool(augment.flip), policy,
-                   float(augment.color_jitter))  # fmt: skip
+        return cls(
+            augment.crop,
+            int(augment.shift),
+            scale,
+            bool(augment.flip),
+            policy,
+            float(augment.color_jitter),
+        )
 
     @property
     def layers(self):
@@ -92,10 +98,12 @@ class Draws:
     def of(cls, rng, batch_size, layers=0):
         """Draws for `batch_size` images from an np.random.Generator."""
         return cls(
-            rng.random((batch_size, TRIES, 2)), rng.random((batch_size, 2)),
-            rng.random(batch_size), rng.random((batch_size, 2, 3)),
+            rng.random((batch_size, TRIES, 2)),
+            rng.random((batch_size, 2)),
+            rng.random(batch_size),
+            rng.random((batch_size, 2, 3)),
             rand_augment.Choices.of(rng, batch_size, layers),
-        )  # fmt: skip
+        )
 
     def __getitem__(self, part):
         """The draws of some of the images (a slice)."""

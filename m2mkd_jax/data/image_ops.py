@@ -161,10 +161,11 @@ def _filled(height, width):
 def _cubic(distance):
     """Weights of the pixels at -1, 0, 1, 2 for a point at `distance` (N,) in [0, 1): (4, N)."""
     d = distance
-    return np.stack([
-        -d + 2 * d**2 - d**3,
-        1 - 2 * d**2 + d**3,
-        d + d**2 - d**3,
-        -(d**2) + d**3,
-    ])
-
+    return np.stack(
+        [
+            -d + 2 * d**2 - d**3,
+            1 - 2 * d**2 + d**3,
+            d + d**2 - d**3,
+            -(d**2) + d**3,
+        ]
+    )

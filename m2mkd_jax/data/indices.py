@@ -104,9 +104,13 @@ class BatchIndices:
             )
         usable = length if repeats == 1 else length // _REPEATED_MULTIPLE * _REPEATED_MULTIPLE
         if batch_size > usable:
-            cut = "" if repeats == 1 else (
-                f" (repeated augmentation keeps {usable} indices, a multiple of"
-                f" {_REPEATED_MULTIPLE}, of an epoch: set repeated_augmentation=1 to use all)"
+            cut = (
+                ""
+                if repeats == 1
+                else (
+                    f" (repeated augmentation keeps {usable} indices, a multiple of"
+                    f" {_REPEATED_MULTIPLE}, of an epoch: set repeated_augmentation=1 to use all)"
+                )
             )
             raise UserError(
                 f"a batch of {batch_size} does not fit into {length} training images{cut}:"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data import cifar, cub, folder, idx, records, tar
 from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
+from m2mkd_jax.data.formats import cifar, cub, folder, idx, tar, tfds
 from m2mkd_jax.errors import UserError
 
 LAYOUTS = {
@@ -25,7 +25,7 @@ def detect(root):
     root = Path(root)
     if not root.is_dir():
         return None
-    if records.find_prepared(root):
+    if tfds.find_prepared(root):
         return "prepared"
     if cifar.find(root):
         return "cifar"
@@ -82,7 +82,7 @@ def test_only(root, layout):
     if layout == "shards":
         return not tar.shards(root, "train")
     if layout == "prepared":
-        return not records.has_split(records.find_prepared(root), "train")
+        return not tfds.has_split(tfds.find_prepared(root), "train")
     return layout == "classes"
 
 
@@ -107,8 +107,8 @@ def _open(root, layout, split):
     if layout == "shards":
         return EncodedSource(*tar.list_images(root, split))
     if layout == "prepared":
-        files, names = records.list_images(records.find_prepared(root), split)
-        return EncodedSource(files, records.RecordLabels(files), names)
+        files, names = tfds.list_images(tfds.find_prepared(root), split)
+        return EncodedSource(files, tfds.RecordLabels(files), names)
     if layout == "folders":
         # What is wrong with val/ is no reason not to read train/.
         names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
@@ -129,8 +129,8 @@ def reordered(source, names):
         return source
     place = {name: label for label, name in enumerate(names)}
     new = np.array([place.get(name, -1) for name in source.class_names], np.int32)
-    if isinstance(source.labels, records.RecordLabels):
-        labels = records.RecordLabels(source.files, new)
+    if isinstance(source.labels, tfds.RecordLabels):
+        labels = tfds.RecordLabels(source.files, new)
     else:
         labels = new[source.labels]
         if (labels < 0).any():

@@ -28,8 +28,15 @@ _REPLACED = "replaced"  # a batch's damaged images; the program does not get to 
 
 
 def train_batches(
-    source, config, *, batch_size, total_steps, start_step=0, seed,
-    process_index=0, process_count=1,
+    source,
+    config,
+    *,
+    batch_size,
+    total_steps,
+    start_step=0,
+    seed,
+    process_index=0,
+    process_count=1,
 ):
     """The training batches start_step, start_step + 1, ..., total_steps - 1.
 
@@ -174,8 +181,9 @@ def _iterate(source, load, steps, config, share):
     if workers == 0:
         fitting = _BUFFER_BYTES // batch_bytes - 1
         threads = max(1, min(usable_cores(), _MAX_THREADS, fitting))
-        return _Batches(iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + 1))),
-                        damage)  # fmt: skip
+        return _Batches(
+            iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + 1))), damage
+        )
     # Grain reads absl flags in mp_prefetch; a caller without absl's app.run has none parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -183,9 +191,16 @@ def _iterate(source, load, steps, config, share):
     # that shared memory; without its page of warnings, where one line is promised.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
-    return _Batches(iter(dataset.mp_prefetch(grain.MultiprocessingOptions(
-        num_workers=min(workers, len(steps)), per_worker_buffer_size=1
-    ))), damage)  # fmt: skip
+    return _Batches(
+        iter(
+            dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=min(workers, len(steps)), per_worker_buffer_size=1
+                )
+            )
+        ),
+        damage,
+    )
 
 
 class _Batches:

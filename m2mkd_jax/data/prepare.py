@@ -13,9 +13,10 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from m2mkd_jax.data import folder, layouts
+from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.encoded import FolderFiles
+from m2mkd_jax.data.formats import folder
 from m2mkd_jax.errors import UserError
 
 
@@ -56,11 +57,13 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
         # TFDS's own helper for this asks TensorFlow for the class's documentation.
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(names=list(self.names)),
-                "file_name": tfds.features.Text(),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=list(self.names)),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
             disable_shuffling=True,
         )
 
@@ -70,9 +73,14 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, paths, labels):
         files = FolderFiles(self._source, paths)
         for i, label in enumerate(labels):
-            yield i, {
-                "image": files.name(i), "label": int(label), "file_name": bytes(paths[i]).decode(),
-            }  # fmt: skip
+            yield (
+                i,
+                {
+                    "image": files.name(i),
+                    "label": int(label),
+                    "file_name": bytes(paths[i]).decode(),
+                },
+            )
 
 
 class TinyImagenet(_Folders):

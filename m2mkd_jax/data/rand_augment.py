@@ -12,9 +12,22 @@ from m2mkd_jax.data import image_ops
 from m2mkd_jax.errors import UserError
 
 OPERATIONS = (
-    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
-    "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
-)  # fmt: skip
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+)
 LARGEST = 10.0  # magnitude
 PROBABILITY = 0.5  # of each drawn operation to be applied
 _WORD = re.compile(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)")
@@ -77,9 +90,11 @@ class Policy:
             fields[key] = value
             position += len(word) + 1
         return cls(
-            fields.get("m", cls.magnitude), int(fields.get("n", cls.layers)),
-            fields.get("mstd", cls.spread), bool(fields.get("inc", cls.increasing)),
-        )  # fmt: skip
+            fields.get("m", cls.magnitude),
+            int(fields.get("n", cls.layers)),
+            fields.get("mstd", cls.spread),
+            bool(fields.get("inc", cls.increasing)),
+        )
 
 
 def _bad(text, position, word, reason):
@@ -121,10 +136,12 @@ def operations(policy, choices):
     strength = np.clip(policy.magnitude + policy.spread * choices.magnitude, 0, LARGEST)
     sign = np.where(choices.sign < 0.5, -1.0, 1.0)
     return [
-        (OPERATIONS[number[i]], argument(OPERATIONS[number[i]], strength[i], sign[i],
-                                         policy.increasing))
+        (
+            OPERATIONS[number[i]],
+            argument(OPERATIONS[number[i]], strength[i], sign[i], policy.increasing),
+        )
         for i in np.flatnonzero(choices.applied < PROBABILITY)
-    ]  # fmt: skip
+    ]
 
 
 def argument(name, magnitude, sign, increasing):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data import idx, layouts
+from m2mkd_jax.data import layouts
 from m2mkd_jax.data.arrays import ArraySource, to_images
 from m2mkd_jax.data.class_lists import wordnet_ids
+from m2mkd_jax.data.formats import idx
 from m2mkd_jax.data.indices import class_balanced_order
 from m2mkd_jax.errors import UserError
 
@@ -48,29 +49,41 @@ DATA_SETS = {
     "image_folder": DataSet("use one folder per class"),
     "imagenet": DataSet(
         "register at image-net.org, download ILSVRC2012 and unpack it into one folder per class",
-        "imagenet", "imagenet2012",
+        "imagenet",
+        "imagenet2012",
     ),
     "tiny_imagenet": DataSet(
         "download tiny-imagenet-200.zip of Stanford's cs231n and unpack it there",
-        "tiny-imagenet-200", "tiny_imagenet",
+        "tiny-imagenet-200",
+        "tiny_imagenet",
     ),
     "imagenet_r": DataSet(
         "download imagenet-r.tar (github.com/hendrycks/imagenet-r) and unpack it there",
-        "imagenet-r", "imagenet_r", ("classes", "shards", "prepared"), True,
+        "imagenet-r",
+        "imagenet_r",
+        ("classes", "shards", "prepared"),
+        True,
     ),
     "tiny_imagenet_r": DataSet(
         "download Tiny-ImageNet-R (zenodo.org/records/6653675) and unpack it there",
-        "tiny-imagenet-r", "tiny_imagenet_r", ("classes", "shards", "prepared"), True,
+        "tiny-imagenet-r",
+        "tiny_imagenet_r",
+        ("classes", "shards", "prepared"),
+        True,
     ),
     "cifar100": DataSet(
         "download cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html) and unpack it there",
-        "cifar-100", "cifar100", ("cifar", "prepared"),
+        "cifar-100",
+        "cifar100",
+        ("cifar", "prepared"),
     ),
     "cub": DataSet(
         "download CUB_200_2011.tgz (vision.caltech.edu) and unpack it there",
-        "CUB_200_2011", "caltech_birds2011", ("cub", "prepared"),
+        "CUB_200_2011",
+        "caltech_birds2011",
+        ("cub", "prepared"),
     ),
-}  # fmt: skip
+}
 NAMES = ("digits", *DATA_SETS)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.objectives.classification import top_k_correct
+from m2mkd_jax.losses.classification import top_k_correct
 from m2mkd_jax.train.step import normalise
 
 

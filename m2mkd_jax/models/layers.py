@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from m2mkd_jax import paths
+from m2mkd_jax import tree_paths
 
 # PyTorch's LayerNorm subtracts the mean before squaring; E[x^2] - E[x]^2 would lose digits.
 EXACT_VARIANCE = {"use_fast_variance": False}
@@ -92,9 +92,13 @@ def evened_attention(q, k, v, implementation: str) -> jax.Array:
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full((b,), n, jnp.int32)
     x = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+        q,
+        k,
+        v,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
         implementation=implementation,
-    )  # fmt: skip
+    )
     return x[:, :n]
 
 
@@ -138,12 +142,12 @@ def scan_stack(module: nnx.Module, x, inputs, apply: Callable, *, remat: bool = 
 
     def body(x, layer):
         state, inputs = layer
-        return apply(nnx.merge(graph, whole(state)), x, inputs), None
+        return apply(nnx.merge(graph, all_gather_params(state)), x, inputs), None
 
-    return jax.lax.scan(kept(body, remat), x, (state, inputs))[0]
+    return jax.lax.scan(remat_policy(body, remat), x, (state, inputs))[0]
 
 
-def whole(weights):
+def all_gather_params(weights):
     """Weights as a layer computes with them: what FSDP cut over 'data' is gathered.
 
     Left to itself the compiler may multiply with the parts instead, and move activations about.
@@ -154,8 +158,8 @@ def whole(weights):
         return weights
 
     def gather(path, leaf):
-        names = paths.names(path)
-        if paths.is_stacked(names):
+        names = tree_paths.names(path)
+        if tree_paths.is_stacked(names):
             return leaf
         place = PartitionSpec("expert" if "experts" in names else None)
         return jax.lax.with_sharding_constraint(leaf, place)
@@ -163,7 +167,7 @@ def whole(weights):
     return jax.tree_util.tree_map_with_path(gather, weights)
 
 
-def kept(body: Callable, remat: bool) -> Callable:
+def remat_policy(body: Callable, remat: bool) -> Callable:
     """`body` with what the backward pass finds of it in memory, and what it computes again.
 
     With `remat` it finds nothing. On a GPU or TPU, where a step waits for memory, it finds the

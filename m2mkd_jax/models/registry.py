@@ -18,14 +18,17 @@ from typing import Any
 from flax import nnx
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain, vit
-from m2mkd_jax.models.moe import vmoe
+from m2mkd_jax.models import chain
+from m2mkd_jax.models.moe.spec import VMoESpec
+from m2mkd_jax.models.moe.vmoe import VMoEStage
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.nac.students import build_student
+from m2mkd_jax.models.vit import ViTStage
+from m2mkd_jax.models.vit_spec import ViTSpec
 
 KINDS = ("vit", "vmoe", "nac", "nac_student")
-Spec = vit.ViTSpec | vmoe.VMoESpec | NACSpec
+Spec = ViTSpec | VMoESpec | NACSpec
 Builder = Callable[[nnx.Rngs], chain.Stage]
 
 
@@ -38,8 +41,8 @@ def spec_of(description: Mapping[str, Any]) -> Spec:
     try:
         kind, fields = description["kind"], _tuples(description["spec"])
         if kind == "vmoe":
-            return vmoe.VMoESpec(**{**fields, "vit": vit.ViTSpec(**fields["vit"])})
-        types = {"vit": vit.ViTSpec, "nac": NACSpec, "nac_student": NACSpec}
+            return VMoESpec(**{**fields, "vit": ViTSpec(**fields["vit"])})
+        types = {"vit": ViTSpec, "nac": NACSpec, "nac_student": NACSpec}
         return types[kind](**fields)
     except (KeyError, TypeError) as error:
         raise UserError(f"these weights do not describe their network ({error})") from None
@@ -70,35 +73,39 @@ def builder(description: Mapping[str, Any], name: str) -> Builder:
     first, last = ends(description, index)
     kind = description["kind"]
     if kind == "nac":
-        return _nac(spec)
+        return nac_builder(spec)
     if kind == "nac_student":
         # All middle ones are alike.
         like, modules = (index if first or last else 1), description["modules"]
-        return _nac_student(spec, like, modules, description["stitch_dim"], description["states"])
+        return nac_student_builder(
+            spec, like, modules, description["stitch_dim"], description["states"]
+        )
     depths = description["depths"]
     if kind == "vit":
-        return _vit(spec, depths[index], first, last)
-    return _vmoe(spec, sum(depths[:index]), depths[index], first, last)
+        return vit_builder(spec, depths[index], first, last)
+    return vmoe_builder(spec, sum(depths[:index]), depths[index], first, last)
 
 
 # Cached, so that chain.abstract traces equal stages once.
 @functools.cache
-def _vit(spec: vit.ViTSpec, depth: int, first: bool, last: bool) -> Builder:
-    return lambda rngs: vit.ViTStage(spec, depth, first=first, last=last, rngs=rngs)
+def vit_builder(spec: ViTSpec, depth: int, first: bool, last: bool) -> Builder:
+    return lambda rngs: ViTStage(spec, depth, first=first, last=last, rngs=rngs)
 
 
 @functools.cache
-def _vmoe(spec: vmoe.VMoESpec, start: int, depth: int, first: bool, last: bool) -> Builder:
-    return lambda rngs: vmoe.VMoEStage(spec, start, depth, first=first, last=last, rngs=rngs)
+def vmoe_builder(spec: VMoESpec, start: int, depth: int, first: bool, last: bool) -> Builder:
+    return lambda rngs: VMoEStage(spec, start, depth, first=first, last=last, rngs=rngs)
 
 
 @functools.cache
-def _nac(spec: NACSpec) -> Builder:
+def nac_builder(spec: NACSpec) -> Builder:
     return lambda rngs: NAC(spec, rngs=rngs)
 
 
 @functools.cache
-def _nac_student(spec: NACSpec, index: int, modules: int, width: int, states: int) -> Builder:
+def nac_student_builder(
+    spec: NACSpec, index: int, modules: int, width: int, states: int
+) -> Builder:
     return lambda rngs: build_student(spec, index, modules, width, states, rngs=rngs)
 
 

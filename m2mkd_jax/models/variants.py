@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models.vit import ViTSpec
+from m2mkd_jax.models.vit_spec import ViTSpec
 
 # name: image size, patch, width, depth, heads, qkv bias, LayerNorm eps
 _TABLE = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +19,7 @@ from flax import nnx
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, layers
-
-
-@dataclass(frozen=True)
-class ViTSpec:
-    """Fields of a vision transformer; `variants.py` has the published ones."""
-
-    image_size: int
-    patch: int
-    width: int
-    heads: int
-    classes: int
-    qkv_bias: bool = True
-    eps: float = 1e-6
-    remat: bool = False
-
-    def __post_init__(self):
-        if self.image_size % self.patch:
-            raise UserError(
-                f"vit: image size {self.image_size} is not a multiple of the patch {self.patch}"
-            )
-        if self.width % self.heads:
-            raise UserError(f"vit: width {self.width} is not a multiple of the {self.heads} heads")
-
-    @property
-    def tokens(self) -> int:
-        return (self.image_size // self.patch) ** 2 + 1
+from m2mkd_jax.models.vit_spec import ViTSpec
 
 
 class Attention(nnx.Module):
@@ -113,9 +87,7 @@ class ViTStage(chain.Stage):
             self.blocks = layers.stack(lambda rngs: Block(spec, rngs=rngs), depth, rngs=rngs)
         if last:
             self.norm = layers.layer_norm(d, spec.eps, rngs=rngs)
-            self.head = nnx.Linear(
-                d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs
-            )
+            self.head = nnx.Linear(d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs)
 
     def join(self, after: chain.Stage) -> ViTStage | None:
         """This stage and the next one as one loop over all their blocks."""
@@ -204,5 +176,3 @@ def cut(stages: Sequence[ViTStage], depths: Sequence[int]) -> list[ViTStage]:
         result.append(chain.merge(graph, params, {}))
         start = end
     return result
-
-

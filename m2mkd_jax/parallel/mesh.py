@@ -34,12 +34,14 @@ def mesh_shape(devices: int, data: int = REST, expert: int = 1) -> tuple[int, in
     if REST in (data, expert):
         if devices % known:
             fitting = [n for n in range(1, devices + 1) if devices % n == 0]
-            raise UserError(f"{asked}: {known} does not divide {devices} device(s); use one of "
-                            f"{fitting}")  # fmt: skip
+            raise UserError(
+                f"{asked}: {known} does not divide {devices} device(s); use one of {fitting}"
+            )
         return (devices // known, known) if data == REST else (known, devices // known)
     if data * expert != devices:
-        raise UserError(f"{asked} is {data * expert} device(s), but there are {devices}; "
-                        "-1 means the rest")  # fmt: skip
+        raise UserError(
+            f"{asked} is {data * expert} device(s), but there are {devices}; -1 means the rest"
+        )
     return data, expert
 
 
@@ -66,7 +68,7 @@ def make_mesh(
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def meet(mesh: Mesh) -> None:
+def warm_up_collectives(mesh: Mesh) -> None:
     """Lets every group of devices that will exchange something do so once, all processes together.
 
     On CPUs such a group comes to be at its first exchange, and fails where one process is half a
@@ -96,7 +98,7 @@ def spanning_groups(mesh: Mesh) -> int:
     return max(len({device.process_index for device in group}) for group in mesh.devices)
 
 
-def on(mesh: Mesh, function: Callable) -> Callable:
+def with_mesh(mesh: Mesh, function: Callable) -> Callable:
     """`function`, traced where layers find the mesh by `jax.sharding.get_abstract_mesh()`.
 
     Set while tracing alone: `jax.set_mesh` around a run would also spread every small array that

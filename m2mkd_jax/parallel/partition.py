@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from m2mkd_jax import paths
+from m2mkd_jax import tree_paths
 from m2mkd_jax.errors import UserError
 
 # Numbers in one layer's array. A smaller one takes longer to ask for than to keep.
@@ -40,7 +40,7 @@ def spec(names: Sequence[Any], shape: Sequence[int], sizes: dict, fsdp: bool) ->
         UserError: the experts cannot be dealt equally.
     """
     cut: list[str | None] = [None] * len(shape)
-    first = int(paths.is_stacked(names))
+    first = int(tree_paths.is_stacked(names))
     expert = first if "experts" in names and len(shape) > first else None
     if expert is not None:
         if shape[expert] % sizes["expert"]:
@@ -68,7 +68,9 @@ def shardings(mesh, tree: Any, fsdp: bool) -> Any:
     """
     sizes = dict(mesh.shape)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(paths.names(path), leaf.shape, sizes, fsdp)),
+        lambda path, leaf: NamedSharding(
+            mesh, spec(tree_paths.names(path), leaf.shape, sizes, fsdp)
+        ),
         tree,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from m2mkd_jax import paths
+from m2mkd_jax import tree_paths
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.train.schedule import learning_rate
 
@@ -34,11 +34,11 @@ def decay_mask(params: Any, rule: str) -> Any:
     def decays(path, leaf) -> bool:
         if rule in ("all", "none"):
             return rule == "all"
-        names = paths.names(path)
-        kind = [name for name in names if not paths.is_index(name)][-1]
+        names = tree_paths.names(path)
+        kind = [name for name in names if not tree_paths.is_index(name)][-1]
         if kind in EMBEDDINGS:
             return rule == "published_stage"
-        return kind != "bias" and leaf.ndim - paths.is_stacked(names) != 1
+        return kind != "bias" and leaf.ndim - tree_paths.is_stacked(names) != 1
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -15,11 +15,6 @@ from m2mkd_jax.errors import UserError
 SCHEDULES = ("clean", "published", "published_nac")
 
 
-def scaled_lr(base: float, global_batch: int, per: int = 512) -> float:
-    """The linear scaling rule: base * global_batch / per (all devices, accumulation included)."""
-    return base * global_batch / per
-
-
 def epoch_table(recipe, kind: str) -> np.ndarray:
     """The published rates, one per epoch: float64 of length ceil(epochs).
 

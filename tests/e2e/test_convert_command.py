@@ -23,9 +23,13 @@ def environment(tmp_path_factory):
 def python(environment, tmp_path):
     def run(*arguments) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True,
-            timeout=TIMEOUT, env={**environment, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+        )
 
     return run
 
@@ -77,12 +81,22 @@ def test_memory_stays_below_the_weights(python, tmp_path):
     """Stage by stage, and what has been read is dropped: not even once the file's size."""
 
     def save(name: str, width: int, stages: int) -> int:
-        state = {"cls_token": (1, 1, width), "pos_embed": (1, 5, width), "norm.bias": (width,),
-                 "norm.weight": (width,), "patch_embed.proj.weight": (width, 3, 2, 2),
-                 "patch_embed.proj.bias": (width,), "head.weight": (3, width),
-                 "head.bias": (3,)}  # fmt: skip
-        matrices = {"attn.qkv": 3 * width, "attn.proj": width, "mlp.fc1": 4 * width,
-                    "mlp.fc2": width}  # fmt: skip
+        state = {
+            "cls_token": (1, 1, width),
+            "pos_embed": (1, 5, width),
+            "norm.bias": (width,),
+            "norm.weight": (width,),
+            "patch_embed.proj.weight": (width, 3, 2, 2),
+            "patch_embed.proj.bias": (width,),
+            "head.weight": (3, width),
+            "head.bias": (3,),
+        }
+        matrices = {
+            "attn.qkv": 3 * width,
+            "attn.proj": width,
+            "mlp.fc1": 4 * width,
+            "mlp.fc2": width,
+        }
         for i in range(stages):
             for layer in ("norm1", "norm2"):
                 state |= {f"blocks.{i}.{layer}.{p}": (width,) for p in ("weight", "bias")}
@@ -90,8 +104,11 @@ def test_memory_stays_below_the_weights(python, tmp_path):
                 inputs = 4 * width if layer == "mlp.fc2" else width
                 state[f"blocks.{i}.{layer}.weight"] = (size, inputs)
                 state[f"blocks.{i}.{layer}.bias"] = (size,)
-        ends = {n: 0 if n.split(".")[0] in ("cls_token", "pos_embed", "patch_embed") else stages - 1
-                for n in state if not n.startswith("blocks.")}  # fmt: skip
+        ends = {
+            n: 0 if n.split(".")[0] in ("cls_token", "pos_embed", "patch_embed") else stages - 1
+            for n in state
+            if not n.startswith("blocks.")
+        }
         for shape_name in list(state):
             stage = ends.get(shape_name)
             if stage is None:
@@ -130,7 +147,9 @@ sys.meta_path.insert(0, Absent())
 import m2mkd_jax
 assert "jax" not in sys.modules  # the package itself is light
 """
-IMPORT_ALL = WITHOUT + """
+IMPORT_ALL = (
+    WITHOUT
+    + """
 for module in pkgutil.walk_packages(m2mkd_jax.__path__, "m2mkd_jax."):
     importlib.import_module(module.name)
 assert not {"torch", "huggingface_hub", "safetensors"} & sys.modules.keys()
@@ -141,11 +160,15 @@ assert predict.main(["weights", "--npz_in=in.npz"]) == 0
 assert convert.main(["weights", "back.pth"]) == 2
 assert convert.main(["weights", "back.safetensors"]) == 0
 """
-TRAIN = WITHOUT + """
+)
+TRAIN = (
+    WITHOUT
+    + """
 import runpy
 sys.argv = ["main", *sys.argv[1:]]
 runpy.run_module("m2mkd_jax.main", run_name="__main__")
 """
+)
 
 
 def test_everything_imports_without_torch(python, tmp_path):
@@ -165,7 +188,13 @@ def test_everything_imports_without_torch(python, tmp_path):
 
 def test_trains_without_torch(python, tmp_path):
     config = ROOT / "tests/e2e/tiny.py"
-    done = python("-c", TRAIN, f"--config={config}", f"--workdir={tmp_path / 'run'}", "--only=pt",
-                  "--config.recipes.pt.epochs=1.0")  # fmt: skip
+    done = python(
+        "-c",
+        TRAIN,
+        f"--config={config}",
+        f"--workdir={tmp_path / 'run'}",
+        "--only=pt",
+        "--config.recipes.pt.epochs=1.0",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/jobs/pt/weights/description.json").is_file()

@@ -9,10 +9,15 @@ def test_too_many_damaged_images_are_one_line(tmp_path):
     bad = tmp_path / "data" / "train" / "n02" / "n02_1.JPEG"
     bad.write_bytes(b"")
     flags = (
-        "--only=pt", "--config.data.name=image_folder", f"--config.data.root={tmp_path / 'data'}",
-        "--config.data.classes=3", "--config.data.train_images=0", "--config.data.test_images=0",
-        "--config.recipes.pt.batch=4", "--config.recipes.pt.epochs=1",
-    )  # fmt: skip
+        "--only=pt",
+        "--config.data.name=image_folder",
+        f"--config.data.root={tmp_path / 'data'}",
+        "--config.data.classes=3",
+        "--config.data.train_images=0",
+        "--config.data.test_images=0",
+        "--config.recipes.pt.batch=4",
+        "--config.recipes.pt.epochs=1",
+    )
     environment = command.environment(str(tmp_path / "xla"))
     result = command.run("tiny", environment, tmp_path / "run", *flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1

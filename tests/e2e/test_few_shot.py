@@ -10,12 +10,18 @@ from tests.e2e import command as commands
 from tests.e2e.command import run, summary
 
 FLAGS = (
-    "--config.phases=('e2e_scratch','fewshot')", "--config.few_shot.network=e2e_scratch",
-    "--config.few_shot.data.name=digits", "--config.few_shot.data.classes=10",
-    "--config.few_shot.ways=3", "--config.few_shot.shots=4", "--config.few_shot.episodes=4",
-    "--config.recipes.fewshot.batch=6", "--config.recipes.fewshot.epochs=40",
-    "--config.recipes.fewshot.lr=0.05", "--config.recipes.e2e.epochs=8",
-)  # fmt: skip
+    "--config.phases=('e2e_scratch','fewshot')",
+    "--config.few_shot.network=e2e_scratch",
+    "--config.few_shot.data.name=digits",
+    "--config.few_shot.data.classes=10",
+    "--config.few_shot.ways=3",
+    "--config.few_shot.shots=4",
+    "--config.few_shot.episodes=4",
+    "--config.recipes.fewshot.batch=6",
+    "--config.recipes.fewshot.epochs=40",
+    "--config.recipes.fewshot.lr=0.05",
+    "--config.recipes.e2e.epochs=8",
+)
 
 
 @pytest.fixture(scope="module")

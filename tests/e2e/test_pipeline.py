@@ -13,8 +13,20 @@ import pytest
 from tests.e2e import command as commands
 from tests.e2e.command import ROOT, TIMEOUT, summary
 
-JOBS = ["pt", "mt/0", "mt/1", "mt/2", "ft", "m2mkd/0", "m2mkd/1", "m2mkd/2", "e2e", "e2e_scratch",
-        "e2e_kd", "eval"]  # fmt: skip
+JOBS = [
+    "pt",
+    "mt/0",
+    "mt/1",
+    "mt/2",
+    "ft",
+    "m2mkd/0",
+    "m2mkd/1",
+    "m2mkd/2",
+    "e2e",
+    "e2e_scratch",
+    "e2e_kd",
+    "eval",
+]
 command = functools.partial(commands.command, "tiny")
 run = functools.partial(commands.run, "tiny")
 
@@ -86,9 +98,12 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
     killed = []
     for job in ("pt", "mt/1", "ft", "m2mkd/2", "e2e", "e2e_kd"):
         process = subprocess.Popen(
-            command(tmp_path), cwd=ROOT, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command(tmp_path),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         file = tmp_path / "jobs" / job / "metrics.jsonl"
         # By its seventh record a job has waited for the save at its first evaluation.
         if wait_for_records(file, 7, process):
@@ -119,9 +134,13 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
 
 def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, "--only=pt"), cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command(tmp_path, "--only=pt"),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert wait_for_records(tmp_path / "jobs" / "pt" / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 3
@@ -209,7 +228,7 @@ BROKEN_CONFIGS = {
     "from ml_collections import ConfigDict\n"
     "def get_config():\n    return ConfigDict({'data': 3})\n": "config.data is a group of keys",
     None: "No such file",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", BROKEN_CONFIGS)

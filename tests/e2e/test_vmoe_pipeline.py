@@ -54,9 +54,13 @@ def test_every_phase_runs(workdir):
 
 def test_without_stitches_and_upcycled(workdir, environment, tmp_path):
     """From the students and from the teacher of the first run: no phase before is repeated."""
-    flags = ("--config.vmoe.keep_stitches=False", "--config.recipes.e2e.epochs=1",
-             "--config.phases=('e2e','e2e_upcycled')",
-             f"--config.init.students={workdir}", f"--config.init.teacher={workdir}")  # fmt: skip
+    flags = (
+        "--config.vmoe.keep_stitches=False",
+        "--config.recipes.e2e.epochs=1",
+        "--config.phases=('e2e','e2e_upcycled')",
+        f"--config.init.students={workdir}",
+        f"--config.init.teacher={workdir}",
+    )
     result = run("tiny_vmoe", environment, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     by_name = {job["name"]: job for job in summary(tmp_path)["jobs"]}
@@ -68,10 +72,16 @@ def test_without_stitches_and_upcycled(workdir, environment, tmp_path):
 
 
 def test_few_shot_heads_on_a_network_of_several_stages(workdir, environment, tmp_path):
-    flags = ("--config.phases=('fewshot',)", f"--config.init.network={workdir}",
-             "--config.few_shot.data.name=digits", "--config.few_shot.data.classes=10",
-             "--config.few_shot.ways=4", "--config.few_shot.shots=2",
-             "--config.few_shot.episodes=2", "--config.recipes.fewshot.batch=8")  # fmt: skip
+    flags = (
+        "--config.phases=('fewshot',)",
+        f"--config.init.network={workdir}",
+        "--config.few_shot.data.name=digits",
+        "--config.few_shot.data.classes=10",
+        "--config.few_shot.ways=4",
+        "--config.few_shot.shots=2",
+        "--config.few_shot.episodes=2",
+        "--config.recipes.fewshot.batch=8",
+    )
     result = run("tiny_vmoe", environment, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()

@@ -1,6 +1,6 @@
 """The smallest V-MoE config with every phase: three modules, a few steps each."""
 
-from m2mkd_jax.config import base
+from m2mkd_jax.config.defaults import base
 
 
 def get_config():

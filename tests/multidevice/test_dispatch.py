@@ -68,9 +68,17 @@ def collectives(text: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "case, expert",
-    [("dropless", 1), ("dropless", 4), ("capacity", 1), ("capacity", 2), ("capacity", 4),
-     ("capacity", 8), ("vmoe", 2), ("expert_choice", 4)],
-)  # fmt: skip
+    [
+        ("dropless", 1),
+        ("dropless", 4),
+        ("capacity", 1),
+        ("capacity", 2),
+        ("capacity", 4),
+        ("capacity", 8),
+        ("vmoe", 2),
+        ("expert_choice", 4),
+    ],
+)
 def test_eight_devices_equal_one(case, expert):
     program, params, x = compiled(case, expert)
     result = jax.device_get(program(params, x))
@@ -122,9 +130,11 @@ def test_exchange_by_hand():
     with jax.set_mesh(mesh):
         # jax 0.12 cannot check which axes the error function's parts vary over.
         by_hand = jax.shard_map(
-            by_hand, in_specs=(at_home, at_home, PartitionSpec("expert")), out_specs=at_home,
+            by_hand,
+            in_specs=(at_home, at_home, PartitionSpec("expert")),
+            out_specs=at_home,
             check_vma=False,
-        )  # fmt: skip
+        )
         results = []
         for way in (by_sharding, by_hand):
             value = lambda *a, way=way: (jnp.square(y := way(*a)).sum(), y)  # noqa: E731

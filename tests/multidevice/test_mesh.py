@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, checksum, load_weights, save_weights
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import (
     batch_sharding,
     in_line,
@@ -25,7 +26,7 @@ from m2mkd_jax.parallel.mesh import (
     replicated,
     spanning_groups,
 )
-from m2mkd_jax.parallel.process import enable_compilation_cache, is_main
+from m2mkd_jax.parallel.process import is_main
 
 
 def test_the_mesh_has_the_axes_asked_for():
@@ -59,8 +60,11 @@ def test_impossible_shapes_are_refused(data, expert, says):
 def test_groups_lie_within_processes():
     def processes(count, of, expert):
         """A mesh of so many processes with so many devices each, listed in an odd order."""
-        devices = [SimpleNamespace(process_index=i, id=10 * j + i)
-                   for j in reversed(range(of)) for i in range(count)]  # fmt: skip
+        devices = [
+            SimpleNamespace(process_index=i, id=10 * j + i)
+            for j in reversed(range(of))
+            for i in range(count)
+        ]
         shape = mesh_shape(len(devices), expert=expert)
         return SimpleNamespace(devices=np.array(in_line(devices)).reshape(shape))
 

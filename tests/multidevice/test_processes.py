@@ -14,16 +14,17 @@ from pathlib import Path
 import jax
 import pytest
 
-from m2mkd_jax import job, pipeline
 from m2mkd_jax.checkpoint.store import RunCheckpoints
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.job import evaluator, make_program
+from m2mkd_jax.jobs import pipeline, training
+from m2mkd_jax.jobs.evaluation import evaluator
+from m2mkd_jax.jobs.setup import make_program
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import make_mesh
-from m2mkd_jax.phases import build_phase
+from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.step import initial_state
-from m2mkd_jax.weights import load_stages
 from tests.e2e import tiny_vmoe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def config_of(expert):
 
 def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
     """Called by the config file of some runs: batches come slowly, after some an error comes."""
-    original = job.train_batches
+    original = training.train_batches
 
     def batches(*args, **options):
         time.sleep(first)
@@ -57,7 +58,7 @@ def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
             time.sleep(seconds)
             yield batch
 
-    job.train_batches = batches
+    training.train_batches = batches
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,11 @@ def launch(tmp_path_factory):
     """Starts a run of two processes in a directory; what is still running at the end is killed."""
     here = tmp_path_factory.mktemp("launch")
     environment = {
-        **os.environ, "PYTHON": sys.executable,
+        **os.environ,
+        "PYTHON": sys.executable,
         "JAX_COMPILATION_CACHE_DIR": str(here / "xla"),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }  # fmt: skip
+    }
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # jax, imported here, has set it
     started = []
 
@@ -81,10 +83,22 @@ def launch(tmp_path_factory):
             f"    {line}\n    return config\n"
         )
         process = subprocess.Popen(
-            [ROOT / "launch" / "local.sh", "-n", "2", "-d", "4", "--", f"--config={config}",
-             f"--workdir={workdir}"],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                ROOT / "launch" / "local.sh",
+                "-n",
+                "2",
+                "-d",
+                "4",
+                "--",
+                f"--config={config}",
+                f"--workdir={workdir}",
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         started.append(process)
         return process
 
@@ -121,8 +135,11 @@ def signal_at(process, workdir, records, number):
 
 
 def saved_steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "jobs" / JOB / "checkpoints").iterdir()
-                  if path.name.isdigit())  # fmt: skip
+    return sorted(
+        int(path.name)
+        for path in (workdir / "jobs" / JOB / "checkpoints").iterdir()
+        if path.name.isdigit()
+    )
 
 
 def losses(workdir):
@@ -245,12 +262,18 @@ def test_a_process_that_fails_ends_one_that_is_busy_elsewhere(failing):
     began = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"M2MKD_COORDINATOR": f"localhost:{port}", "M2MKD_PROCESSES": "2",
-                              "M2MKD_PROCESS": index},
+            [sys.executable, "-c", code],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "M2MKD_COORDINATOR": f"localhost:{port}",
+                "M2MKD_PROCESSES": "2",
+                "M2MKD_PROCESS": index,
+            },
         )
         for index in "01"
-    ]  # fmt: skip
+    ]
     try:
         errors = "".join(process.communicate(timeout=90)[1] for process in processes)
     finally:

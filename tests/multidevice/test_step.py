@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from m2mkd_jax.losses import Program, graph_regulariser
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.moe import vmoe
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.parallel.mesh import make_mesh, on, put_batch, replicated
+from m2mkd_jax.parallel.mesh import make_mesh, put_batch, replicated, with_mesh
+from m2mkd_jax.phases.nac_family import graph_regulariser
+from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.step import initial_state, make_step
 from tests.random_params import random_params
@@ -32,10 +33,22 @@ MESHES = {"8x1": 1, "4x2": 2, "2x4": 4, "1x8": 8}
 CASES = [("capacity", shape, fsdp) for shape in MESHES for fsdp in (False, True)]
 CASES += [("dropless", "8x1", True), ("dropless", "2x4", False)]
 RECIPE = SimpleNamespace(
-    optimizer="adamw", lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, epochs=10, warmup_epochs=0,
-    schedule="clean", weight_decay=0.05, decay_rule="published", clip=1.0, accumulate=1, ema=0.0,
-    mixup=0.0, cutmix=0.0, smoothing=0.1,
-)  # fmt: skip
+    optimizer="adamw",
+    lr=1e-4,
+    min_lr=1e-5,
+    warmup_lr=1e-6,
+    epochs=10,
+    warmup_epochs=0,
+    schedule="clean",
+    weight_decay=0.05,
+    decay_rule="published",
+    clip=1.0,
+    accumulate=1,
+    ema=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.1,
+)
 KEY = jax.random.key(5)
 DATA = SimpleNamespace(
     mean=(0.5,) * 3, std=(0.25,) * 3, classes=10, augment=SimpleNamespace(erase=0.0)
@@ -55,9 +68,7 @@ def train(dispatch, mesh, fsdp=False):
     # Two blocks with experts, in a loop, with slots for every token.
     spec = vmoe.VMoESpec(VIT, (0, 1), EXPERTS, dispatch=dispatch, capacity_factor=EXPERTS)
     stage = chain.abstract(lambda rngs: vmoe.build_stage(spec, 0, (2,), rngs=rngs))
-    program = Program(
-        {"vmoe": stage.graph}, ("vmoe",), ("vmoe",), balance={"importance_loss": 0.1}
-    )
+    program = Program({"vmoe": stage.graph}, ("vmoe",), ("vmoe",), balance={"importance_loss": 0.1})
     params, fixed = {"vmoe": random_params(stage.params, seed=0)}, {"vmoe": {}}
     params = partition.put(params, where(params))
     optimizer = make_optimizer(RECIPE, 10, params)
@@ -65,9 +76,13 @@ def train(dispatch, mesh, fsdp=False):
     placement = where(jax.eval_shape(begin, params, fixed))
     state = jax.jit(begin, out_shardings=placement)(params, fixed)
     step = make_step(
-        on(mesh, program.loss), optimizer, RECIPE, DATA, 3,
+        with_mesh(mesh, program.loss),
+        optimizer,
+        RECIPE,
+        DATA,
+        3,
         out_shardings=(placement, replicated(mesh)),
-    )  # fmt: skip
+    )
     draw, losses, states, compiled = np.random.default_rng(0), [], [], None
     for _ in range(STEPS):
         batch = put_batch(mesh, batch_of(draw, VIT.image_size))
@@ -79,8 +94,9 @@ def train(dispatch, mesh, fsdp=False):
         states.append(jax.tree.map(np.array, state))
     for leaf, home in zip(jax.tree.leaves(state), jax.tree.leaves(placement), strict=True):
         assert leaf.sharding.is_equivalent_to(home, leaf.ndim)
-    return SimpleNamespace(losses=losses, first=states[0], last=states[-1], state=state,
-                           text=compiled.as_text())  # fmt: skip
+    return SimpleNamespace(
+        losses=losses, first=states[0], last=states[-1], state=state, text=compiled.as_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +116,11 @@ def assert_same(run, expected):
 
 def moments(state):
     """Adam's two moments, wherever they are in the chain of transformations."""
-    found = [s for s in jax.tree.leaves(state["opt_state"], is_leaf=lambda s: hasattr(s, "mu"))
-             if hasattr(s, "mu")]  # fmt: skip
+    found = [
+        s
+        for s in jax.tree.leaves(state["opt_state"], is_leaf=lambda s: hasattr(s, "mu"))
+        if hasattr(s, "mu")
+    ]
     return found[0].mu, found[0].nu
 
 
@@ -113,8 +132,11 @@ def held(tree):
 
 def experts_of(tree):
     """The leaves under 'experts'."""
-    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            if "['experts']" in jax.tree_util.keystr(path)]  # fmt: skip
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if "['experts']" in jax.tree_util.keystr(path)
+    ]
 
 
 @pytest.mark.parametrize(("dispatch", "shape", "fsdp"), CASES)
@@ -159,9 +181,12 @@ def test_nac_on_eight_devices():
     stage = chain.abstract(lambda rngs: NAC(spec, rngs=rngs))
     regulariser = graph_regulariser("hinge", SimpleNamespace(weight=0.1, hinge=0.4))
     program = Program(
-        {"nac": stage.graph}, ("nac",), ("nac",), rates=((0.1,),),
+        {"nac": stage.graph},
+        ("nac",),
+        ("nac",),
+        rates=((0.1,),),
         regulariser=lambda stages: regulariser(stages["nac"]),
-    )  # fmt: skip
+    )
     params = {"nac": random_params(stage.params, seed=0)}
     host = batch_of(np.random.default_rng(0), NAC_SPEC.image_size)
     host = {"image": host["image"] / np.float32(255), "target": np.eye(10)[host["label"]]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax import convert, load
-from m2mkd_jax.checkpoint.conversion import carried
+from m2mkd_jax.conversion.from_torch import carried
 from m2mkd_jax.models.nac.spec import NACSpec
 from tests.published_files import ARCH, assert_same_tensors, converted, run, tensors
 from tests.published_files import load as load_torch
@@ -21,8 +21,15 @@ from tests.support import (
 
 STUDENTS = FIXTURES / "f_students"
 # Of a NAC; what a JSON file says where the original's YAML is not at hand.
-NETWORK = {"kind": "nac", "heads": 3, "classes": 10, "input_latents": 6, "mediator_latents": 10,
-           "output_latents": 5, "signature_dim": 12}  # fmt: skip
+NETWORK = {
+    "kind": "nac",
+    "heads": 3,
+    "classes": 10,
+    "input_latents": 6,
+    "mediator_latents": 10,
+    "output_latents": 5,
+    "signature_dim": 12,
+}
 
 
 def description(weights) -> dict:
@@ -130,8 +137,11 @@ def test_vmoe_assembled_with_its_stitches(vmoe_students, tmp_path):
 def test_vmoe_assembled_without_stitches(vmoe_students, tmp_path):
     """As published: the positions are not given again, so the stitches are dropped."""
     weights = converted(vmoe_students, tmp_path / "dropped", ARCH["vmoe"])
-    dropped = [name for name, why in description(weights)["conversion"]["ignored"].items()
-               if why == "stitch, dropped"]  # fmt: skip
+    dropped = [
+        name
+        for name, why in description(weights)["conversion"]["ignored"].items()
+        if why == "stitch, dropped"
+    ]
     # pre_stitch and post_stitch of three seams: ln and fc, weight and bias, in three containers.
     assert len(dropped) == 2 * 3 * 4 * 3
     run(convert, weights, tmp_path / "back")

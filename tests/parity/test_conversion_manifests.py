@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from m2mkd_jax import convert
-from m2mkd_jax.checkpoint import conversion, layouts
-from m2mkd_jax.checkpoint.interpolate import resize_positions
-from m2mkd_jax.checkpoint.source import source_of
-from m2mkd_jax.checkpoint.tensors import Tensor
+from m2mkd_jax.conversion import from_torch, torch_layouts
+from m2mkd_jax.conversion.lazy_tensor import Tensor
+from m2mkd_jax.conversion.resize_positions import resize_positions
+from m2mkd_jax.conversion.torch_weights import source_of
 from m2mkd_jax.models import variants
 from m2mkd_jax.models.nac.spec import NACSpec
 from tests.parity.test_sizes import WIDTHS
@@ -35,8 +35,11 @@ def vit(name: str, depths: list[int], **more) -> dict:
 def vmoe(depths: list[int], pre=(), post=(), classes=1000, **more) -> dict:
     """V-MoE-Base, every MLP of which is a mixture of 8 experts."""
     base = dataclasses.asdict(variants.vit_variant("vit_base_patch16_224", classes)[0])
-    stitches = {"stitch_dim": 1024 if pre or post else 0, "pre_stitch_pos": pre,
-                "post_stitch_pos": post}  # fmt: skip
+    stitches = {
+        "stitch_dim": 1024 if pre or post else 0,
+        "pre_stitch_pos": pre,
+        "post_stitch_pos": post,
+    }
     spec = {"vit": base, "moe_pos": tuple(range(sum(depths))), "experts": 8, **stitches}
     return {"kind": "vmoe", "spec": spec, "depths": depths, **more}
 
@@ -48,8 +51,13 @@ def nac(*sizes, **more) -> dict:
 def student(module: int, **widths) -> dict:
     """One of ten, as a file of its own; distilled on ImageNet at 224 pixels."""
     spec = NACSpec(224, 1000, input_latents=1, mediator_latents=1, output_latents=1, **widths)
-    return {"kind": "nac_student", "spec": dataclasses.asdict(spec), "module": module,
-            "modules": 3, "stitch_dim": 1280}  # fmt: skip
+    return {
+        "kind": "nac_student",
+        "spec": dataclasses.asdict(spec),
+        "module": module,
+        "modules": 3,
+        "stitch_dim": 1280,
+    }
 
 
 # Without --arch. A module that has no head says nothing on its classes; the published variant of
@@ -83,9 +91,9 @@ def unread() -> np.ndarray:
 def test_names_and_shapes_decide(name):
     manifest = facts(f"manifests/{name}.json")
     state = {n: Tensor(n, tuple(s), "float32", (n,), unread, False) for n, s in manifest.items()}
-    contents = layouts.contents_of(finished_checkpoint(state), Path(name))
+    contents = torch_layouts.contents_of(finished_checkpoint(state), Path(name))
     # Every tensor has its place, every array its tensor, every shape fits: or it would raise.
-    found = conversion.convert(source_of(contents, Path(name)), {}, Path(name)).description
+    found = from_torch.convert(source_of(contents, Path(name)), {}, Path(name)).description
     expected = PUBLISHED[name]
     # A middle student shows neither image size nor classes.
     hidden = ("image_size", "classes") if "mediator" in name else ()

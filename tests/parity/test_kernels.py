@@ -105,9 +105,9 @@ def test_training_samples():
 
     args = (IO["receiver"], IO["sender"], BANDWIDTH)
     assert_close(sampled(*args), IO["train.log_normalised"], OUTPUT_TOLERANCE)
-    grads = jax.grad(
-        lambda *a: attention_loss(sampled(*a), IO["train.grad_weight"]), (0, 1, 2)
-    )(*args)
+    grads = jax.grad(lambda *a: attention_loss(sampled(*a), IO["train.grad_weight"]), (0, 1, 2))(
+        *args
+    )
     for grad, which in zip(grads, ("receiver", "sender", "bandwidth"), strict=True):
         assert_close(grad, IO[f"train.grad_att.{which}"], GRADIENT_TOLERANCE, which)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, nac_names
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.circuit import NAC
 from tests.literal import normalised
@@ -14,7 +14,7 @@ from tests.support import NAC_SPEC, OUTPUT_TOLERANCE, arrays, assert_close, nhwc
 
 @pytest.fixture(scope="module")
 def network():
-    params = torch_names.from_torch(torch_names.nac(NAC_SPEC), arrays("e_nac/weights.npz"))
+    params = arrays_from_torch(nac_names(NAC_SPEC), arrays("e_nac/weights.npz"))
     return with_params(lambda rngs: NAC(NAC_SPEC, rngs=rngs), params)
 
 
@@ -107,8 +107,8 @@ def test_kernels_of_propagators_and_read_out(network, io):
 
 
 def test_names_go_back():
-    table, weights = torch_names.nac(NAC_SPEC), arrays("e_nac/weights.npz")
-    back = torch_names.to_torch(table, torch_names.from_torch(table, weights))
+    table, weights = nac_names(NAC_SPEC), arrays("e_nac/weights.npz")
+    back = arrays_to_torch(table, arrays_from_torch(table, weights))
     assert back.keys() == weights.keys()
     for key, value in weights.items():
         assert (back[key] == value).all(), key

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2mkd_jax.config.defaults import scaled_lr
 from m2mkd_jax.train.optimizer import decay_mask
-from m2mkd_jax.train.schedule import learning_rate, scaled_lr
+from m2mkd_jax.train.schedule import learning_rate
 
 FOLDER = Path(__file__).parents[1] / "fixtures/i_optim"
 SCHEDULES = json.loads((FOLDER / "lr_schedules.json").read_text())

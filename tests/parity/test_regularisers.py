@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2mkd_jax.losses.classification import soft_cross_entropy
+from m2mkd_jax.losses.distillation import distill
+from m2mkd_jax.losses.graph import block_matrix, hinge_repulsion, stochastic_block
 from m2mkd_jax.models.nac.kernels import affinity, distance
-from m2mkd_jax.objectives.classification import soft_cross_entropy
-from m2mkd_jax.objectives.distillation import distill
-from m2mkd_jax.objectives.graph import block_matrix, hinge_repulsion, stochastic_block
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 IO = np.load(FIXTURES / "h_regularisers/io.npz")

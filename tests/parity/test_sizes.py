@@ -1,12 +1,12 @@
 """Names, shapes and sizes of the published networks (manifests of their checkpoints).
 
 Nothing is allocated: our shapes come from `chain.abstract`, theirs from the manifests, and the
-tables of checkpoint/torch_names.py join them.
+tables of checkpoint/names.py join them.
 """
 
 import pytest
 
-from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.conversion.names import nac_names, nac_student_names, vit_stage_names
 from m2mkd_jax.models import chain, variants, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE, NACSpec
@@ -97,7 +97,7 @@ def test_vision_transformers(name):
         ).params
         # A checkpoint holds every tensor twice: under its stage and under the whole network.
         for prefix, start in ((f"stages.{i}.", 0), ("", offset)):
-            table = torch_names.vit_stage(depth, **ends, qkv_bias=spec.qkv_bias, offset=start)
+            table = vit_stage_names(depth, **ends, qkv_bias=spec.qkv_bias, offset=start)
             shapes = torch_shapes(table, params, spec.patch)
             ours |= {prefix + key: shape for key, shape in shapes.items()}
         assert total(shapes) == chain.count(params)
@@ -112,19 +112,20 @@ def test_circuits(name):
     spec, parameters = NACS[name]
     params = chain.abstract(lambda rngs: NAC(spec, rngs=rngs)).params
     manifest = facts(f"manifests/nac_scale_{name}.json")
-    assert torch_shapes(torch_names.nac(spec), params) == manifest
+    assert torch_shapes(nac_names(spec), params) == manifest
     assert chain.count(params) == total(manifest) == parameters
 
 
 @pytest.mark.parametrize("config, kind", STUDENTS)
 def test_students(config, kind):
     """Both are distilled on ImageNet at 224 pixels, for a meta model of width 1280."""
-    spec = NACSpec(224, 1000, input_latents=1, mediator_latents=1, output_latents=1,
-                   **WIDTHS[config])  # fmt: skip
+    spec = NACSpec(
+        224, 1000, input_latents=1, mediator_latents=1, output_latents=1, **WIDTHS[config]
+    )
     index = {"readin": 0, "mediator": 1, "readout": MODULES - 1}[kind]
     params = chain.abstract(
         lambda rngs: build_student(spec, index, MODULES, 1280, 1, rngs=rngs)
     ).params
     manifest = facts(f"manifests/nac_student_{config}.{kind}.stitch1280.json")
-    assert torch_shapes(torch_names.nac_student(spec, kind), params) == manifest
+    assert torch_shapes(nac_student_names(spec, kind), params) == manifest
     assert chain.count(params) == total(manifest) == STUDENTS[config, kind]

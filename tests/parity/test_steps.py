@@ -19,10 +19,16 @@ import numpy as np
 import optax
 import pytest
 
-from m2mkd_jax import losses
-from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.conversion.names import (
+    arrays_from_torch,
+    arrays_to_torch,
+    nac_names,
+    vit_stage_names,
+)
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.phases.nac_family import graph_regulariser
+from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.optimizer import make_optimizer
 from tests.support import (
     GRADIENT_TOLERANCE,
@@ -37,8 +43,8 @@ from tests.support import (
 STEPS = 3
 VIT_SPEC = vit.ViTSpec(64, 16, 24, 3, 10, qkv_bias=True, eps=1e-6)
 VIT_DEPTH = 2
-VIT_TABLE = torch_names.vit_stage(VIT_DEPTH, first=True, last=True, qkv_bias=True)
-NAC_TABLE = torch_names.nac(NAC_SPEC)
+VIT_TABLE = vit_stage_names(VIT_DEPTH, first=True, last=True, qkv_bias=True)
+NAC_TABLE = nac_names(NAC_SPEC)
 
 
 def vit_stage(rngs):
@@ -84,15 +90,15 @@ def run(name: str, dtype=jnp.float32):
     fixture, about = arrays(f"j_steps/{name}.npz"), meta(name)
     parts = chain.abstract(build)
     assert not parts.fixed
-    before = torch_names.from_torch(table, part(fixture, "before."))
+    before = arrays_from_torch(table, part(fixture, "before."))
     params = {"net": jax.tree.map(lambda a: jnp.asarray(a, dtype), before)}
     assert jax.tree.map(jnp.shape, params["net"]) == jax.tree.map(jnp.shape, parts.params)
     regulariser = None
     if name == "nac":
         options = SimpleNamespace(weight=about["hinge_weight"], hinge=about["hinge"])
-        hinge = losses.graph_regulariser("hinge", options)
+        hinge = graph_regulariser("hinge", options)
         regulariser = lambda stages: hinge(stages["net"])  # noqa: E731
-    program = losses.Program(
+    program = Program(
         {"net": parts.graph}, ("net",), ("net",), regulariser=regulariser, dtype=dtype
     )
     recipe = SimpleNamespace(
@@ -121,7 +127,7 @@ def run(name: str, dtype=jnp.float32):
         return optax.apply_updates(params, updates), state, loss, grads
 
     def by_name(tree):
-        return torch_names.to_torch(table, tree["net"], VIT_SPEC.patch)
+        return arrays_to_torch(table, tree["net"], VIT_SPEC.patch)
 
     state, values, norms, gradients = optimizer.init(params), [], [], []
     for i in range(STEPS):

@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2mkd_jax.checkpoint import torch_names
-from m2mkd_jax.losses import Program
+from m2mkd_jax.conversion.names import (
+    arrays_from_torch,
+    arrays_to_torch,
+    nac_names,
+    nac_student_names,
+    vit_stage_names,
+)
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.students import (
@@ -15,6 +20,7 @@ from m2mkd_jax.models.nac.students import (
     assemble,
     build_student,
 )
+from m2mkd_jax.phases.program import Program
 from tests.support import (
     GRADIENT_TOLERANCE,
     NAC_SPEC,
@@ -41,8 +47,8 @@ KIND = {file: kind for kind, files in FILES.items() for file in files}
 
 
 def student_params(file: str) -> dict:
-    table = torch_names.nac_student(STUDENT_SPEC, KIND[file])
-    return torch_names.from_torch(table, arrays(f"f_students/{file}.npz"))
+    table = nac_student_names(STUDENT_SPEC, KIND[file])
+    return arrays_from_torch(table, arrays(f"f_students/{file}.npz"))
 
 
 def student(file: str, fixed: dict, latents: int = 1, states: int = 1):
@@ -91,8 +97,11 @@ def test_read_out_student(latents, mode):
     assert_close(logits, io[f"{mode}.out_{latents}"], OUTPUT_TOLERANCE)
 
 
-CASES = {"readin": ("ReadInStudent", 0), "mediator": ("MediatorStudent_2", 2),
-         "readout": ("ReadOutStudent", 4)}  # fmt: skip
+CASES = {
+    "readin": ("ReadInStudent", 0),
+    "mediator": ("MediatorStudent_2", 2),
+    "readout": ("ReadOutStudent", 4),
+}
 # With one latent the pooling's scorer has no gradient; the original has rounding noise there.
 NO_GRADIENT = ("['pooling']['confidence']['kernel']", "['pooling']['confidence']['bias']")
 
@@ -105,13 +114,11 @@ def distillation_case(name: str, kind: str, temperature: float):
     meta_params = vit_stage_params(spec, arrays("b_vit_huge_meta/weights.npz"), meta_depths)
     teacher = chain.abstract(lambda rngs: vit.build(spec, depths, rngs=rngs)[index])
     last = index == len(depths) - 1
-    table = torch_names.vit_stage(depths[index], first=index == 0, last=last, qkv_bias=False)
-    teacher_params = torch_names.from_torch(table, arrays(f"b_vit_huge/module_{index}.npz"))
+    table = vit_stage_names(depths[index], first=index == 0, last=last, qkv_bias=False)
+    teacher_params = arrays_from_torch(table, arrays(f"b_vit_huge/module_{index}.npz"))
     states = len(io["states"]) if "states" in io else 1
     pupil = chain.abstract(
-        lambda rngs: build_student(
-            STUDENT_SPEC, index, len(depths), STITCH_DIM, states, rngs=rngs
-        )
+        lambda rngs: build_student(STUDENT_SPEC, index, len(depths), STITCH_DIM, states, rngs=rngs)
     )
     fixed = {k: jnp.asarray(io[k]) for k in pupil.fixed}
     frozen = {f"meta/{i}": {"params": p, "fixed": {}} for i, p in enumerate(meta_params)}
@@ -162,9 +169,7 @@ def test_distillation_loss_and_gradients(name, case):
     assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE)
     prefix = {"soft_tau1": "grad.", "soft_tau2": "grad_soft_tau2."}.get(case)
     kind_name = KIND[CASES[name][0]]
-    ours = torch_names.to_torch(
-        torch_names.nac_student(STUDENT_SPEC, kind_name), grads["student"]
-    )
+    ours = arrays_to_torch(nac_student_names(STUDENT_SPEC, kind_name), grads["student"])
     norms = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norms"]
     assert set(norms) == set(ours)
     total = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norm_total"]
@@ -180,16 +185,14 @@ def test_distillation_loss_and_gradients(name, case):
 
 def test_assembly():
     """The published 'tinynet' rule: grid and pooling start fresh."""
-    expected = torch_names.from_torch(
-        torch_names.nac(NAC_SPEC), arrays("f_nac_from_students/weights.npz")
-    )
+    expected = arrays_from_torch(nac_names(NAC_SPEC), arrays("f_nac_from_students/weights.npz"))
     fresh = chain.initialise(lambda rngs: NAC(NAC_SPEC, rngs=rngs), jax.random.key(0)).params
     files = [file for files in FILES.values() for file in files]
     result, origin = assemble(fresh, [student_params(f) for f in files], carry_pooling=False)
     report = facts("f_students/loading_report.json")["tinynet_grid7"]
-    table = torch_names.nac(NAC_SPEC)
-    flat = torch_names.to_torch(table, result)
-    wanted, start = torch_names.to_torch(table, expected), torch_names.to_torch(table, fresh)
+    table = nac_names(NAC_SPEC)
+    flat = arrays_to_torch(table, result)
+    wanted, start = arrays_to_torch(table, expected), arrays_to_torch(table, fresh)
     loaded, skipped = set(report["loaded"]), set(report["nac_keys_not_loaded"])
     assert loaded | skipped == set(flat)
     for key, value in flat.items():
@@ -215,8 +218,8 @@ def test_assembly_keeps_grid_and_pooling_where_they_fit():
     fresh = chain.initialise(lambda rngs: NAC(STUDENT_SPEC, rngs=rngs), jax.random.key(0)).params
     result, origin = assemble(fresh, students)
     report = facts("f_students/loading_report.json")["imagenet_grid7"]
-    table = torch_names.nac(STUDENT_SPEC)
-    flat, start = torch_names.to_torch(table, result), torch_names.to_torch(table, fresh)
+    table = nac_names(STUDENT_SPEC)
+    flat, start = arrays_to_torch(table, result), arrays_to_torch(table, fresh)
     kept = {k for k, v in flat.items() if v.shape == start[k].shape and (v == start[k]).all()}
     # A learned value may equal a fresh one by chance only where both are constants of the init.
     assert set(report["nac_keys_not_loaded"]) <= kept

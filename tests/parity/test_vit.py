@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from m2mkd_jax.checkpoint import torch_names
+from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, vit_stage_names
 from m2mkd_jax.models import chain, vit
 from tests.support import (
     OUTPUT_TOLERANCE,
@@ -29,8 +29,9 @@ def load(name: str, meta: bool = False) -> list[vit.ViTStage]:
     depths = (1,) * len(depths) if meta else depths
     weights = arrays(f"{name}{'_meta' if meta else ''}/weights.npz")
     params = vit_stage_params(spec, weights, depths)
-    used = {e.torch for e in torch_names.vit_stage(
-        sum(depths), first=True, last=True, qkv_bias=spec.qkv_bias)}  # fmt: skip
+    used = {
+        e.torch for e in vit_stage_names(sum(depths), first=True, last=True, qkv_bias=spec.qkv_bias)
+    }
     assert used == set(weights)
     return [stage_with(spec, depths, i, p) for i, p in enumerate(params)]
 
@@ -69,10 +70,10 @@ def test_split_teacher_modules(name):
     spec, depths = VIT_SPECS[name], VIT_DEPTHS[name]
     io = arrays(f"{name}/teacher_modules_io.npz")
     for i, depth in enumerate(depths):
-        table = torch_names.vit_stage(
+        table = vit_stage_names(
             depth, first=i == 0, last=i == len(depths) - 1, qkv_bias=spec.qkv_bias
         )
-        params = torch_names.from_torch(table, arrays(f"{name}/module_{i}.npz"))
+        params = arrays_from_torch(table, arrays(f"{name}/module_{i}.npz"))
         x = nhwc(io["image"]) if i == 0 else io["tokens"]
         stage = jax.jit(stage_with(spec, depths, i, params).__call__)
         assert_close(stage(x), io[f"module_{i}.out"], OUTPUT_TOLERANCE)
@@ -82,8 +83,8 @@ def test_split_teacher_modules(name):
 def test_names_go_back(name):
     spec, depths = VIT_SPECS[name], VIT_DEPTHS[name]
     weights = arrays(f"{name}/weights.npz")
-    table = torch_names.vit_stage(sum(depths), first=True, last=True, qkv_bias=spec.qkv_bias)
-    back = torch_names.to_torch(table, torch_names.from_torch(table, weights), spec.patch)
+    table = vit_stage_names(sum(depths), first=True, last=True, qkv_bias=spec.qkv_bias)
+    back = arrays_to_torch(table, arrays_from_torch(table, weights), spec.patch)
     assert back.keys() == weights.keys()
     for key, value in weights.items():
         assert (back[key] == value).all(), key

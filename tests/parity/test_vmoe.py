@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.checkpoint import torch_names, torch_names_moe
+from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch
+from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe import vmoe
 from tests.support import (
@@ -30,10 +31,8 @@ MODULES = len(VMOE_DEPTHS)
 
 def one_by_one(params: dict, spec, start: int, depth: int, *, first: bool, last: bool) -> list:
     """A stage as stages of one block each, whose outputs and routers can be looked at."""
-    table = functools.partial(torch_names_moe.vmoe_stage, spec)
-    flat = torch_names.to_torch(
-        table(start, depth, first=first, last=last), params, spec.vit.patch
-    )
+    table = functools.partial(vmoe_stage_names, spec)
+    flat = arrays_to_torch(table(start, depth, first=first, last=last), params, spec.vit.patch)
     stages = []
     for i in range(depth):
         ends = {"first": first and i == 0, "last": last and i == depth - 1}
@@ -42,7 +41,7 @@ def one_by_one(params: dict, spec, start: int, depth: int, *, first: bool, last:
         stages.append(
             with_params(
                 lambda rngs, build=build: build(rngs=rngs),
-                torch_names.from_torch(entries, {e.torch: flat[e.torch] for e in entries}),
+                arrays_from_torch(entries, {e.torch: flat[e.torch] for e in entries}),
             )
         )
     return stages
@@ -53,9 +52,7 @@ def walk(stages, x):
     seen = []
     for stage in stages:
         x = stage.embed(x) if stage.first else x
-        (block,) = [
-            jax.tree.map(lambda a: a[0], stage.segment_0.blocks)
-        ]
+        (block,) = [jax.tree.map(lambda a: a[0], stage.segment_0.blocks)]
         inside = block.pre_stitch(x) if block.kind.pre else x
         inside = inside + block.attn(block.norm1(inside))
         tokens = block.norm2(inside)
@@ -95,20 +92,25 @@ def test_networks(name):
     dead = np.concatenate([stage["dead"] for stage in seen])
     np.testing.assert_array_equal(dead, (counts == 0).sum(1))
     singles = [
-        single for i, p in enumerate(params)
-        for single in one_by_one(p, spec, sum(VMOE_DEPTHS[:i]), VMOE_DEPTHS[i], first=i == 0,
-                                 last=i == MODULES - 1)
-    ]  # fmt: skip
+        single
+        for i, p in enumerate(params)
+        for single in one_by_one(
+            p, spec, sum(VMOE_DEPTHS[:i]), VMOE_DEPTHS[i], first=i == 0, last=i == MODULES - 1
+        )
+    ]
     check_blocks(singles, nhwc(io["image"]), io, "image.")
 
 
 def student_params(name: str) -> dict:
     index = STUDENTS[name]
-    table = torch_names_moe.vmoe_stage(
-        VMOE_STITCHED, sum(VMOE_DEPTHS[:index]), VMOE_DEPTHS[index],
-        first=index == 0, last=index == MODULES - 1,
-    )  # fmt: skip
-    return torch_names.from_torch(table, arrays(f"d_vmoe_{name}/weights.npz"))
+    table = vmoe_stage_names(
+        VMOE_STITCHED,
+        sum(VMOE_DEPTHS[:index]),
+        VMOE_DEPTHS[index],
+        first=index == 0,
+        last=index == MODULES - 1,
+    )
+    return arrays_from_torch(table, arrays(f"d_vmoe_{name}/weights.npz"))
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -136,10 +138,10 @@ def test_names_go_back():
     back = {}
     for i, params in enumerate(vmoe_stage_params(VMOE_STITCHED, weights)):
         start = sum(VMOE_DEPTHS[:i])
-        table = torch_names_moe.vmoe_stage(
+        table = vmoe_stage_names(
             VMOE_STITCHED, start, VMOE_DEPTHS[i], first=i == 0, last=i == MODULES - 1, offset=start
         )
-        back |= torch_names.to_torch(table, params, VMOE_SPEC.vit.patch)
+        back |= arrays_to_torch(table, params, VMOE_SPEC.vit.patch)
     assert back.keys() == weights.keys()
     for key, value in weights.items():
         np.testing.assert_array_equal(back[key], value, key)

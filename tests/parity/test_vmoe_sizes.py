@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2mkd_jax.checkpoint import torch_names_moe
+from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import chain, variants
 from m2mkd_jax.models.moe import vmoe
 from tests.parity.test_sizes import torch_shapes, total
@@ -22,7 +22,7 @@ def stage(spec, index):
 
 def names(spec, index, prefix: str, offset: int) -> dict[str, list[int]]:
     params, ends, start = stage(spec, index)
-    table = torch_names_moe.vmoe_stage(spec, start, DEPTHS[index], **ends, offset=offset)
+    table = vmoe_stage_names(spec, start, DEPTHS[index], **ends, offset=offset)
     shapes = torch_shapes(table, params, spec.vit.patch)
     assert len(shapes) == len(table) and total(shapes) == chain.count(params)
     return {prefix + name: shape for name, shape in shapes.items()}
@@ -46,9 +46,13 @@ def test_networks(name, spec, parameters):
 
 @pytest.mark.parametrize(
     "name, index, parameters",
-    [("idx0", 0, 121_984_792), ("idx1", 1, 122_031_384), ("idx1", 2, 122_031_384),
-     ("idx-1", 3, 122_012_928)],
-)  # fmt: skip
+    [
+        ("idx0", 0, 121_984_792),
+        ("idx1", 1, 122_031_384),
+        ("idx1", 2, 122_031_384),
+        ("idx-1", 3, 122_012_928),
+    ],
+)
 def test_students(name, index, parameters):
     """Students count their blocks from 0."""
     ours = names(STITCHED, index, "", 0) | names(STITCHED, index, "stages.0.", 0)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.checkpoint import torch_names, torch_names_moe
-from m2mkd_jax.losses import Program
+from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, vit_stage_names
+from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
+from m2mkd_jax.losses import classification, distillation
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.moe import vmoe
-from m2mkd_jax.objectives import classification, distillation
+from m2mkd_jax.phases.program import Program
 from tests.random_params import random_params
 from tests.support import (
     GRADIENT_TOLERANCE,
@@ -36,16 +37,17 @@ TEACHER, TEACHER_DEPTHS = VIT_SPECS["a_vit_large"], VIT_DEPTHS["a_vit_large"]
 
 
 def table(index: int):
-    return torch_names_moe.vmoe_stage(
-        VMOE_STITCHED, sum(VMOE_DEPTHS[:index]), VMOE_DEPTHS[index],
-        first=index == 0, last=index == MODULES - 1,
-    )  # fmt: skip
+    return vmoe_stage_names(
+        VMOE_STITCHED,
+        sum(VMOE_DEPTHS[:index]),
+        VMOE_DEPTHS[index],
+        first=index == 0,
+        last=index == MODULES - 1,
+    )
 
 
 def student_params(name: str) -> dict:
-    params = torch_names.from_torch(
-        table(CASES[name]), arrays(f"d_vmoe_student_{name}/weights.npz")
-    )
+    params = arrays_from_torch(table(CASES[name]), arrays(f"d_vmoe_student_{name}/weights.npz"))
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -54,8 +56,8 @@ def distillation_case(name: str):
     index, io = CASES[name], arrays(f"g_m2mkd/vmoe_{name}.npz")
     meta_depths = (1,) * MODULES
     meta_params = vit_stage_params(TEACHER, arrays("a_vit_large_meta/weights.npz"), meta_depths)
-    teacher = torch_names.from_torch(
-        torch_names.vit_stage(
+    teacher = arrays_from_torch(
+        vit_stage_names(
             TEACHER_DEPTHS[index], first=index == 0, last=index == MODULES - 1, qkv_bias=True
         ),
         arrays(f"a_vit_large/module_{index}.npz"),
@@ -96,7 +98,7 @@ def test_distillation_loss_and_gradients(name):
     for case, prefix in (("soft_tau1", "grad."), ("soft_tau2", "grad_soft_tau2.")):
         (loss, _), grads = grad(trainable, float(case[-1]))
         assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE, case)
-        ours = torch_names.to_torch(table(CASES[name]), grads["student"], VMOE_SPEC.vit.patch)
+        ours = arrays_to_torch(table(CASES[name]), grads["student"], VMOE_SPEC.vit.patch)
         recorded = facts(f"g_m2mkd/vmoe_{name}.json")[case]
         norms, total = recorded["grad_norms"], recorded["grad_norm_total"]
         assert set(norms) == set(ours)

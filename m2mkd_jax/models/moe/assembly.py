@@ -141,10 +141,12 @@ def _check_number(own: Sequence[dict], given: Sequence[dict], where: str) -> Non
 def _check(target: dict, source: dict, where: str) -> None:
     """Raises UserError at the first array that only one of them has or that differs in shape."""
     shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         for tree in (target, source)
-    ]  # fmt: skip
+    ]
     for path in sorted(set(shapes[0]) | set(shapes[1])):
         have = [tree.get(path) for tree in shapes]
         if have[0] != have[1]:

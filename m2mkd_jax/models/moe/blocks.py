@@ -6,101 +6,17 @@ X stitch width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import layers
 from m2mkd_jax.models.moe import dispatch, experts, router
-from m2mkd_jax.models.vit import Attention, Mlp, ViTSpec
+from m2mkd_jax.models.moe.spec import BlockKind, VMoESpec
+from m2mkd_jax.models.vit import Attention, Mlp
 
 STITCH_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class VMoESpec:
-    """Fields of a V-MoE. Block numbers count through the whole network.
-
-    Attributes:
-        vit: the transformer around the experts.
-        moe_pos: blocks whose MLP is a mixture of experts.
-        experts, top_k: how many there are, and how many a token goes to.
-        router, noise: see models/moe/router.py.
-        dispatch: 'dropless' or 'capacity' (models/moe/dispatch.py).
-        capacity_factor: slots per expert over its even share; 'capacity' and expert choice only.
-        group_images: images that share these slots; 0: those that lie on one device.
-            Without meaning where no slots are shared.
-        stitch_dim: width between stitches: the meta model's.
-        pre_stitch_pos, post_stitch_pos: blocks that start with a map from that width, and that end
-            with one to it.
-    """
-
-    vit: ViTSpec
-    moe_pos: tuple[int, ...]
-    experts: int
-    top_k: int = 2
-    router: str = "published"
-    noise: float = 1.0
-    dispatch: str = "dropless"
-    capacity_factor: float = 1.25
-    group_images: int = 0
-    stitch_dim: int = 0
-    pre_stitch_pos: tuple[int, ...] = ()
-    post_stitch_pos: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for field, value, known in (
-            ("router", self.router, router.KINDS),
-            ("dispatch", self.dispatch, dispatch.KINDS),
-        ):
-            if value not in known:
-                raise UserError(f"vmoe.{field}: no {field} {value!r}; one of {', '.join(known)}")
-        if not 1 <= self.top_k <= self.experts:
-            raise UserError(
-                f"vmoe.top_k: {self.top_k} choices among {self.experts} experts; "
-                "use 1 to the number of experts"
-            )
-        if self.router == "published" and self.top_k == 1 < self.experts:
-            raise UserError(
-                "vmoe.top_k: the published router's weight of a single choice is always 1 and "
-                'teaches it nothing; use top_k 2 or more, or router "vmoe"'
-            )
-        for field in ("noise", "group_images", "stitch_dim"):
-            if getattr(self, field) < 0:
-                raise UserError(f"vmoe.{field}: {getattr(self, field)} must not be negative")
-        if self.capacity_factor <= 0:
-            raise UserError(f"vmoe.capacity_factor: {self.capacity_factor} must be above 0")
-        if (self.pre_stitch_pos or self.post_stitch_pos) and not self.stitch_dim:
-            raise UserError("vmoe.stitch_dim: stitches need the width of the meta model")
-
-    @property
-    def group(self) -> int:
-        """Images whose tokens compete for slots; 0: those of one device, or none do."""
-        shared = self.dispatch == "capacity" or self.router == "expert_choice"
-        return self.group_images if shared else 0
-
-    def router_spec(self) -> router.RouterSpec:
-        return router.RouterSpec(
-            self.router, self.experts, self.top_k, self.noise, self.capacity_factor
-        )
-
-    def kind(self, block: int) -> BlockKind:
-        return BlockKind(
-            block in self.moe_pos, block in self.pre_stitch_pos, block in self.post_stitch_pos
-        )
-
-
-@dataclass(frozen=True)
-class BlockKind:
-    """What tells one block from another: experts, a stitch at its start, one at its end."""
-
-    moe: bool
-    pre: bool
-    post: bool
 
 
 class Stitch(nnx.Module):

@@ -34,7 +34,6 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.models.moe.grouped import grouped_linear
 from m2mkd_jax.models.moe.router import ExpertChoice, Routing, TokenChoice
 
-KINDS = ("dropless", "capacity")
 ALL_DEVICES = PartitionSpec(("data", "expert"))
 
 
@@ -192,9 +191,7 @@ def on_experts(rows: jax.Array, weights, apply: Callable) -> jax.Array:
     rows = _constrain(_constrain(rows, at_home), abroad)
 
     def linear(rows, layer):
-        return (
-            jnp.einsum("egcd,edf->egcf", rows, layer["kernel"]) + layer["bias"][:, None, None]
-        )
+        return jnp.einsum("egcd,edf->egcf", rows, layer["kernel"]) + layer["bias"][:, None, None]
 
     rows = jnp.swapaxes(apply(weights, jnp.swapaxes(rows, 0, 1), linear), 0, 1)
     return _constrain(_constrain(rows, abroad), at_home)

@@ -74,8 +74,11 @@ def _write(rows: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
 # How many tiles a loop has is known at run time alone, and padding is no work done: FLOPs per row
 # and weight of the functions below, by which evaluate/flops.py counts them.
 LOOP_FLOPS = {
-    "_tiles_forward": 2, "_tiles_backward": 4, "_batched_forward": 2, "_batched_backward": 4
-}  # fmt: skip
+    "_tiles_forward": 2,
+    "_tiles_backward": 4,
+    "_batched_forward": 2,
+    "_batched_backward": 4,
+}
 
 
 @jax.custom_vjp
@@ -119,9 +122,7 @@ def _tiles_backward(residuals, grad):
             inside = jnp.arange(tile)[:, None] < ends[e] - at
             g = jnp.where(inside, _read(grad, at, tile), 0)
             d_rows = _write(d_rows, g @ weight, at)
-            product = jnp.matmul(
-                _read(padded, at, tile).T, g, preferred_element_type=jnp.float32
-            )
+            product = jnp.matmul(_read(padded, at, tile).T, g, preferred_element_type=jnp.float32)
             return d_rows, d_weight + product, d_own_bias + g.sum(0, dtype=jnp.float32)
 
         own = [jnp.zeros(a.shape[1:], jnp.float32) for a in (kernel, bias)]

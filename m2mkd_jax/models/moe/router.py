@@ -17,40 +17,15 @@ batch, in evaluation too.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from m2mkd_jax.losses import balance
 from m2mkd_jax.models import layers
-from m2mkd_jax.objectives import balance
-
-KINDS = ("published", "vmoe", "expert_choice")
-
-
-@dataclass(frozen=True)
-class RouterSpec:
-    """kind: see above. noise: of 'vmoe' in training, a standard deviation of noise / experts."""
-
-    kind: str
-    experts: int
-    top_k: int = 2
-    noise: float = 1.0
-    capacity_factor: float = 1.25
-
-    @property
-    def noise_std(self) -> float:
-        return self.noise / self.experts if self.kind == "vmoe" else 0.0
-
-    def capacity(self, tokens: int) -> int:
-        """Slots per expert for a group of `tokens`: its even share times the factor.
-
-        A token chooses an expert at most once, so that more slots than tokens are never used.
-        """
-        share = self.capacity_factor * tokens * self.top_k / self.experts
-        return min(math.ceil(share), tokens)
+from m2mkd_jax.models.moe.spec import RouterSpec
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,7 @@ the students (reference section 2).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +21,8 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, layers
 from m2mkd_jax.models.moe import assembly
 from m2mkd_jax.models.moe.assembly import assemble, upcycle
-from m2mkd_jax.models.moe.blocks import Block, BlockKind, VMoESpec
+from m2mkd_jax.models.moe.blocks import Block
+from m2mkd_jax.models.moe.spec import BlockKind, VMoESpec, segments, student_spec
 
 __all__ = [
     "VMoESpec",
@@ -50,21 +49,15 @@ class Segment(nnx.Module):
 
         def body(x, layer):
             state, rate, key = layer
-            return nnx.merge(graph, layers.whole(state))(x, rate, key)
+            return nnx.merge(graph, layers.all_gather_params(state))(x, rate, key)
 
-        body = layers.kept(body, self.remat)
+        body = layers.remat_policy(body, self.remat)
         layer = (state, rates, keys)
         if self.count > 1:
             return jax.lax.scan(body, x, layer)
         # A single block needs no loop, and with one stitch could not be in one: shapes change.
         x, seen = body(x, jax.tree.map(lambda a: a[0], layer))
         return x, jax.tree.map(lambda a: a[None], seen)
-
-
-def segments(spec: VMoESpec, start: int, depth: int) -> list[tuple[BlockKind, int]]:
-    """Runs of equal neighbours among blocks start .. start + depth, and their lengths."""
-    kinds = [spec.kind(block) for block in range(start, start + depth)]
-    return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
 
 
 class VMoEStage(chain.Stage):
@@ -181,24 +174,11 @@ def build(spec: VMoESpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[VMoE
     return [build_stage(spec, i, depths, rngs=rngs) for i in range(len(depths))]
 
 
-def build_stage(
-    spec: VMoESpec, index: int, depths: Sequence[int], *, rngs: nnx.Rngs
-) -> VMoEStage:
+def build_stage(spec: VMoESpec, index: int, depths: Sequence[int], *, rngs: nnx.Rngs) -> VMoEStage:
     """Stage `index` of the network: with `student_spec` the student module of that number."""
     first, last = index == 0, index == len(depths) - 1
     start = sum(depths[:index])
     return VMoEStage(spec, start, depths[index], first=first, last=last, rngs=rngs)
-
-
-def student_spec(spec: VMoESpec, depths: Sequence[int], stitch_dim: int) -> VMoESpec:
-    """The network cut open: stitches of the meta model's width wherever two modules meet."""
-    ends = tuple(itertools.accumulate(depths))[:-1]
-    return dataclasses.replace(
-        spec,
-        stitch_dim=stitch_dim,
-        pre_stitch_pos=ends,
-        post_stitch_pos=tuple(end - 1 for end in ends),
-    )
 
 
 def build_student(

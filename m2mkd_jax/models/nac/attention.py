@@ -86,9 +86,7 @@ class LatentAttention(nnx.Module):
         if kernel:
             self.bandwidth = nnx.Param(jnp.float32(1.0))
         self.receiver_norm = layers.layer_norm(d, LAYER_NORM_EPS, rngs=rngs)
-        self.sender_norm = (
-            None if share_norm else layers.layer_norm(d, LAYER_NORM_EPS, rngs=rngs)
-        )
+        self.sender_norm = None if share_norm else layers.layer_norm(d, LAYER_NORM_EPS, rngs=rngs)
         self.query = ModulatedLinear(d, inner, spec, bias=spec.qkv_bias, rngs=rngs)
         self.key = ModulatedLinear(d, inner, spec, bias=spec.qkv_bias, rngs=rngs)
         self.value = ModulatedLinear(d, inner, spec, bias=spec.qkv_bias, rngs=rngs)
@@ -130,9 +128,16 @@ class LatentLayer(nnx.Module):
         self.ffn = ModulatedFFN(spec, spec.layer_scale, rngs=rngs) if ffn else None
 
     def __call__(
-        self, receivers, receiver_codes, senders, sender_codes, log_kernel=None, rate=None,
-        key=None, ffn=None,
-    ):  # fmt: skip
+        self,
+        receivers,
+        receiver_codes,
+        senders,
+        sender_codes,
+        log_kernel=None,
+        rate=None,
+        key=None,
+        ffn=None,
+    ):
         """As LatentAttention; `ffn` replaces an own feed-forward network (shared ones)."""
         keys = (None, None) if key is None else jax.random.split(key)
         states = self.attention(

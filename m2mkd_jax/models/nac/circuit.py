@@ -47,9 +47,7 @@ class NAC(chain.Stage):
         self.shared_ffn = (
             ModulatedFFN(spec, spec.layer_scale, rngs=rngs) if spec.share_ffn else None
         )
-        self.read_out = LatentLayer(
-            spec, share_norm=False, residual=False, kernel=True, rngs=rngs
-        )
+        self.read_out = LatentLayer(spec, share_norm=False, residual=False, kernel=True, rngs=rngs)
         if spec.output == "pooling":
             self.pooling = OutputPooling(spec.state_dim, spec.classes, rngs=rngs)
 

@@ -110,9 +110,12 @@ def build_student(
 
 
 def assemble(
-    nac: dict, students: list[dict], *, carry_grid: bool | None = None,
+    nac: dict,
+    students: list[dict],
+    *,
+    carry_grid: bool | None = None,
     carry_pooling: bool | None = None,
-) -> tuple[dict, dict[str, str]]:  # fmt: skip
+) -> tuple[dict, dict[str, str]]:
     """Puts the students' weights into a NAC's parameters.
 
     Tokenizer and read-in come from the first student, propagator i from mediator i, the read-out
@@ -155,8 +158,11 @@ def assemble(
         return target
 
     def wanted(choice, target, source):
-        return jax.tree.map(jnp.shape, target) == jax.tree.map(jnp.shape, source) \
-            if choice is None else choice  # fmt: skip
+        return (
+            jax.tree.map(jnp.shape, target) == jax.tree.map(jnp.shape, source)
+            if choice is None
+            else choice
+        )
 
     tokenizer = dict(first["tokenizer"])
     grid = tokenizer.pop("grid")

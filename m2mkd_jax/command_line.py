@@ -1,0 +1,47 @@
+"""What the small commands (convert, predict) share: one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import logging
+
+from m2mkd_jax.errors import UserError, printable
+
+WRONG_INPUT = 2
+LONGEST = 2000  # characters of a message
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaints as UserError instead of several lines and an exit."""
+
+    def __init__(self, prog: str, doc: str):
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=doc, formatter_class=kind, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run(name: str, command: Callable[[], None]) -> int:
+    """Runs a command; 0, or 2 and one line on stderr where the input is wrong."""
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    try:
+        command()
+        return 0
+    except UserError as error:
+        reason = str(error)
+    except OSError as error:  # a path that is too long, or must not be read; a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror or error}"
+    line = printable(" ".join(reason.split()))
+    if len(line) > LONGEST:  # names in a hostile file may have any length
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"m2mkd_jax.{name}: {line}", file=sys.stderr)
+    return WRONG_INPUT

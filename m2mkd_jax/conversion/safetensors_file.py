@@ -1,0 +1,124 @@
+"""Reading and writing .safetensors: eight bytes of length, a JSON header, raw little-endian bytes.
+
+Done here, so that it needs no package, copies no tensor and can write one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (gives numpy the type bfloat16)
+import numpy as np
+
+from m2mkd_jax.checkpoint.files import replace_file
+from m2mkd_jax.conversion.lazy_tensor import Tensor
+from m2mkd_jax.errors import UserError
+
+SUFFIX = ".safetensors"
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_CODES = {name: code for code, name in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors by name, none of them read yet, and its metadata.
+
+    Raises:
+        UserError: no such file, or one that is not of the format byte for byte.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is empty"
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    try:
+        return _parse(data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a safetensors file: {reason[:200]}") from None
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return names
+
+
+def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
+    (size,) = struct.unpack("<Q", data[:8].tobytes())
+    if not 2 <= size <= min(_LARGEST_HEADER, len(data) - 8):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=_no_doubles)
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    body, tensors, ranges = data[8 + size :], {}, []
+    for name, entry in header.items():
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError(f'"{name}" has a wrong shape or place')
+        if end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise ValueError(f'"{name}" has {end - begin} bytes, not those of its shape')
+        ranges.append((begin, end))
+
+        def read(part=body[begin:end], dtype=dtype, shape=shape) -> np.ndarray:
+            return part.view(dtype).reshape(shape)
+
+        tensors[name] = Tensor(name, shape, dtype, (begin, end), read, True)
+    expected = 0
+    for begin, end in sorted(ranges):
+        if begin != expected:
+            raise ValueError("its tensors leave a gap or overlap")
+        expected = end
+    if expected != len(body):
+        raise ValueError("its tensors do not fill the file")
+    return tensors, metadata
+
+
+def write_safetensors(
+    path: Path, arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays by name. The file appears complete or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    arrays = list(arrays)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, array in arrays:
+        end = position + array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+
+    def write(tmp: Path) -> None:
+        with open(tmp, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for _, array in arrays:
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    replace_file(path, write)

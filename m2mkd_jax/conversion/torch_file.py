@@ -1,0 +1,149 @@
+"""Reading and writing what torch.save writes, without running anything that is in it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2mkd_jax.checkpoint.files import replace_file
+from m2mkd_jax.conversion.lazy_tensor import Tensor
+from m2mkd_jax.conversion.zip_check import Damaged, check_zip
+from m2mkd_jax.errors import UserError
+
+SUFFIXES = (".pth", ".pt")
+
+
+def import_torch(purpose: str) -> Any:
+    """The torch module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import torch  # noqa: PLC0415 (an optional extra)
+    except ImportError:
+        raise UserError(f"{purpose} needs torch: pip install 'm2mkd_jax[convert]'") from None
+    return torch
+
+
+def read_torch(path: Path) -> Any:
+    """What the file holds, with a `Tensor` for every tensor; nothing but tensors is read yet.
+
+    Only tensors and plain containers are unpickled (`weights_only`). The bytes of a zip file (all
+    since torch 1.6) are first checked against the file's own checksums.
+
+    Raises:
+        UserError: no such file, torch is missing, the file is damaged or holds anything else.
+    """
+    torch = import_torch(f"reading {path}")
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    # Whatever a hostile file provokes inside zipfile and torch is the same to the user: a bad file.
+    try:
+        if zipped:
+            check_zip(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return _Lazy(torch, zipped)(content)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read safely: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is refused, in a line; torch's own would have the user load it unsafely."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
+    if isinstance(error, Damaged):
+        return f"it was damaged or changed ({text})"
+    if isinstance(error, zipfile.BadZipFile | EOFError):
+        return "it is cut off, or damaged"
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    lines = [line for line in text.splitlines() if line.strip()]
+    text = " ".join((lines or [""])[0].split())
+    if text.startswith(("Weights only load failed", "Unsupported operand", "Invalid magic number")):
+        return "it is not what torch.save writes"
+    return (text or type(error).__name__)[:200]
+
+
+_DEPTH = 20  # of containers in containers; a checkpoint has four
+_ENTRIES = 1_000_000  # in all of them; one that holds itself twice, and that twice, has more
+
+
+class _Lazy:
+    """Makes every torch tensor in nested containers a `Tensor`."""
+
+    def __init__(self, torch: Any, mapped: bool):
+        self.torch, self.mapped, self.entries = torch, mapped, 0
+
+    def __call__(self, value: Any, name: str = "", depth: int = 0) -> Any:
+        self.entries += 1
+        if depth > _DEPTH or self.entries > _ENTRIES:
+            raise ValueError("containers within containers without end")
+        if isinstance(value, self.torch.Tensor):
+            return _tensor(self.torch, value, self.mapped, name)
+        if isinstance(value, Mapping):
+            return {k: self(v, str(k), depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(v, f"{name}[{i}]", depth + 1) for i, v in enumerate(value)]
+        return value
+
+
+def _tensor(torch: Any, tensor: Any, mapped: bool, name: str) -> Tensor:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise ValueError(f'tensor "{name}" is not a plain dense one')
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        # Strides of 0: a few bytes that would fill any memory.
+        raise ValueError(f'tensor "{name}" has more numbers than are stored')
+    tensor = tensor.detach()
+    # A view of the whole storage would keep pages of its neighbours.
+    straight = tensor.is_contiguous()
+    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride())
+
+    def read() -> np.ndarray:
+        whole = tensor.contiguous()
+        if whole.dtype == torch.bfloat16:
+            return whole.view(torch.int16).numpy().view("bfloat16")
+        return whole.numpy()
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Tensor(name, tuple(tensor.shape), dtype, place, read, mapped and straight)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Writes nested dicts and lists of numpy arrays as torch.save does; arrays that are one object
+    share their storage. The file appears complete or not at all.
+
+    Raises:
+        UserError: torch is missing, or the file cannot be written.
+    """
+    torch = import_torch(f"writing {path}")
+    tensors: dict[int, Any] = {}
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            if id(value) not in tensors:
+                tensors[id(value)] = _as_torch(torch, value)
+            return tensors[id(value)]
+        if isinstance(value, dict):
+            return {key: convert(v) for key, v in value.items()}
+        return [convert(v) for v in value] if isinstance(value, list) else value
+
+    replace_file(path, lambda tmp: torch.save(convert(content), tmp))
+
+
+def _as_torch(torch: Any, array: np.ndarray) -> Any:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

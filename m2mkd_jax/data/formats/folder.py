@@ -1,0 +1,161 @@
+"""Folders of image files: ImageNet's layout, the original Tiny-ImageNet archive's, ImageNet-R's.
+
+    root/train/CLASS/*.JPEG          or   root/train/CLASS/images/*.JPEG
+    root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt
+
+    root/CLASS/*.jpg                 only a test split, as ImageNet-R has
+
+Classes are the folder names, sorted; the class of a file is its folder. Axes: N images.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from m2mkd_jax.data.decode import SUFFIXES
+from m2mkd_jax.errors import UserError
+
+_FOLDERS = {"train": "train", "test": "val"}
+_ANNOTATIONS = "val_annotations.txt"
+_NAMED = 10  # classes that a message names
+EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+
+
+def check_layout(root):
+    """Looks whether train/ and val/ are there and agree, by listing folders only.
+
+    Returns: the class names, sorted.
+    Raises: UserError for a missing folder, a val/ without classes, or with others than train/.
+    """
+    root, names = Path(root), train_classes(root)
+    _require_folder(root, "val")
+    if not (root / "val" / _ANNOTATIONS).is_file():
+        found = class_folders(root / "val")
+        flat = not found or found == ["images"]
+        loose = image_files(root / "val") or image_files(root / "val" / "images")
+        if flat and loose:
+            raise UserError(
+                f"{root / 'val'} is flat, {len(loose)} images without their classes:"
+                f" val/CLASS/*.JPEG or val/{_ANNOTATIONS} (Tiny-ImageNet's) is expected"
+            )
+        check_same_classes(root / "val", names, found)
+    return names
+
+
+def train_classes(root):
+    """The class names, sorted, whatever val/ holds. Raises: UserError for a train/ without any."""
+    _require_folder(root, "train")
+    names = class_folders(Path(root) / "train")
+    if not names:
+        raise UserError(f"{Path(root) / 'train'} has no class folders: {EXPECTED} are expected")
+    return names
+
+
+def _require_folder(root, name):
+    if not (Path(root) / name).is_dir():
+        raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
+
+
+def list_images(root, split, names):
+    """The files of a split, in a fixed order, without opening any.
+
+    Args: root, a path that `check_layout` accepts, or for 'train' `train_classes`; split
+      'train' or 'test'; names, the classes.
+    Returns: paths bytes (N,), below root; labels int32 (N,).
+    Raises: UserError for a class without images or a broken annotation file.
+    """
+    root = Path(root)
+    if split == "test" and (root / "val" / _ANNOTATIONS).is_file():
+        return _annotated(root, names)
+    return list_classes(root, _FOLDERS[split], names)
+
+
+def list_classes(root, folder, names):
+    """The files of the class folders `names` in root/folder: paths bytes (N,), labels int32 (N,).
+
+    Raises: UserError for a class without images.
+    """
+    root, files, labels = Path(root), [], []
+    for label, name in enumerate(names):
+        below = os.path.join(folder, name)
+        if (root / below / "images").is_dir():
+            below = os.path.join(below, "images")
+        found = sorted(image_files(root / below))
+        if not found:
+            raise UserError(f"no image file in {root / below}: add some or remove the folder")
+        files += [os.fsencode(os.path.join(below, file)) for file in found]
+        labels += [label] * len(found)
+    return np.array(files), np.array(labels, np.int32)
+
+
+def _annotated(root, names):
+    """Tiny-ImageNet's val/: flat, with lines of file name, tab, class, tab, box."""
+    path = root / "val" / _ANNOTATIONS
+    present = set(image_files(root / "val" / "images"))
+    numbers = {name: label for label, name in enumerate(names)}
+    files, labels = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        file, _, rest = line.partition("\t")
+        name = rest.split("\t")[0].strip()
+        if name not in numbers:
+            raise UserError(
+                f"{path} line {number}: class {name!r} has no folder in {root / 'train'}:"
+                " unpack the archive again"
+            )
+        if file not in present:
+            raise UserError(
+                f"{path} line {number}: no image {file!r} in {root / 'val' / 'images'}, or named"
+                " before:"
+                " unpack the archive again"
+            )
+        present.remove(file)  # a second line finds it missing
+        files.append(os.fsencode(os.path.join("val", "images", file)))
+        labels.append(numbers[name])
+    check_same_classes(path, names, [names[label] for label in sorted(set(labels))])
+    if present:
+        raise UserError(
+            f"{path} has no line for {len(present)} of the images beside it (the first:"
+            f" {min(present)!r}): unpack the archive again"
+        )
+    return np.array(files), np.array(labels, np.int32)
+
+
+def check_same_classes(where, names, found):
+    """Raises UserError unless the classes `found` in `where` are those of training, `names`."""
+    missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+    if missing:
+        raise UserError(
+            f"{where} lacks {len(missing)} of the {len(names)} classes of train/"
+            f" (the first: {_some(missing)}): validation needs every class once or more"
+        )
+    if unknown:
+        raise UserError(
+            f"{where} has {len(unknown)} classes that train/ lacks (the first:"
+            f" {_some(unknown)}):"
+            " remove them or add them to train/"
+        )
+
+
+def _some(names):
+    return ", ".join(names[:_NAMED])
+
+
+def class_folders(folder):
+    """Names of the folders in a folder, sorted; hidden ones left out."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def image_files(folder):
+    """Names of the image files in a folder; none where it is not there."""
+    if not os.path.isdir(folder):
+        return []
+    return [
+        name
+        for name in os.listdir(folder)
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    ]

@@ -1,0 +1,271 @@
+"""Everything that is refused before any work: first the config, then each job that is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.defaults import (
+    MODULE_PHASES,
+    PHASES,
+    RECIPES,
+    default_recipe,
+    few_shot_data,
+    module_recipe,
+    recipe_name,
+    renditions_data,
+    teaching_data,
+)
+from m2mkd_jax.config.values import check_value, check_values
+from m2mkd_jax.data.augment import Augmentation
+from m2mkd_jax.data.class_lists import PARENTS
+from m2mkd_jax.data.few_shot import SELECTIONS
+from m2mkd_jax.data.sources import describe_missing
+from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.jobs.plan import Kind, Plan, check_same_config
+from m2mkd_jax.jobs.setup import count_updates, image_source
+from m2mkd_jax.losses.distillation import KINDS
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.phases.families import StudentFamily, students, teacher
+from m2mkd_jax.phases.initial_weights import check_given, weights_directory
+from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
+from m2mkd_jax.train.schedule import SCHEDULES
+
+REGULARISERS = ("none", "hinge", "stochastic_block", "gaussian_mixture")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def _one_of(value: Any, known: Collection[str], key: str) -> None:
+    hint = did_you_mean(str(value), known)
+    require(value in known, f'config.{key}: "{value}" is unknown; {hint}')
+
+
+def validate(config: ConfigDict, devices: int = 1) -> Plan:
+    """The jobs of a config that can run.
+
+    Args:
+        config: from a config file.
+        devices: how many devices the batch is cut over.
+
+    Raises:
+        UserError: one line naming the key that cannot be as it is.
+    """
+    check_config(config, devices)
+    plan = Plan(config)
+    for name in plan.names:
+        plan.job(name)
+    return plan
+
+
+def validate_jobs(
+    plan: Plan,
+    workdir: Path,
+    mesh: Mesh,
+    todo: Collection[str],
+    stale: Collection[str] = (),
+) -> None:
+    """Refuses what would end one of the jobs early: data, weights, devices, another run's results.
+
+    Args:
+        plan: of `validate`.
+        workdir: directory of the run.
+        mesh: the devices.
+        todo: the jobs that are to run.
+        stale: jobs that start again, whatever their directories hold.
+
+    Raises:
+        UserError: one line that says what is wrong and where.
+    """
+    check_same_config(plan, workdir, plan.names, stale)
+    if missing := missing_data(plan, todo):
+        raise UserError("; ".join(missing))
+    _check_weights(plan, workdir, todo)
+    _check_images(plan, todo)
+    _check_partition(plan, todo, mesh)
+
+
+def check_config(config: ConfigDict, devices: int = 1) -> None:
+    """Refuses what cannot run, before anything does.
+
+    Args:
+        config: from a config file.
+        devices: how many devices the batch is cut over.
+
+    Raises:
+        UserError: one line naming the key.
+    """
+    check_values(config)
+    require(len(config.phases) > 0, "config.phases is empty; nothing would run")
+    for phase in config.phases:
+        _one_of(phase, PHASES, "phases")
+    _one_of(config.distillation.kind, KINDS, "distillation.kind")
+    _one_of(config.regulariser.kind, REGULARISERS, "regulariser.kind")
+    _one_of(config.precision, PRECISIONS, "precision")
+    for name in config.evaluation.renditions:
+        _one_of(name, PARENTS, "evaluation.renditions")
+        message = f"config.evaluation.renditions: {name} needs a network of {PARENTS[name]}"
+        require(config.data.name == PARENTS[name], message)
+    for name in RECIPES:
+        if any(recipe_name(phase) == name for phase in config.phases):
+            _check_recipe(config, name, devices)
+    _check_networks(config, devices)
+
+
+def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
+    known = default_recipe()
+    modules = teacher(config).modules
+    for index, changes in config.recipes[name].modules.items():
+        where = f"recipes.{name}.modules.{index}"
+        require(isinstance(changes, ConfigDict), f"config.{where} is {changes!r}; not a dict")
+        require(name in MODULE_PHASES, f"config.{where}: {name} has no modules")
+        require(
+            index.isdigit() and int(index) < modules,
+            f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
+        )
+        for key in changes:
+            require(key in known, f"config.{where}.{key} is unknown; {did_you_mean(key, known)}")
+            check_value(f"{where}.{key}", changes[key], known[key])
+    for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
+        recipe = module_recipe(config, name, index)
+        where = f"config.recipes.{name}"
+        _one_of(recipe.optimizer, OPTIMIZERS, f"recipes.{name}.optimizer")
+        _one_of(recipe.schedule, SCHEDULES, f"recipes.{name}.schedule")
+        _one_of(recipe.decay_rule, DECAY_RULES, f"recipes.{name}.decay_rule")
+        require(recipe.epochs > 0, f"{where}.epochs is {recipe.epochs}; it must be above 0")
+        require(
+            0 <= recipe.warmup_epochs <= recipe.epochs,
+            f"{where}.warmup_epochs is {recipe.warmup_epochs} of {recipe.epochs} epochs",
+        )
+        parts = recipe.accumulate * devices
+        require(
+            recipe.batch > 0 and recipe.batch % parts == 0,
+            f"{where}.batch is {recipe.batch}; it must be above 0 and a multiple of {parts} "
+            f"(accumulate {recipe.accumulate} x devices {devices})",
+        )
+        if recipe.stop_within:
+            _check_stop(config, name)
+
+
+def _check_stop(config: ConfigDict, name: str) -> None:
+    """Raises UserError where there is nothing to stop at, or no evaluation to stop after."""
+    key = f"config.recipes.{name}.stop_within"
+    require(name in MODULE_PHASES, f"{key}: only mt and m2mkd have a reference to stop at")
+    require(
+        name != "mt" or not config.init.meta,
+        f"{key}: the accuracy to stop at is that of pt, which config.init.meta makes unnecessary",
+    )
+    require(
+        config.evaluation.every > 0,
+        f"{key} is looked at every config.evaluation.every epochs, which is 0",
+    )
+
+
+def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
+    few, data = config.few_shot, few_shot_data(config)
+    _ = family.head  # there is one
+    _one_of(few.selection, SELECTIONS, "few_shot.selection")
+    _one_of(few.network.split("/")[0], [p for p in PHASES if p[:3] == "e2e"], "few_shot.network")
+    Augmentation.from_config(data)
+    require(
+        data.image_size == config.data.image_size,
+        f"config.few_shot.data.image_size is {data.image_size}; the network takes "
+        f"{config.data.image_size}",
+    )
+    require(
+        2 <= few.ways <= data.classes,
+        f"config.few_shot.ways is {few.ways} of config.few_shot.data.classes {data.classes}",
+    )
+    require(
+        few.shots > 0 and few.episodes > 0,
+        f"config.few_shot: {few.shots} shots and {few.episodes} episodes; both must be above 0",
+    )
+    require(
+        config.recipes.fewshot.batch <= few.ways * few.shots,
+        f"config.recipes.fewshot.batch is {config.recipes.fewshot.batch} and there are "
+        f"{few.ways * few.shots} support images",
+    )
+
+
+TAUGHT = {"pt", "mt", "ft", "m2mkd", "e2e_kd", "e2e_upcycled"}  # phases with a teacher
+
+
+def _check_networks(config: ConfigDict, devices: int) -> None:
+    phases = set(config.phases)
+    teaching = bool(TAUGHT & phases)
+    for key in ("data", "teaching_data") if teaching else ("data",):
+        data = teaching_data(config) if key == "teaching_data" else config.data
+        sized = data.image_size > 0 and data.classes > 1
+        require(sized, f"config.{key} needs image_size and classes")
+        Augmentation.from_config(data)
+    whole, family = teacher(config), students(config)
+    if teaching:
+        whole.check()
+    family.check(teaching, devices)
+    if "fewshot" in phases:
+        _check_few_shot(config, family)
+    if "m2mkd" in phases or config.init.students:
+        require(
+            not teaching or whole.modules == family.modules,
+            f"config.teacher.depths names {whole.modules} modules; the student needs "
+            f"{family.modules} ({family.parts})",
+        )
+    if "e2e_upcycled" in phases:
+        family.check_upcycling()
+    for phase in ("e2e_kd", "e2e_upcycled"):
+        taught = teaching_data(config)
+        require(
+            phase not in phases
+            or (taught.classes, taught.image_size) == (config.data.classes, config.data.image_size),
+            f"config.phases: {phase} needs a teacher of the same task; it was taught "
+            f"{taught.classes} classes at {taught.image_size} px, the network learns "
+            f"{config.data.classes} at {config.data.image_size} px",
+        )
+
+
+def _check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
+    """Refuses a job whose weights neither exist nor are about to be made, or do not fit."""
+    jobs = [plan.job(name) for name in todo]
+    for job in jobs:
+        for needed in job.needs:
+            if needed not in todo:
+                weights_directory(plan.config, workdir, needed)
+    training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
+    check_given(plan.config, workdir, training)
+
+
+def _check_partition(plan: Plan, todo: Iterable[str], mesh: Mesh) -> None:
+    """Refuses a job whose experts cannot be dealt over the mesh."""
+    if mesh.shape["expert"] == 1:
+        return
+    for job in (plan.job(name) for name in todo):
+        for spec in job.phase.stages.values() if job.kind is not Kind.EVALUATION else ():
+            partition.shardings(mesh, chain.abstract(spec.build).params, plan.config.mesh.fsdp)
+
+
+def missing_data(plan: Plan, names: Iterable[str]) -> list[str]:
+    """What stands between jobs and their data: a line for each data set that is not there."""
+    wanted = []  # and what says where each is
+    for job in (plan.job(name) for name in names):
+        wanted += [(phase.data, f"config.{phase.data_key}.root") for phase in job.phases]
+        if job.kind is Kind.EVALUATION:
+            renditions = plan.config.evaluation.renditions
+            wanted += [(renditions_data(plan.config, name), "$M2MKD_DATA") for name in renditions]
+    lines = [(describe_missing(data), where) for data, where in wanted]
+    return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
+
+
+def _check_images(plan: Plan, todo: Iterable[str]) -> None:
+    """Opens the images of all jobs, to refuse at once what a late job could not read.
+
+    Images that are not those of the config, or fewer than a batch, are refused too.
+    """
+    for job in (plan.job(name) for name in todo):
+        for phase in job.phases if job.kind is not Kind.FEW_SHOT else ():
+            if job.kind is Kind.TRAINING:
+                count_updates(phase)
+            image_source(phase.data, "test")

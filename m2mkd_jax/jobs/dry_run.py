@@ -1,0 +1,191 @@
+"""--dry_run: what would run, how large it is, and what is missing; needs no data and no memory.
+
+Axes: B batch, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
+from m2mkd_jax.jobs.checks import missing_data, validate
+from m2mkd_jax.jobs.plan import Job, Kind, check_same_config, is_current, open_jobs, stale_after
+from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.mesh import AXES, mesh_shape, with_mesh
+from m2mkd_jax.parallel.process import say
+from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.train.step import with_fixed
+
+ADAM_COPIES = 2  # first and second moment
+
+
+def dry_run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> None:
+    """Prints jobs, stages, sizes, costs, sharding and missing data.
+
+    For the devices that are here, or, where config.mesh gives both numbers, for that many.
+
+    Args:
+        config: from a config file.
+        workdir: directory of the run; nothing is written there.
+        only: the jobs to tell about, "a,b"; by default all.
+        redo: jobs that would start again.
+
+    Raises:
+        UserError: the config cannot run.
+    """
+    mesh = planned_mesh(config)
+    plan = validate(config, mesh.size)
+    stale = stale_after(workdir, plan.select(redo, "--redo")) if redo else []
+    check_same_config(plan, workdir, plan.names, stale)
+    here, backend = len(jax.devices()), jax.default_backend()
+    beside = f" (here {here})" if here != mesh.size else ""
+    dtype = compute_dtype(config.precision).name
+    say(f"{config.name}: {mesh.size} {backend} device(s){beside}, compute type {dtype}")
+    chosen, to_run = plan.select(only), open_jobs(plan, workdir, stale)
+    for name in chosen:
+        job = plan.job(name)
+        done = name not in stale and is_current(plan, workdir, name)
+        status = "done" if done else "to run" if name in to_run or only else "not needed"
+        say(f"\n{name}  [{status}]  after: {', '.join(job.needs) or '-'}")
+        if job.kind is not Kind.EVALUATION:
+            for line in describe_job(config, job, mesh):
+                say(f"  {line}")
+    for line in missing_data(plan, chosen):
+        say(f"\nmissing data: {line}")
+
+
+def planned_mesh(config: ConfigDict) -> AbstractMesh:
+    """The shape of the mesh, without its devices."""
+    data, expert = config.mesh.data, config.mesh.expert
+    devices = data * expert if min(data, expert) > 0 else len(jax.devices())
+    return AbstractMesh(mesh_shape(devices, data, expert), AXES)
+
+
+def describe_job(config: ConfigDict, job: Job, mesh: AbstractMesh) -> Iterator[str]:
+    """Lines on one job that trains: its recipe, stages, costs and memory."""
+    phase, recipe = job.phase, job.phase.recipe
+    parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+    yield (
+        f"data {phase.data.name}, {phase.data.image_size} px, {phase.data.classes} classes; "
+        f"{recipe.epochs} epochs of batch {recipe.batch}{parts}, {recipe.optimizer} "
+        f"{recipe.lr:g}, decay {recipe.weight_decay:g}"
+    )
+    setup = set_up(config, phase, abstract_stages(phase))
+    images = max(recipe.batch // recipe.accumulate // mesh.size, 1)
+    # Of the devices that share the experts: what one does depends on how many they are.
+    group, size = AbstractMesh((1, mesh.shape["expert"]), AXES), phase.data.image_size
+    x = jax.ShapeDtypeStruct((images * group.size, size, size, 3), jnp.float32)
+    yield from describe_stages(setup, x)
+    yield from describe_costs(
+        setup, x, group, functools.partial(bytes_held, mesh, config.mesh.fsdp)
+    )
+    shares = ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase))
+    yield (
+        f"sharding: batch over {mesh.size} device(s) (data {mesh.shape['data']} x expert "
+        f"{mesh.shape['expert']}); parameters of the chain: {shares}"
+    )
+
+
+def describe_stages(setup: Setup, x: jax.ShapeDtypeStruct) -> Iterator[str]:
+    """A line for every stage of both chains, given images (B, H, W, 3)."""
+    phase, shapes = setup.phase, abstract_stages(setup.phase)
+    for title, names in (("chain", phase.student), ("teacher", setup.program.teacher)):
+        y = x
+        for name in names:
+            y = _output(phase.stages[name].build, y.shape, y.dtype)
+            mark = "train " if name in phase.trainable else "frozen"
+            yield (
+                f"{title:<8}{name:<11}{mark}  {phase.stages[name].title:<24}"
+                f"-> {'x'.join(str(n) for n in ('B', *y.shape[1:])):<13}"
+                f"{chain.count(shapes[name]['params']):>13,} parameters"
+            )
+    total = sum(chain.count(shapes[name]["params"]) for name in set(phase.student))
+    yield f"parameters: {total:,} in the chain, {chain.count(setup.params):,} trained"
+
+
+def describe_costs(
+    setup: Setup, x: jax.ShapeDtypeStruct, group: AbstractMesh, held: Any
+) -> Iterator[str]:
+    """FLOPs per image and memory per device.
+
+    Args:
+        setup: of the phase, shapes alone.
+        x: images of the devices of `group`.
+        group: devices that share the experts.
+        held: a tree of shapes -> bytes on one device.
+    """
+    phase, program = setup.phase, setup.program
+    params, frozen = setup.params, with_fixed(setup.frozen, setup.fixed)
+    logits = with_mesh(group, program.logits)
+    classes = jax.eval_shape(logits, params, frozen, x).shape[-1]
+
+    def loss(params, frozen, images):
+        batch = {"image": images, "target": jnp.zeros((len(images), classes))}
+        return with_mesh(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
+
+    # At the real batch: what is computed once a step (codes) is shared by its images.
+    forward = count_flops(logits, params, frozen, x) // len(x)
+    step = count_flops(jax.value_and_grad(loss), params, frozen, x) // len(x)
+    yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
+    activations = kept_bytes(loss, params, frozen, x) // group.size
+    weights = held(params)
+    copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
+    still = sum(held(tree) for name, tree in frozen.items() if name not in phase.trainable)
+    yield (
+        f"memory per device: {_bytes(weights)} trained + {_bytes(weights)} gradients + "
+        f"{_bytes(copies)} optimizer + {_bytes(still)} frozen + {_bytes(activations)} activations "
+        f"({len(x) // group.size} images)"
+    )
+
+
+@functools.cache  # most stages are the same in most jobs
+def _output(build, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """Shape and type of what a stage makes of an input of this shape and type."""
+    stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, dtype)
+    run = lambda p, f, x: chain.merge(stage.graph, p, f)(x)  # noqa: E731
+    return jax.eval_shape(run, stage.params, stage.fixed, x)
+
+
+def bytes_held(mesh: AbstractMesh, fsdp: bool, tree) -> int:
+    """Bytes of a tree of shapes on one device."""
+    return partition.bytes_per_device(tree, partition.shardings(mesh, tree, fsdp))
+
+
+def describe_sharding(mesh: AbstractMesh, fsdp: bool, phase: Phase) -> Iterator[str]:
+    """How many parameters are cut over which axes."""
+    shapes = abstract_stages(phase)
+    tree = {name: shapes[name]["params"] for name in set(phase.student)}
+    kinds = Counter()
+    places = jax.tree.leaves(partition.shardings(mesh, tree, fsdp))
+    for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
+        axes = [axis for axis in AXES if axis in place.spec and mesh.shape[axis] > 1]
+        kinds[" and ".join(axes)] += leaf.size
+    for axes, count in sorted(kinds.items()):
+        yield f"{count:,} " + (f"over {axes}" if axes else "on every device")
+
+
+def _si(number: int) -> str:
+    if not number:
+        return "0"
+    power = min(int(math.log10(number)) // 3, 5)
+    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}".strip()
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"

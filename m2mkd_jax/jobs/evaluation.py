@@ -1,0 +1,108 @@
+"""Accuracy on test images: after training, and of finished networks as a job of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.config.defaults import renditions_data
+from m2mkd_jax.data.class_lists import PARENTS
+from m2mkd_jax.data.pipeline import eval_batches
+from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.evaluate.label_spaces import positions, restricted
+from m2mkd_jax.jobs.plan import Job, write_inputs
+from m2mkd_jax.jobs.setup import Run, image_source, make_program
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.process import barrier, is_main, say
+from m2mkd_jax.phases.families import students
+from m2mkd_jax.phases.initial_weights import load_stage
+from m2mkd_jax.phases.phase import Phase, WeightsFrom
+from m2mkd_jax.phases.program import Program
+
+
+def evaluator(run: Run, program: Program, data: ConfigDict) -> Callable[[dict, dict], dict]:
+    """(trainable, frozen) -> metrics over the whole test split, every image once.
+
+    On renditions only the logits of their classes compete.
+    """
+    config, mesh, test = run.config, run.mesh, image_source(data, "test")
+    logits = meshes.with_mesh(mesh, program.logits)
+    if data.name in PARENTS:
+        logits = restricted(logits, positions(data.name))
+    count = make_counter(logits, data.mean, data.std, meshes.replicated(mesh))
+    batch = evaluation_batch(config, len(test), mesh)
+
+    def measure(trainable: dict, frozen: dict) -> dict:
+        batches = eval_batches(
+            test,
+            data,
+            batch_size=batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        placed = (meshes.put_batch(mesh, b) for b in batches)
+        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
+
+    return measure
+
+
+def evaluation_batch(config: ConfigDict, images: int, mesh: jax.sharding.Mesh) -> int:
+    """Images of an evaluation's batches, which devices and groups of images must divide."""
+    unit = mesh.size * max(students(config).group, 1)
+    return -(-min(config.evaluation.batch, images) // unit) * unit
+
+
+def run_evaluation(run: Run, job: Job) -> dict:
+    """Measures networks from their finished weights, each on its test split.
+
+    Returns:
+        The job's result (also in its done.json): `networks` has the metrics of each.
+    """
+    began = time.monotonic()
+    if is_main():
+        directory = run.directory(job.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_inputs(run.workdir, job)
+    metrics = {phase.job: _measure(run, phase) for phase in job.phases}
+    first = metrics.get("e2e", next(iter(metrics.values()), {}))
+    result = {
+        "name": job.name,
+        "status": "done",
+        "steps": 0,
+        "seconds": round(time.monotonic() - began, 2),
+        "metrics": {k: v for k, v in first.items() if k == "eval_accuracy"},
+        "networks": metrics,
+    }
+    if is_main():
+        write_json(run.directory(job.name) / "done.json", result)
+    barrier(f"{job.name} done")
+    return result
+
+
+def _measure(run: Run, phase: Phase) -> dict:
+    """Metrics of the network that a phase trained, on its test split and on renditions of it."""
+    config = run.config
+    stages = {
+        name: load_stage(
+            config,
+            run.workdir,
+            WeightsFrom("job", phase.job, name),
+            chain.abstract(phase.stages[name].build),
+        )
+        for name in phase.student
+    }
+    stages = partition.put(stages, run.shardings(stages))
+    program = make_program(config, phase)
+    params = {name: stage["params"] for name, stage in stages.items()}
+    metrics = evaluator(run, program, phase.data)(params, stages)
+    for name in config.evaluation.renditions if phase.data == config.data else ():
+        renditions = evaluator(run, program, renditions_data(config, name))(params, stages)
+        metrics[f"{name}_accuracy"] = renditions["eval_accuracy"]
+    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}")
+    return metrics

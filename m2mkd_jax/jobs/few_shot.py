@@ -1,0 +1,201 @@
+"""Few-shot evaluation: every episode gives a trained network a fresh head, and trains only that.
+
+The compiled step is the same for all episodes. A finished episode is one line of episodes.jsonl, so
+that an interrupted job goes on with the next.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.data.few_shot import draw_tasks
+from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.pipeline import eval_batches, train_batches
+from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.jobs.evaluation import evaluation_batch
+from m2mkd_jax.jobs.plan import Job, write_inputs
+from m2mkd_jax.jobs.setup import Run, image_source, set_up
+from m2mkd_jax.jobs.training import draw_images
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
+from m2mkd_jax.phases.families import students
+from m2mkd_jax.phases.initial_weights import load_stage
+from m2mkd_jax.phases.phase import FRESH, Phase, WeightsFrom
+from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.step import evaluated_params, with_fixed
+
+
+def load_network(config: ConfigDict, workdir: Path) -> dict[str, dict]:
+    """{stage: {"params", "fixed"}} of the trained network; the head is still that of its classes.
+
+    Raises:
+        UserError: weights are missing, damaged, or of another network.
+    """
+    # The phase's network has the episodes' classes; what is loaded has its own.
+    stages = students(config).network(FRESH).stages
+    return {
+        name: load_stage(
+            config,
+            workdir,
+            WeightsFrom("job", config.few_shot.network, name),
+            chain.abstract(spec.build),
+        )
+        for name, spec in stages.items()
+    }
+
+
+def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
+    """Runs the episodes that are not done and returns the job's result (also in its done.json).
+
+    Raises:
+        UserError: input that is wrong, or a diverging loss.
+        Preempted: a signal arrived; the finished episodes are kept.
+    """
+    began, config, phase = time.monotonic(), run.config, job.phase
+    directory = run.directory(job.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        write_inputs(run.workdir, job)
+    train, test = (image_source(phase.data, split) for split in ("train", "test"))
+    episode = Episode(run, phase)
+    path = directory / "episodes.jsonl"
+    done = from_main(_finished(path) if is_main() else [])
+    for number, (support, query) in enumerate(draw_tasks(train, test, config.few_shot)):
+        if number < len(done):
+            continue
+        seed = config.few_shot.seed + number
+        if is_main() and not (directory / "images.png").is_file():
+            episode.draw(directory / "images.png", seed, support)
+        done.append({"episode": number, "seed": seed, **episode.run(seed, support, query)})
+        if is_main():
+            path.write_text("".join(json.dumps(line) + "\n" for line in done))
+        say(
+            f"[{job.name}] episode {number + 1}/{config.few_shot.episodes}  "
+            f"accuracy {done[-1]['eval_accuracy']:.4f}"
+        )
+    accuracies = [line["eval_accuracy"] for line in done]
+    result = {
+        "name": job.name,
+        "status": "done",
+        "steps": episode.steps * len(done),
+        "seconds": round(time.monotonic() - began, 2),
+        "metrics": {"eval_accuracy": sum(accuracies) / len(accuracies)},
+        "episodes": accuracies,
+        "origin": dict.fromkeys(phase.student, config.few_shot.network),
+    }
+    if is_main():
+        write_json(directory / "done.json", result)
+    barrier(f"{job.name} done")
+    return result
+
+
+def _finished(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+class Episode:
+    """What all episodes share: the frozen network, the compiled step, the counter.
+
+    Attributes:
+        steps: the steps of one episode.
+    """
+
+    def __init__(self, run: Run, phase: Phase):
+        config, mesh, recipe = run.config, run.mesh, phase.recipe
+        self._config, self._phase, self._mesh = config, phase, mesh
+        # Labels are 0 .. ways - 1; the data set's own classes are only drawn from.
+        self._data = ConfigDict(phase.data.to_dict())
+        self._data.classes = ways = config.few_shot.ways
+        (self._stage,) = phase.trainable
+        self._micro = recipe.batch // recipe.accumulate
+        indices = BatchIndices(
+            ways * config.few_shot.shots, self._micro, 0, phase.data.repeated_augmentation
+        )
+        updates = indices.steps_per_epoch // recipe.accumulate
+        self.steps = round(recipe.epochs * updates) * recipe.accumulate
+        build = phase.stages[self._stage].build
+        head = phase.trained({self._stage: chain.abstract(build).params})
+        stages = load_network(config, run.workdir)
+        self._setup = set_up(
+            config, phase, stages, mesh=mesh, updates_per_epoch=updates, params=head
+        )
+        self._frozen = partition.put(self._setup.frozen, run.shardings(self._setup.frozen))
+        self._begin = self._beginning(build)
+        self._step = self._setup.make_step(self._data)
+        logits = self._setup.on_mesh(self._setup.program.logits)
+        everywhere = meshes.replicated(mesh)
+        self._count = make_counter(logits, self._data.mean, self._data.std, everywhere)
+
+    def _beginning(self, build: Callable) -> Callable[[jax.Array, dict], dict]:
+        """(key, fixed arrays) -> the state of a fresh head."""
+        stage, path = self._stage, self._phase.head
+
+        def begin(key: jax.Array, fixed: dict) -> dict:
+            # Of the rest of the stage nothing is computed.
+            head = {stage: chain.part(chain.split(build(nnx.Rngs(key))).params, path)}
+            # Copied, because the step gives its state's buffers away.
+            return self._setup.begin(head, jax.tree.map(jnp.copy, fixed))
+
+        return jax.jit(begin, out_shardings=self._setup.placement)
+
+    def draw(self, path: Path, seed: int, support: Any) -> None:
+        """Draws images as the first step of an episode sees them."""
+        draw_images(path, support, self._data, self._phase.recipe, self._micro, seed)
+
+    def run(self, seed: int, support: Any, query: Any) -> dict:
+        """Trains a head on the support images and returns its metrics on the queries."""
+        batches = train_batches(
+            support,
+            self._data,
+            batch_size=self._micro,
+            total_steps=self.steps,
+            seed=seed,
+            **_processes(),
+        )
+        loop = Loop(
+            name=f"{self._phase.job}, episode of seed {seed}",
+            step=self._step,
+            frozen=self._frozen,
+            total_steps=self.steps,
+            log_every=self._config.log_every,
+            evaluate_every=0,
+            evaluate=lambda state: self._evaluate(state, query),
+            log=lambda entry: None,
+            save=lambda *_: None,
+            save_seconds=float("inf"),
+            stop=None,
+            learning_rate=self._setup.rate,
+            accumulate=self._phase.recipe.accumulate,
+        )
+        fixed = {self._stage: self._frozen[self._stage]["fixed"]}
+        state = self._begin(jax.random.key(seed), fixed)
+        try:
+            _, metrics, _ = loop.run(state, (meshes.put_batch(self._mesh, b) for b in batches))
+        finally:
+            batches.close()
+        return metrics
+
+    def _evaluate(self, state: dict, query: Any) -> dict:
+        batch = evaluation_batch(self._config, len(query), self._mesh)
+        batches = eval_batches(query, self._data, batch_size=batch, **_processes())
+        placed = (meshes.put_batch(self._mesh, b) for b in batches)
+        frozen = with_fixed(self._frozen, state["fixed"])
+        key = jax.random.key(self._config.seed)
+        return evaluate(self._count, evaluated_params(state), frozen, placed, key)
+
+
+def _processes() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}

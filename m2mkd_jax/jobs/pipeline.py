@@ -1,0 +1,85 @@
+"""The jobs in order: finished ones skipped, an interrupted one resumed, a summary at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs.evaluation import run_evaluation
+from m2mkd_jax.jobs.few_shot import run_few_shot
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, jobs_to_run, stale_after
+from m2mkd_jax.jobs.setup import Run
+from m2mkd_jax.jobs.summary import summarise
+from m2mkd_jax.jobs.training import run_training
+from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
+from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
+from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
+
+RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
+    Kind.TRAINING: run_training,
+    Kind.FEW_SHOT: run_few_shot,
+    Kind.EVALUATION: run_evaluation,
+}
+
+
+def run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> dict[str, Any]:
+    """Runs every job that is not done and returns the summary (also in workdir/summary.json).
+
+    Args:
+        config: from a config file.
+        workdir: directory of the run.
+        only: the jobs to run, "a,b"; by default all.
+        redo: jobs to start again, with all that stand on them.
+
+    Raises:
+        UserError: before any work where the input is wrong.
+        Preempted: a signal arrived; the same command goes on from there.
+    """
+    mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
+    plan = checks.validate(config, mesh.size)
+    warm_up_collectives(mesh)
+    chosen = plan.select(only)
+    stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
+    todo = from_main(jobs_to_run(plan, workdir, only, stale))
+    checks.validate_jobs(plan, workdir, mesh, todo, stale)
+    if spanning_groups(mesh) > 1:
+        say(
+            f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
+            "processes; its tokens cross the network between them"
+        )
+    _prepare(plan, workdir, stale)
+    enable_compilation_cache()
+    this = Run(config, workdir, mesh)
+    try:
+        for name in chosen:
+            # Another process may have done it since: with --only they share a directory.
+            if name not in todo or from_main(is_current(plan, workdir, name)):
+                say(f"[{name}] done already" if name not in todo else f"[{name}] done elsewhere")
+            else:
+                job = plan.job(name)
+                RUNNERS[job.kind](this, job)
+    finally:  # an interrupted run has a summary too
+        summary = summarise(plan, workdir)
+    return summary
+
+
+def _prepare(plan: Plan, workdir: Path, stale: list[str]) -> None:
+    """Makes the directory, drops jobs that are done again, and keeps the config."""
+    if is_main():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: {error.strerror}") from None
+        for name in stale:
+            shutil.rmtree(Run(plan.config, workdir, None).directory(name), ignore_errors=True)
+        write_json(workdir / "config.json", json.loads(plan.config.to_json()))
+    if stale:
+        barrier("jobs that are done again are dropped")

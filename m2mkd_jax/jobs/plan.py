@@ -1,0 +1,354 @@
+"""Which jobs a config has, in what order, what each depends on, and which are done."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.config import defaults
+from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.phases.build import END_TO_END, build_phase
+from m2mkd_jax.phases.families import students, teacher
+from m2mkd_jax.phases.initial_weights import init_path, job_directory
+from m2mkd_jax.phases.phase import Phase
+
+# Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
+# what is recomputed instead of kept.
+HARMLESS = ("root", "workers", "damaged_share", "remat")
+
+
+class Kind(enum.Enum):
+    """What running a job means."""
+
+    TRAINING = enum.auto()
+    FEW_SHOT = enum.auto()
+    EVALUATION = enum.auto()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a run.
+
+    Attributes:
+        name: such as m2mkd/3.
+        kind: what running it means.
+        phases: the phase that it trains, or those whose networks it measures.
+        needs: jobs whose weights it starts from or measures.
+        inputs: what its result depends on: values of the config by key (`config`), and the
+            fingerprints of the jobs it needs (`needs`).
+    """
+
+    name: str
+    kind: Kind
+    phases: tuple[Phase, ...]
+    needs: tuple[str, ...]
+    inputs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that it trains."""
+        (phase,) = self.phases
+        return phase
+
+    @property
+    def fingerprint(self) -> str:
+        """Of `inputs`: equal for jobs with equal results."""
+        text = json.dumps(self.inputs, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Plan:
+    """The jobs of a config; each is built once.
+
+    Attributes:
+        config: of the run.
+        names: of all jobs, in the order in which they can run.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.names = _job_names(config)
+        self.job = functools.cache(self._job)
+
+    def _job(self, name: str) -> Job:
+        """A job by name, also one that the run leaves out because config.init brings its weights.
+
+        Raises:
+            UserError: the config describes no such networks.
+        """
+        config = self.config
+        if name == "eval":
+            kind, needs = Kind.EVALUATION, self._measured()
+            phases = tuple(self.job(needed).phase for needed in needs)
+            values: dict[str, Any] = {"evaluation.sampled": config.evaluation.sampled}
+            values |= {p.data_key: p.data for p in phases}
+        else:
+            phase = build_phase(config, name)
+            kind = Kind.FEW_SHOT if phase.head else Kind.TRAINING
+            phases, needs, values = (phase,), phase.needs, phase.depends_on
+            if phase.assembled:
+                needs += tuple(f"m2mkd/{i}" for i in range(students(config).modules))
+        given = {}
+        for needed in needs:
+            field, path = init_path(config, needed)
+            if path and kind is Kind.TRAINING:
+                given[f"init.{field}"] = path
+        if any(s.weights.kind == "init" for phase in phases for s in phase.stages.values()):
+            given["init.network"] = config.init.network
+        inputs = {
+            "config": _plain({**_flat(values), **given}),
+            "needs": {
+                needed: self.job(needed).fingerprint
+                for needed in needs
+                if not init_path(config, needed)[1]
+            },
+        }
+        return Job(name, kind, phases, needs, inputs)
+
+    def _measured(self) -> tuple[str, ...]:
+        """Jobs whose networks the job 'eval' measures.
+
+        They are the end-to-end ones, or where the run has none all networks that `config.init`
+        names.
+        """
+        networks = tuple(n for n in self.names if n.partition("/")[0] in END_TO_END)
+        given = (("pt", "meta"), ("ft", "teacher"), ("e2e", "network"))
+        return networks or tuple(name for name, field in given if self.config.init[field])
+
+    def select(self, only: str, flag: str = "--only") -> list[str]:
+        """The jobs that `only` ("a,b") names; a phase's name selects all of its jobs.
+
+        Args:
+            only: names with commas between them; "": all jobs.
+            flag: where they were given, for messages.
+
+        Raises:
+            UserError: no such job, or commas alone.
+        """
+        names, chosen = self.names, []
+        words = [word.strip() for word in only.split(",") if word.strip()]
+        if only and not words:
+            raise UserError(f'{flag}: "{only}" names no job; jobs: {", ".join(names)}')
+        for word in words:
+            found = [n for n in names if word in (n, n.partition("/")[0])]
+            if not found:
+                raise UserError(f'{flag}: no job "{word}"; {self._why_not(word)}')
+            chosen += found
+        return [n for n in names if n in chosen] if chosen else list(names)
+
+    def _why_not(self, word: str) -> str:
+        """Why there is no job of this name, or which one was meant."""
+        phase = word.partition("/")[0]
+        if phase not in defaults.PHASES:
+            known = [*self.names, *self.config.phases]
+            return did_you_mean(word, known, f"jobs: {', '.join(self.names)}")
+        if phase in unnecessary(self.config):
+            fields = [f"config.init.{f}" for f, path in self.config.init.items() if path]
+            return f"{' and '.join(fields)} make it unnecessary"
+        if phase not in self.config.phases:
+            return f'add "{phase}" to config.phases'
+        return f"jobs: {', '.join(self.names)}"
+
+    def closure(self, names: Iterable[str]) -> list[str]:
+        """The jobs, and all that they need, directly or not; needed ones first."""
+        found: dict[str, None] = {}
+
+        def add(name: str) -> None:
+            if name not in found:
+                for needed in self.job(name).needs:
+                    if not init_path(self.config, needed)[1]:
+                        add(needed)
+                found[name] = None
+
+        for name in names:
+            add(name)
+        return list(found)
+
+
+def _job_names(config: ConfigDict) -> list[str]:
+    """All jobs of a config, in the order in which they can run."""
+    names = []
+    for phase in defaults.PHASES:
+        if phase not in config.phases or phase in unnecessary(config):
+            continue
+        if phase in defaults.MODULE_PHASES:
+            names += [f"{phase}/{i}" for i in range(teacher(config).modules)]
+        elif phase in END_TO_END:
+            names += [phase] + [f"{phase}/{seed}" for seed in range(1, config.e2e_seeds)]
+        else:
+            names.append(phase)
+    return names
+
+
+def unnecessary(config: ConfigDict) -> set[str]:
+    """Phases whose weights `config.init` brings."""
+    init, skip = config.init, set()
+    if init.meta:
+        skip |= {"pt"}
+    if init.teacher:
+        skip |= {"mt", "ft"} | (set() if "m2mkd" in config.phases else {"pt"})
+    if init.students or init.network:
+        skip |= {"m2mkd"}
+        if not {"e2e_kd", "e2e_upcycled"} & set(config.phases):
+            skip |= {"pt", "mt", "ft"}
+    return skip
+
+
+def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"a.b.c": value} of nested groups, without the keys that do not change results."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key not in HARMLESS:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(values))
+
+
+def inputs_path(workdir: Path, name: str) -> Path:
+    """The file that says what a job's result depends on."""
+    return job_directory(workdir, name) / "inputs.json"
+
+
+def write_inputs(workdir: Path, job: Job) -> None:
+    """Keeps a job's inputs beside its results, before it starts."""
+    write_json(inputs_path(workdir, job.name), job.inputs)
+
+
+def is_done(workdir: Path, name: str) -> bool:
+    """Whether a job is finished. Raises UserError, before any work, where its result is damaged."""
+    path = job_directory(workdir, name) / "done.json"
+    if not path.is_file():
+        return False
+    if not isinstance(read_json(path), dict):
+        raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
+    return True
+
+
+def is_current(plan: Plan, workdir: Path, name: str) -> bool:
+    """Whether a job is done, and if it measures networks, has measured all that are asked for."""
+    if not is_done(workdir, name):
+        return False
+    job = plan.job(name)
+    if job.kind is not Kind.EVALUATION:
+        return True
+    path = inputs_path(workdir, name)
+    if not path.is_file() or read_json(path) != job.inputs:
+        return False
+    networks = read_json(job_directory(workdir, name) / "done.json")["networks"]
+    wanted = {f"{name}_accuracy" for name in plan.config.evaluation.renditions}
+    return networks.keys() == set(job.needs) and all(
+        wanted <= networks[phase.job].keys()
+        for phase in job.phases
+        if phase.data == plan.config.data
+    )
+
+
+def open_jobs(plan: Plan, workdir: Path, stale: Collection[str] = ()) -> set[str]:
+    """The jobs that a whole run still has to do.
+
+    Not among them are jobs that are neither done nor needed by one that is open: their directories
+    may be deleted once what they were needed for is done.
+
+    Args:
+        plan: the jobs.
+        workdir: directory of the run.
+        stale: jobs that start again.
+    """
+    dependents: dict[str, set[str]] = {}
+    for name in plan.names:
+        for needed in plan.job(name).needs:
+            dependents.setdefault(needed, set()).add(name)
+    found: set[str] = set()
+    for name in reversed(plan.names):
+        wanted = dependents.get(name, set())
+        if name in stale or (
+            not is_current(plan, workdir, name) and (not wanted or found & wanted)
+        ):
+            found.add(name)
+    return found
+
+
+def jobs_to_run(
+    plan: Plan, workdir: Path, only: str = "", stale: Collection[str] = ()
+) -> list[str]:
+    """Those of the jobs that `only` names that are not done or stale; by default the open ones."""
+    if not only:
+        found = open_jobs(plan, workdir, stale)
+        return [n for n in plan.names if n in found]
+    chosen = plan.select(only)
+    return [n for n in chosen if n in stale or not is_current(plan, workdir, n)]
+
+
+def jobs_on_disk(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Jobs that have begun in a directory, by name, with their inputs."""
+    root = workdir / "jobs"
+    paths = sorted([*root.glob("*/inputs.json"), *root.glob("*/*/inputs.json")])
+    return {path.parent.relative_to(root).as_posix(): read_json(path) for path in paths}
+
+
+def stale_after(workdir: Path, redone: Iterable[str]) -> list[str]:
+    """The jobs that are done again, and all in the directory that stand on one of them."""
+    begun, stale = jobs_on_disk(workdir), list(redone)
+    grown = True
+    while grown:
+        more = [
+            n
+            for n, inputs in begun.items()
+            if n not in stale and set(inputs.get("needs", ())) & set(stale)
+        ]
+        stale, grown = stale + more, bool(more)
+    return stale
+
+
+def check_same_config(
+    plan: Plan, workdir: Path, names: Iterable[str], stale: Collection[str] = ()
+) -> None:
+    """Refuses a config that another result of these jobs, or of those they need, came from.
+
+    Args:
+        plan: of the config that is given now.
+        workdir: the run's directory.
+        names: jobs that are to be kept, gone on with, or built on.
+        stale: jobs that start again.
+
+    Raises:
+        UserError: names the first job, and the key of the config that has changed.
+    """
+    for name in plan.closure(names):
+        path, job = inputs_path(workdir, name), plan.job(name)
+        if name in stale or job.kind is Kind.EVALUATION:  # what is measured anew loses nothing
+            continue
+        hint = f"--redo={name} does it and what stands on it again; or use another --workdir"
+        if not path.is_file():
+            if is_done(workdir, name):
+                raise UserError(
+                    f"{path} is missing, so that what {name} came from is unknown; {hint}"
+                )
+            continue
+        before = read_json(path)
+        if not isinstance(before, dict) or not {"config", "needs"} <= before.keys():
+            raise UserError(f"{path} is damaged; {hint}")
+        for key in sorted({*before["config"], *job.inputs["config"]}):
+            old, new = before["config"].get(key), job.inputs["config"].get(key)
+            if old != new:
+                raise UserError(
+                    f"{workdir}: {name} was made with config.{key} = {old!r}, not {new!r}; {hint}"
+                )
+        for needed in sorted({*before["needs"], *job.inputs["needs"]}):
+            if before["needs"].get(needed) != job.inputs["needs"].get(needed):
+                raise UserError(f"{workdir}: {name} stands on another {needed}; {hint}")

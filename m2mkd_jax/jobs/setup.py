@@ -1,0 +1,279 @@
+"""From a phase to what its training step is made of: program, state, step, frozen parameters.
+
+Training, few-shot episodes, the dry run and the benchmarks all get theirs here.
+
+Axes: B batch, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
+from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.program import Program
+from m2mkd_jax.train.optimizer import make_optimizer
+from m2mkd_jax.train.schedule import learning_rate
+from m2mkd_jax.train.step import initial_state, make_step
+
+# Of the learning rate, where there are no data to count.
+UPDATES_PER_EPOCH = 1000
+_IMAGES: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its config, directory and devices."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+
+    def directory(self, job: str) -> Path:
+        """Where a job keeps what it makes."""
+        return job_directory(self.workdir, job)
+
+    def shardings(self, tree: Any) -> Any:
+        """Where the arrays (or shapes) of a tree lie on the mesh."""
+        return partition.shardings(self.mesh, tree, self.config.mesh.fsdp)
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """The type of activations: config.precision, 'auto' being bfloat16 but on a CPU."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def image_source(data: ConfigDict, split: str) -> Any:
+    """A data set's images, decoded once per process however many jobs read them."""
+    key = f"{split} {data.to_json()}"
+    if key not in _IMAGES:
+        _IMAGES[key] = load_source(data, split)
+    return _IMAGES[key]
+
+
+def count_updates(phase: Phase) -> int:
+    """Optimizer updates in an epoch of a phase; opens its training data.
+
+    Raises:
+        UserError: the data cannot be read, are fewer than a batch, or the epochs too short for one.
+    """
+    recipe, data, key = phase.recipe, phase.data, f"config.{phase.recipe_key}"
+    micro = recipe.batch // recipe.accumulate
+    images = len(image_source(data, "train"))
+    try:
+        indices = BatchIndices(images, micro, phase.seed, data.repeated_augmentation)
+    except UserError as error:
+        raise UserError(f"{key}.batch: {error}") from None
+    steps = indices.steps_per_epoch
+    if steps < recipe.accumulate:
+        raise UserError(
+            f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
+            f"{key}.batch"
+        )
+    updates = steps // recipe.accumulate
+    if not round(recipe.epochs * updates):
+        raise UserError(
+            f"{phase.job}: {recipe.epochs:g} epochs of {updates} batches are none; raise "
+            f"{key}.epochs"
+        )
+    return updates
+
+
+def make_program(
+    config: ConfigDict, phase: Phase, stages: dict[str, dict] | None = None
+) -> Program:
+    """The phase's program.
+
+    Args:
+        config: of the run.
+        phase: the phase.
+        stages: its initial stages, which a regulariser may look at; None: without regulariser.
+    """
+    regulariser = None
+    if phase.regulariser and stages is not None:
+        initial = {
+            name: chain.merge(
+                chain.abstract(phase.stages[name].build).graph,
+                stages[name]["params"],
+                stages[name]["fixed"],
+            )
+            for name in phase.trainable
+        }
+        regulariser = phase.regulariser(initial)
+    return phase.program(regulariser, compute_dtype(config.precision), config.evaluation.sampled)
+
+
+def partition_stages(
+    phase: Phase, dtype: jnp.dtype, stages: dict[str, dict]
+) -> tuple[dict, dict, dict]:
+    """Stages {name: {"params", "fixed"}} in three parts, by stage.
+
+    Returns:
+        The parameters that are trained; the fixed arrays beside them; and what is frozen, its
+        parameters in the compute type. Of a stage that is trained in part (Phase.head) the whole
+        is among the frozen.
+    """
+    params = phase.trained({name: stages[name]["params"] for name in phase.trainable})
+    fixed = {name: stages[name]["fixed"] for name in phase.trainable}
+    frozen = {
+        name: {"params": chain.cast_compute(s["params"], dtype), "fixed": s["fixed"]}
+        for name, s in stages.items()
+        if phase.head or name not in phase.trainable
+    }
+    return params, fixed, frozen
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a phase's training step is made of; arrays, or shapes where nothing is to be computed.
+
+    Attributes:
+        phase: the phase.
+        program: its loss and logits.
+        params, fixed, frozen: see `partition_stages`.
+        optimizer: the recipe's.
+        rate: optimizer update -> learning rate.
+        mesh: the devices; None: the first one alone.
+        fsdp: cut large parameters over 'data'.
+    """
+
+    phase: Phase
+    program: Program
+    params: dict
+    fixed: dict
+    frozen: dict
+    optimizer: optax.GradientTransformation
+    rate: Callable
+    mesh: Mesh | None
+    fsdp: bool
+
+    def begin(self, params: dict, fixed: dict) -> dict:
+        """The training state before the first step."""
+        return initial_state(params, fixed, self.optimizer, self.phase.recipe)
+
+    def on_mesh(self, function: Callable) -> Callable:
+        """`function`, traced where layers find the mesh."""
+        return function if self.mesh is None else meshes.with_mesh(self.mesh, function)
+
+    @functools.cached_property
+    def placement(self) -> Any:
+        """Where the state's arrays lie; None with one device."""
+        if self.mesh is None:
+            return None
+        shapes = jax.eval_shape(self.begin, self.params, self.fixed)
+        return partition.shardings(self.mesh, shapes, self.fsdp)
+
+    @functools.cached_property
+    def abstract_state(self) -> dict:
+        """Shapes and types of the state's arrays, and where they lie."""
+        shapes = jax.eval_shape(self.begin, self.params, self.fixed)
+        return shapes if self.mesh is None else jax.tree.map(_placed, shapes, self.placement)
+
+    @property
+    def abstract_frozen(self) -> dict:
+        """Shapes and types of the frozen arrays, and where they lie."""
+        if self.mesh is None:
+            return jax.eval_shape(lambda tree: tree, self.frozen)
+        where = partition.shardings(self.mesh, self.frozen, self.fsdp)
+        return jax.tree.map(_placed, self.frozen, where)
+
+    def initial_state(self) -> dict:
+        """The state before the first step; it takes over the buffers of `params` and `fixed`."""
+        begin = jax.jit(self.begin, out_shardings=self.placement, donate_argnums=(0, 1))
+        return begin(self.params, self.fixed)
+
+    def make_step(self, data: ConfigDict | None = None) -> Callable:
+        """(state, frozen, batch) -> (state, metrics), compiled at its first call.
+
+        Args:
+            data: whose images are normalised how, and classes; by default the phase's.
+        """
+        phase = self.phase
+        where = None
+        if self.mesh is not None:
+            where = (self.placement, meshes.replicated(self.mesh))
+        return make_step(
+            self.on_mesh(self.program.loss),
+            self.optimizer,
+            phase.recipe,
+            data or phase.data,
+            phase.seed,
+            out_shardings=where,
+        )
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def set_up(
+    config: ConfigDict,
+    phase: Phase,
+    stages: dict[str, dict],
+    *,
+    mesh: Mesh | None = None,
+    updates_per_epoch: int = UPDATES_PER_EPOCH,
+    params: dict | None = None,
+) -> Setup:
+    """Everything a phase's training step is made of.
+
+    Args:
+        config: of the run.
+        phase: the phase.
+        stages: {name: {"params", "fixed"}}, arrays or (jax.ShapeDtypeStruct) their shapes.
+        mesh: the devices; None: the first one alone.
+        updates_per_epoch: optimizer updates in an epoch.
+        params: the trained parameters or their shapes, where they are not those of `stages`.
+    """
+    leaves = jax.tree.leaves(stages)
+    abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
+    program = make_program(config, phase, None if abstract else stages)
+    separate = functools.partial(partition_stages, phase, program.dtype)
+    parts = jax.eval_shape(separate, stages) if abstract else separate(stages)
+    trained, fixed, frozen = parts
+    params = trained if params is None else params
+    return Setup(
+        phase=phase,
+        program=program,
+        params=params,
+        fixed=fixed,
+        frozen=frozen,
+        optimizer=make_optimizer(phase.recipe, updates_per_epoch, params),
+        rate=learning_rate(phase.recipe, updates_per_epoch),
+        mesh=mesh,
+        fsdp=config.mesh.fsdp,
+    )
+
+
+def abstract_stages(phase: Phase) -> dict[str, dict]:
+    """Shapes of all stages of a phase: {name: {"params", "fixed"}}."""
+    shapes = {name: chain.abstract(spec.build) for name, spec in phase.stages.items()}
+    return {name: {"params": s.params, "fixed": s.fixed} for name, s in shapes.items()}
+
+
+def fresh_setup(config: ConfigDict, job: str) -> Setup:
+    """A job's training step on one device, every stage fresh, wherever it comes from in a run."""
+    phase = build_phase(config, job)
+    stages = {
+        name: fresh_stage(config, spec, name, phase.seed) for name, spec in phase.stages.items()
+    }
+    return set_up(config, phase, stages)

@@ -1,0 +1,117 @@
+"""summary.json of a run, and the table at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
+from m2mkd_jax.parallel.process import is_main
+from m2mkd_jax.phases.initial_weights import job_directory
+
+
+def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
+    """workdir/summary.json: every job, and the accuracies that matter side by side.
+
+    A job's status is done, interrupted, pending, or not needed: what it was needed for is done.
+    """
+    jobs, still_open = [], open_jobs(plan, workdir)
+    for name in plan.names:
+        directory = job_directory(workdir, name)
+        if is_done(workdir, name):
+            jobs.append(read_json(directory / "done.json"))
+            continue
+        checkpoints = directory / "checkpoints"
+        status = "interrupted" if checkpoints.is_dir() else "pending"
+        if name not in still_open:
+            status = "not needed"
+        saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
+        jobs.append(
+            {
+                "name": name,
+                "status": status,
+                "steps": max(saved, default=0),
+                "seconds": 0.0,
+                "metrics": {},
+            }
+        )
+    summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs)}
+    if is_main():
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def results(jobs: list[dict]) -> dict:
+    """Accuracies side by side: networks over seeds, the gap to scratch, students and teachers."""
+    accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
+    measured = {n: m for j in jobs for n, m in j.get("networks", {}).items()}  # given, not trained
+    accuracy = {n: m["eval_accuracy"] for n, m in measured.items()} | accuracy
+    found: dict = {}
+    for name, title in (("pt", "meta"), ("ft", "teacher")):
+        if name in accuracy:
+            found[title] = accuracy[name]
+    seeds: dict[str, list[float]] = {}
+    for name, value in accuracy.items():
+        if name.startswith("e2e"):
+            seeds.setdefault(name.split("/")[0], []).append(value)
+    for phase, values in seeds.items():
+        found[phase] = interval(values)
+    if {"e2e", "e2e_scratch"} <= seeds.keys():
+        pairs = zip(seeds["e2e"], seeds["e2e_scratch"], strict=False)
+        found["e2e_minus_scratch"] = interval([a - b for a, b in pairs])
+    found |= {j["name"]: interval(j["episodes"]) for j in jobs if "episodes" in j}
+    hybrids = [j for j in jobs if "teacher_accuracy" in j["metrics"]]
+    if hybrids:
+        found["hybrids"] = [
+            {
+                "module": j["name"],
+                "student": j["metrics"]["eval_accuracy"],
+                "teacher": j["metrics"]["teacher_accuracy"],
+            }
+            for j in hybrids
+        ]
+    return found
+
+
+def interval(values: list[float]) -> dict:
+    """Mean and half-width of the 95% Student interval over seeds (None for one seed)."""
+    half = None
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        half = float(stdtrit(len(values) - 1, 0.975)) * spread
+    return {"mean": float(np.mean(values)), "interval95": half, "values": values}
+
+
+def table(summary: dict) -> Iterator[str]:
+    """The summary as lines of text."""
+    yield f"{'job':<16}{'status':<13}{'steps':>8}{'seconds':>10}{'accuracy':>10}{'reference':>11}"
+    for job in summary["jobs"]:
+        metrics = job["metrics"]
+        shown = f"{metrics['eval_accuracy']:.4f}" if "eval_accuracy" in metrics else "-"
+        reference = metrics.get("teacher_accuracy", metrics.get("meta_accuracy"))
+        beside = f"{reference:.4f}" if reference is not None else ""
+        yield (
+            f"{job['name']:<16}{job['status']:<13}{job['steps']:>8}{job['seconds']:>10.1f}"
+            f"{shown:>10}{beside:>11}"
+        )
+    for name in ("meta", "teacher"):
+        if name in summary["results"]:
+            yield f"{name}: {summary['results'][name]:.4f}"
+    for name, value in summary["results"].items():
+        if isinstance(value, dict):
+            half = value["interval95"]
+            yield f"{name}: {value['mean']:.4f}" + (
+                "" if half is None else f" +- {half:.4f} (95%, {len(value['values'])} seeds)"
+            )
+
+
+def print_summary(summary: dict) -> None:
+    if is_main():
+        print("\n".join(table(summary)), file=sys.stdout, flush=True)

@@ -1,0 +1,119 @@
+"""How the processes of a run find each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.parallel.process import CONNECT_SECONDS, watch
+
+
+def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs to know here; None: this process runs alone.
+
+    In this order:
+        M2MKD_PROCESSES=1 (this process alone, whatever else is set)
+        M2MKD_COORDINATOR=host:port, M2MKD_PROCESSES=N, M2MKD_PROCESS=i (launch/local.sh)
+        M2MKD_PROCESSES=auto: a TPU pod (launch/tpu_pod.sh) or a cluster that jax recognises
+        a SLURM step of several tasks (launch/slurm.sh nodes). An array job has one task per
+            element, so its elements run alone.
+        several names in TPU_WORKER_HOSTNAMES
+
+    Raises:
+        UserError: the three variables are incomplete or make no sense.
+    """
+    given = {name: environment.get(f"M2MKD_{name}", "")
+             for name in ("COORDINATOR", "PROCESSES", "PROCESS")}  # fmt: skip
+    if given["PROCESSES"] == "1":
+        return None
+    if given["PROCESSES"] == "auto":
+        return {}
+    if any(given.values()):
+        return _explicit(given)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
+        alone_on_node = tasks == environment.get("SLURM_STEP_NUM_NODES")
+        # jax would give each task the one device of its local number.
+        own = {"local_device_ids": []} if alone_on_node else {}
+        return own | _slurm_coordinator(environment)
+    return {} if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def _slurm_coordinator(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node of a step, at jax's port; jax itself makes n1 of n[1-4]-ib."""
+    nodes, job = (environment.get(f"SLURM_{name}", "") for name in ("STEP_NODELIST", "JOB_ID"))
+    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)[0]
+    host = re.sub(r"\[([^],-]*)[^]]*]", r"\1", first)
+    if not host or not job.isdigit() or environment.get("JAX_COORDINATOR_ADDRESS"):
+        return {}
+    port = environment.get("JAX_COORDINATOR_PORT") or int(job) % 2**12 + 2**16 - 2**12
+    return {"coordinator_address": f"{host}:{port}"}
+
+
+def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
+    for name, value in given.items():
+        if not value:
+            raise UserError(
+                f"M2MKD_{name} is not set; M2MKD_COORDINATOR=host:port, M2MKD_PROCESSES=N and "
+                "M2MKD_PROCESS=0..N-1 belong together"
+            )
+    host, _, port = given["COORDINATOR"].rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"M2MKD_COORDINATOR is {given['COORDINATOR']!r}; it must be host:port")
+    if not given["PROCESSES"].isdigit() or int(given["PROCESSES"]) < 1:
+        raise UserError(
+            f"M2MKD_PROCESSES is {given['PROCESSES']!r}; it must be a number of processes, or auto"
+        )
+    count = int(given["PROCESSES"])
+    if not given["PROCESS"].isdigit() or int(given["PROCESS"]) >= count:
+        raise UserError(f"M2MKD_PROCESS is {given['PROCESS']!r}; it must be 0 to {count - 1}")
+    return {
+        "coordinator_address": given["COORDINATOR"],
+        "num_processes": count,
+        "process_id": int(given["PROCESS"]),
+        "local_device_ids": [],
+    }
+
+
+def start_distributed() -> None:
+    """Joins this process to the others of its run, if there are others; before jax is used.
+
+    Where they do not all come within CONNECT_SECONDS it says so and ends the process, exit code 2.
+
+    Raises:
+        UserError: wrong variables.
+    """
+    arguments = distributed_arguments(os.environ)
+    if arguments is None:
+        return
+    # At its own time limit jax aborts with a page of stack, and nothing can be caught.
+    patience = threading.Timer(CONNECT_SECONDS, _nobody_comes)
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=2 * CONNECT_SECONDS)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot join the other processes of this run: {reason}") from None
+    finally:
+        patience.cancel()
+    watch(distributed.global_state.client)
+
+
+def _nobody_comes() -> None:
+    state = distributed.global_state
+    print(
+        f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
+        f"are at {state.coordinator_address}; look at what the others say, and whether they can "
+        "reach it",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)

@@ -1,0 +1,52 @@
+"""Compiled programs kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path | None:
+    """Keeps compiled programs on disk, so that a second run of the same job starts at once.
+
+    Args:
+      directory: where; by default $JAX_COMPILATION_CACHE_DIR, else ~/.cache/m2mkd_jax/xla.  Entries
+        go in a subdirectory for this jax version and CPU.
+
+    Returns:
+      The subdirectory, or None (with one line on stderr) where it cannot be written: a run without
+      a cache is slower, not wrong.
+    """
+    base = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/m2mkd_jax/xla"
+    path = Path(base).expanduser().absolute() / _machine_key()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        print(f"no compilation cache: {path}: {error.strerror}", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    # The default skips whatever compiled in under a second: on a small model, everything.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # jax looks for the cache once, at the first compilation: make it look again.
+    compilation_cache.reset_cache()
+    return path
+
+
+def _machine_key() -> str:
+    """jax version and CPU: jax's own key leaves out the CPU's instruction set, and a home directory
+    is often shared by unlike machines (a program for the wrong one dies by SIGILL)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):  # not Linux
+        cpu = platform.processor()
+    fingerprint = hashlib.sha256(f"{platform.machine()} {cpu}".encode()).hexdigest()[:8]
+    return f"jax-{jax.__version__}-{fingerprint}"

@@ -1,0 +1,212 @@
+"""The weights that a phase starts from: fresh ones, those of finished jobs, or `config.init`.
+
+A directory of weights is what a finished job leaves in DIR/jobs/JOB/weights (checkpoint/store.py),
+or what `python -m m2mkd_jax.convert` makes; `config.init` also takes torch and safetensors files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.trees import match_tree
+from m2mkd_jax.conversion.arch_flag import job_fields
+from m2mkd_jax.conversion.open_weights import HUB, Weights, local_path, open_weights
+from m2mkd_jax.conversion.torch_layouts import has_weights
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import chain, registry
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.phases.families import students, teacher
+from m2mkd_jax.phases.phase import Phase, StageSpec, WeightsFrom
+
+# Which `config.init` field stands for the weights of which job.
+INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students", "e2e": "network"}
+
+
+def job_directory(workdir: Path, job: str) -> Path:
+    return workdir / "jobs" / job
+
+
+def init_path(config: ConfigDict, job: str) -> tuple[str, str]:
+    """The field of `config.init` that stands for `job`, and the path in it ("": none)."""
+    phase, _, index = job.partition("/")
+    field = "" if phase == "e2e" and index else INIT_FIELD.get(phase, "")  # no other seed's
+    return field, config.init[field] if field else ""
+
+
+def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
+    """The weights of `job`, a directory or a file: those that `config.init` names, else this run's.
+
+    A network is given to be trained, too: once this run has trained it, that is the one.
+
+    Raises:
+        UserError: they are not there.
+    """
+    field, given = init_path(config, job)
+    path = job_directory(workdir, job) / "weights"
+    if given and not (job == "e2e" and path.is_dir()):
+        return _given_weights(job, field, given)
+    if not path.is_dir():
+        hint = f", or set config.init.{field}" if field else ""
+        raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
+    return path
+
+
+def _given_weights(job: str, field: str, given: str) -> Path:
+    """Weights of `job` in what config.init.`field` names: another run's directory, one
+    subdirectory a student, a directory of weights, or torch files."""
+    root = local_path(given) if given.startswith(HUB) else Path(given).expanduser()
+    index = job.partition("/")[2]
+    inside = [root / "jobs" / job / "weights"]
+    inside += [root / index / "weights", root / index] if index else []
+    for path in [*inside, root]:
+        if (path / "description.json").is_file():
+            return path
+    if has_weights(root):
+        return root
+    looked = ", ".join(str(p / "description.json") for p in [*inside, root])
+    raise UserError(
+        f"config.init.{field}: no weights of {job} in {root}; looked for {looked} and torch files"
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _from_torch(path: Path, fields: str) -> Weights:
+    try:
+        return open_weights(path, fields=json.loads(fields))
+    except UserError as error:  # which speaks to those who convert
+        raise UserError(str(error).replace("--arch", "the config")) from None
+
+
+def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[dict, str]:
+    """The tree that `weights` (a job's, or given by config.init) names, and where it is from.
+
+    Converted weights and those of other jobs may call a stage differently (module_2 for meta_2):
+    then its number decides.
+
+    Raises:
+        UserError: the weights, or the tree among them, are not there or cannot be read.
+    """
+    job, name = weights.job, weights.tree
+    if weights.kind == "init":
+        job = "e2e"
+        path = _given_weights(job, "network", config.init.network)
+    else:
+        path = weights_directory(config, workdir, job)
+    if (path / "description.json").is_file():
+        found = open_weights(path)
+    else:
+        found = _from_torch(path, json.dumps(job_fields(config, job)))
+    names = list(found.trees)
+    same = [n for n in names if registry.index_of(n) == registry.index_of(name)]
+    chosen = [name] if name in names else same if len(same) == 1 else names
+    if len(chosen) != 1:
+        raise UserError(f"{path} has no weights named {name!r}, only {', '.join(names)}")
+    return found.trees[chosen[0]], f"{path}/{chosen[0]}"
+
+
+def load_stage(
+    config: ConfigDict, workdir: Path, weights: WeightsFrom, shape: chain.SplitStage
+) -> dict:
+    """{"params", "fixed"} of a stage from finished weights; raises UserError as `read_tree`."""
+    tree, where = read_tree(config, workdir, weights)
+    expected = {"params": shape.params, "fixed": shape.fixed}
+    expected = {name: tree for name, tree in expected.items() if tree}
+    tree = match_tree(tree, expected, where)
+    return {"params": tree["params"], "fixed": tree.get("fixed", {})}
+
+
+def fresh_stage(config: ConfigDict, spec: StageSpec, name: str, seed: int, shardings=None) -> dict:
+    """{"params", "fixed"} of a stage before any training; a NAC's mediators get their graph."""
+    key = jax.random.key(seed)
+    for letter in name:  # the same stage starts alike in whatever job it appears
+        key = jax.random.fold_in(key, ord(letter))
+    stage = chain.initialise(spec.build, key, shardings)
+    params = students(config).prepare(name, stage.params, seed)
+    return {"params": params, "fixed": stage.fixed}
+
+
+def _assembled(config: ConfigDict, workdir: Path, network: dict[str, dict]):
+    family, taught = students(config), []
+    for i in range(family.modules):
+        tree, _ = read_tree(config, workdir, WeightsFrom("job", f"m2mkd/{i}", f"student_{i}"))
+        taught.append(tree["params"])
+    return family.assemble(network, taught)
+
+
+def _upcycled(config: ConfigDict, workdir: Path, job: str, network: dict[str, dict]):
+    """The dense teacher that `job` trained, as the network's start."""
+    whole, dense = teacher(config), []
+    for i in range(whole.modules):
+        spec = whole.module(i, WeightsFrom("job", job, f"module_{i}"))
+        shape = chain.abstract(spec.build)
+        stage = load_stage(config, workdir, spec.weights, shape)
+        dense.append(chain.merge(shape.graph, stage["params"], stage["fixed"]))
+    return students(config).upcycle(network, dense)
+
+
+def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> None:
+    """Reads all that `config.init` names for some phases, each weight once, and lets it go.
+
+    Raises:
+        UserError: it is damaged, or of another shape; a late phase would say so after hours.
+    """
+    read, assembled = set(), not config.init.students or config.init.network
+    for phase in phases:
+        for spec in phase.stages.values():
+            weights = spec.weights
+            given = weights.kind == "init" or (
+                weights.kind == "job" and init_path(config, weights.job)[1]
+            )
+            if given and weights not in read:
+                load_stage(config, workdir, weights, chain.abstract(spec.build))
+                read.add(weights)
+        if phase.assembled and not assembled:
+            network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
+            jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
+            assembled = True
+
+
+def load_stages(
+    config: ConfigDict, workdir: Path, phase: Phase, shardings: Callable | None = None
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """{stage: {"params", "fixed"}} for every stage of a phase, and where each came from.
+
+    Args:
+        config: of the run.
+        workdir: its directory.
+        phase: whose stages are wanted.
+        shardings: a tree of arrays or shapes -> where its arrays go (parallel/partition.py); None:
+            the first device, or the host.
+
+    Raises:
+        UserError: weights are missing, damaged, or of another shape.
+    """
+    stages, origin = {}, {}
+    for name, spec in phase.stages.items():
+        if spec.weights.kind in ("job", "init"):
+            stages[name] = load_stage(config, workdir, spec.weights, chain.abstract(spec.build))
+            origin[name] = spec.weights.job or config.init.network
+        else:
+            stages[name] = fresh_stage(config, spec, name, phase.seed, shardings)
+            origin[name] = "fresh"
+    if phase.assembled:
+        network = {name: stages[name]["params"] for name in phase.assembled}
+        taught, parts = _assembled(config, workdir, network)
+        origin = {n: where for n, where in origin.items() if n not in taught} | parts
+        stages |= {n: {**stages[n], "params": params} for n, params in taught.items()}
+    upcycled = {n: s.weights.job for n, s in phase.stages.items() if s.weights.kind == "upcycled"}
+    if upcycled:
+        job = next(iter(upcycled.values()))
+        network = {name: stages[name]["params"] for name in upcycled}
+        dense = _upcycled(config, workdir, job, network)
+        stages |= {n: {**stages[n], "params": params} for n, params in dense.items()}
+        origin |= dict.fromkeys(upcycled, f"{job}, experts from its MLPs, routers fresh")
+    if shardings is not None:
+        stages = partition.put(stages, shardings(stages))
+    return stages, origin

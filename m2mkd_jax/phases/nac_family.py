@@ -1,0 +1,179 @@
+"""NAC students (read-in, mediators, read-out) and the Neural Attentive Circuit they make up.
+
+Axes: U latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.defaults import SECTIONS, module_recipe, teaching_data
+from m2mkd_jax.config.networks import nac_spec
+from m2mkd_jax.errors import require
+from m2mkd_jax.losses import graph
+from m2mkd_jax.models import registry
+from m2mkd_jax.models.nac import kernels, priors
+from m2mkd_jax.models.nac import students as nac_students
+from m2mkd_jax.models.nac.circuit import NAC
+from m2mkd_jax.phases import families
+from m2mkd_jax.phases.families import Network, Student, StudentFamily
+from m2mkd_jax.phases.phase import FRESH, Regulariser, StageSpec, WeightsFrom
+
+
+class NACFamily(StudentFamily):
+    """Read-in, mediators, read-out; one Neural Attentive Circuit end to end."""
+
+    section = "nac"
+    defaults = staticmethod(SECTIONS["nac"])
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self.modules = config.nac.iterations + 2
+        self.parts = f"read-in, {config.nac.iterations} iterations, read-out"
+
+    def check(self, teaching: bool, devices: int) -> None:
+        """Raises UserError where config.nac does not fit the rest of the config."""
+        del devices
+        config, nac = self.config, self.config.nac
+        nac_spec(config, config.data)
+        if teaching:
+            width = families.teacher(config).width
+            require(
+                nac.stitch_dim in (0, width),
+                f"config.nac.stitch_dim is {nac.stitch_dim}; it must be the meta model's width "
+                f"{width} (or 0 for just that)",
+            )
+        require(
+            not (nac.share_propagators or nac.share_ffn)
+            or not ("m2mkd" in config.phases or config.init.students),
+            "config.nac: m2mKD teaches every propagator apart; switch share_propagators and "
+            "share_ffn off or drop the m2mkd phase",
+        )
+        priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
+        for name in ("m2mkd", "e2e"):
+            recipe = config.recipes[name]
+            require(
+                not (recipe.importance_weight or recipe.load_weight),
+                f"config.recipes.{name}: importance_weight and load_weight are about routers; a "
+                "NAC has none",
+            )
+        wanted, latents = config.regulariser, nac.mediator_latents
+        if wanted.kind == "stochastic_block":
+            graph.block_matrix(latents, wanted.clusters, wanted.p_in, wanted.p_out)
+        latents += nac.input_latents + nac.output_latents
+        require(
+            wanted.kind != "gaussian_mixture" or wanted.components <= math.comb(latents, 2),
+            f"config.regulariser.components is {wanted.components}; {latents} latents have only "
+            f"{math.comb(latents, 2)} distances",
+        )
+
+    def student(self, index: int) -> Student:
+        config = self.config
+        recipe = module_recipe(config, "m2mkd", index)
+        spec, width = nac_spec(config, teaching_data(config)), families.teacher(config).width
+        last, states = self.modules - 1, recipe.batch // recipe.accumulate
+        kind = "read-in" if index == 0 else "read-out" if index == last else "mediator"
+        # All mediators are built alike, and only they have a drop-path of their own.
+        like = 1 if kind == "mediator" else index
+        build = registry.nac_student_builder(spec, like, self.modules, width, states)
+        describe = {
+            "kind": "nac_student",
+            "spec": dataclasses.asdict(spec),
+            "module": index,
+            "modules": self.modules,
+            "stitch_dim": width,
+            "states": states,
+        }
+        rates = (recipe.drop_path,) if kind == "mediator" and recipe.drop_path else None
+        return Student(StageSpec(build, FRESH, f"NAC {kind} student"), rates, describe)
+
+    def network(self, weights: WeightsFrom) -> Network:
+        config = self.config
+        spec, recipe = nac_spec(config, config.data), module_recipe(config, "e2e")
+        return Network(
+            stages={"nac": StageSpec(registry.nac_builder(spec), weights, "NAC")},
+            rates=((recipe.drop_path,) * spec.iterations,),
+            describe={"kind": "nac", "spec": dataclasses.asdict(spec)},
+            regulariser=self._regulariser if config.regulariser.kind != "none" else None,
+        )
+
+    def _regulariser(self, stages: Mapping[str, nnx.Module]) -> Regulariser:
+        """config.regulariser, which may look at the initial network."""
+        wanted, mixture = self.config.regulariser, None
+        if wanted.kind == "gaussian_mixture":
+            mixture = graph.fit_gaussian_mixture(
+                jax.device_get(all_distances(stages["nac"])), wanted.components, self.config.seed
+            )
+        value = graph_regulariser(wanted.kind, wanted, mixture)
+        return lambda merged: value(merged["nac"])
+
+    @property
+    def head(self) -> tuple[str, tuple[str, ...]]:
+        """The stage and the path of the layer that gives the logits. Raises UserError: none."""
+        require(
+            self.config.nac.output == "pooling",
+            f'config.nac.output is "{self.config.nac.output}": only "pooling" has a head to train',
+        )
+        return "nac", ("pooling", "to_logits")
+
+    def prepare(self, name: str, params: dict, seed: int) -> dict:
+        """A fresh stage's parameters; the network's mediators get their graph."""
+        nac = self.config.nac
+        if name == "nac" and nac.prior != "none":
+            params["mediator_latents"]["signatures"] = priors.prior_signatures(
+                nac.prior, nac.mediator_latents, nac.signature_dim, dict(nac.options), seed
+            )
+        return params
+
+    def assemble(
+        self, network: Mapping[str, dict], taught: Sequence[dict]
+    ) -> tuple[dict[str, dict], dict[str, str]]:
+        """The students' parameters put into the network's, and where each part came from."""
+        params, origin = nac_students.assemble(network["nac"], list(taught))
+        return {"nac": params}, {f"nac/{part}": where for part, where in origin.items()}
+
+
+def graph_regulariser(kind: str, options, mixture=None) -> Callable[[NAC], jax.Array]:
+    """A NAC's graph regulariser, weighted (reference section 3, objectives/graph.py).
+
+    Args:
+        kind: 'hinge' (all latents repel below a distance), 'stochastic_block' (the mediators'
+            kernels keep block structure) or 'gaussian_mixture' (distances keep their distribution).
+        options: weight, and hinge | clusters, p_in, p_out | components.
+        mixture: the fitted mixture of `objectives.graph.fit_gaussian_mixture`.
+    """
+
+    def value(nac: NAC) -> jax.Array:
+        if kind == "stochastic_block":
+            signatures = nac.mediator_latents.signatures[...]
+            target = graph.block_matrix(
+                signatures.shape[0], options.clusters, options.p_in, options.p_out
+            )
+            distance = kernels.distance(signatures, signatures)
+            spec = nac.spec
+            affinities = jax.vmap(
+                lambda bandwidth: kernels.affinity(
+                    distance, bandwidth, spec.truncation, spec.truncation_implementation
+                )
+            )(nac.propagators.attention.bandwidth[...])
+            return graph.stochastic_block(affinities, target)
+        distance = all_distances(nac)
+        if kind == "hinge":
+            return graph.hinge_repulsion(distance, options.hinge)
+        return graph.gaussian_mixture(distance, mixture)
+
+    return lambda nac: options.weight * value(nac)
+
+
+def all_distances(nac: NAC) -> jax.Array:
+    """Distances (U, U) between the signatures of all latents: input, mediator, output."""
+    groups = (nac.input_latents, nac.mediator_latents, nac.output_latents)
+    signatures = jnp.concatenate([group.signatures[...] for group in groups])
+    return kernels.distance(signatures, signatures)

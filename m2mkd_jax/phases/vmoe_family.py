@@ -1,0 +1,160 @@
+"""V-MoE students: stages of a transformer with experts, between stitches; end to end the same
+stages, with their stitches or without."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.defaults import SECTIONS, module_recipe, recipe_name, teaching_data
+from m2mkd_jax.config.networks import teacher_spec, vmoe_spec
+from m2mkd_jax.errors import UserError, require
+from m2mkd_jax.models import chain, registry, vit
+from m2mkd_jax.models.moe import assembly, dispatch
+from m2mkd_jax.models.moe.spec import VMoESpec
+from m2mkd_jax.phases.families import Network, Student, StudentFamily
+from m2mkd_jax.phases.phase import FRESH, StageSpec, WeightsFrom
+
+
+class VMoEFamily(StudentFamily):
+    """Stages of a vision transformer with experts, between stitches; the same stages end to end."""
+
+    section = "vmoe"
+    defaults = staticmethod(SECTIONS["vmoe"])
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self.depths = tuple(config.vmoe.depths)
+        self.modules = len(self.depths)
+        self.parts = f"config.vmoe.depths is {self.depths}"
+
+    @property
+    def group(self) -> int:
+        """Images that cannot be computed apart; 0: none. Raises UserError: no such network."""
+        return vmoe_spec(self.config, self.config.data, stitches=False)[0].group
+
+    def check(self, teaching: bool, devices: int) -> None:
+        """Raises UserError where config.vmoe does not fit the rest of the config."""
+        config, fields = self.config, self.config.vmoe
+        require(
+            self.modules >= 2 and min(self.depths) >= 1,
+            f"config.vmoe.depths is {self.depths}; it must name at least two modules of one block "
+            "or more",
+        )
+        spec, depth = vmoe_spec(config, config.data, stitches=False)
+        require(
+            depth is None or sum(self.depths) == depth,
+            f"config.vmoe.depths sum to {sum(self.depths)}; {fields.variant} has {depth}",
+        )
+        require(
+            all(0 <= block < sum(self.depths) for block in spec.moe_pos),
+            f"config.vmoe.moe_pos is {spec.moe_pos}; blocks are 0 to {sum(self.depths) - 1}",
+        )
+        require(
+            not fields.keep_stitches
+            or "m2mkd" in config.phases
+            or bool(config.init.students or config.init.network),
+            "config.vmoe.keep_stitches: without students there are no stitches to keep",
+        )
+        require(
+            config.regulariser.kind == "none",
+            f"config.regulariser.kind is {config.regulariser.kind}; a V-MoE has no graph, only "
+            '"none" fits',
+        )
+        for name in ("m2mkd", "e2e", "fewshot"):
+            if any(recipe_name(phase) == name for phase in config.phases):
+                for index in range(self.modules) if name == "m2mkd" else (None,):
+                    self._check_recipe(name, index, spec.group, devices)
+        expert = config.mesh.expert
+        require(
+            expert < 1 or fields.experts % expert == 0,
+            f"config.mesh.expert is {expert}; it must divide the {fields.experts} experts of "
+            "config.vmoe.experts",
+        )
+
+    def _check_recipe(self, name: str, index: int | None, group: int, devices: int) -> None:
+        fields, recipe = self.config.vmoe, module_recipe(self.config, name, index)
+        require(
+            not recipe.load_weight or (fields.router == "vmoe" and fields.noise > 0),
+            f"config.recipes.{name}.load_weight is {recipe.load_weight}; the load loss is about "
+            'the noise of config.vmoe.router "vmoe" and always 0 without it',
+        )
+        try:
+            dispatch.count_groups(recipe.batch // recipe.accumulate, group, devices)
+        except UserError as error:
+            raise UserError(f"config.recipes.{name}: {error}") from None
+
+    def _stage(self, spec: VMoESpec, index: int, weights: WeightsFrom) -> StageSpec:
+        start, depth = sum(self.depths[:index]), self.depths[index]
+        build = registry.vmoe_builder(spec, start, depth, index == 0, index == self.modules - 1)
+        return StageSpec(build, weights, f"V-MoE, {depth} block(s)")
+
+    def _describe(self, spec: VMoESpec) -> dict:
+        return {"kind": "vmoe", "spec": dataclasses.asdict(spec), "depths": list(self.depths)}
+
+    def student(self, index: int) -> Student:
+        config = self.config
+        spec, _ = vmoe_spec(config, teaching_data(config), stitches=True)
+        rate = module_recipe(config, "m2mkd", index).drop_path
+        # The published ramp runs over the student's own blocks.
+        rates = chain.linear_rates((self.depths[index],), rate)[0] if rate else None
+        describe = {**self._describe(spec), "module": index}
+        return Student(self._stage(spec, index, FRESH), rates, describe)
+
+    def network(self, weights: WeightsFrom) -> Network:
+        config = self.config
+        spec, _ = vmoe_spec(config, config.data, stitches=config.vmoe.keep_stitches)
+        rate = module_recipe(config, "e2e").drop_path
+        return Network(
+            stages={f"vmoe_{i}": self._stage(spec, i, weights) for i in range(self.modules)},
+            rates=tuple(chain.linear_rates(self.depths, rate)),
+            describe=self._describe(spec),
+        )
+
+    @property
+    def head(self) -> tuple[str, tuple[str, ...]]:
+        """The stage and the path of the layer that gives the logits."""
+        return f"vmoe_{self.modules - 1}", ("head",)
+
+    def prepare(self, name: str, params: dict, seed: int) -> dict:
+        """A fresh stage's parameters as they are."""
+        del name, seed
+        return params
+
+    def assemble(
+        self, network: Mapping[str, dict], taught: Sequence[dict]
+    ) -> tuple[dict[str, dict], dict[str, str]]:
+        """The students' parameters put into the network's, and where each part came from."""
+        params, origin = assembly.assemble(
+            list(network.values()), list(taught), keep_stitches=self.config.vmoe.keep_stitches
+        )
+        return dict(zip(network, params, strict=True)), origin
+
+    def check_upcycling(self) -> None:
+        """Refuses a teacher whose weights have no place in the network. Raises UserError."""
+        config = self.config
+        spec, _ = vmoe_spec(config, config.data, stitches=False)
+        require(
+            not config.vmoe.keep_stitches,
+            "config.vmoe.keep_stitches: the dense teacher of e2e_upcycled has no stitches",
+        )
+        dense, _ = teacher_spec(config)
+        same = (dense.width, dense.heads, dense.patch, dense.qkv_bias, dense.eps)
+        require(
+            same == (spec.vit.width, spec.vit.heads, spec.vit.patch, spec.vit.qkv_bias,
+                     spec.vit.eps)
+            and sum(config.teacher.depths) == sum(self.depths),
+            "config.phases: e2e_upcycled needs a teacher with the V-MoE's patch, width, heads, "
+            f"qkv_bias, eps and number of blocks; the teacher is {dense.width} wide and "
+            f"{sum(config.teacher.depths)} deep, the V-MoE {spec.vit.width} and "
+            f"{sum(self.depths)}",
+        )  # fmt: skip
+
+    def upcycle(self, network: Mapping[str, dict], dense: Sequence[nnx.Module]) -> dict[str, dict]:
+        """The network with the dense teacher's weights, its MLPs as every expert's start."""
+        cut = [chain.split(stage).params for stage in vit.cut(dense, self.depths)]
+        params = assembly.upcycle(list(network.values()), cut)
+        return dict(zip(network, params, strict=True))

@@ -1,0 +1,246 @@
+"""Files that claim more than they hold, odd names and places, and fields of --arch that say little.
+
+The refusals of broken files are in test_convert_hostile.py, the usual layouts in
+test_convert_layouts.py.
+"""
+
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from m2mkd_jax import convert, predict
+from m2mkd_jax.conversion.arch_flag import read_arch
+from m2mkd_jax.conversion.from_torch import read_converted
+from m2mkd_jax.errors import UserError
+from tests.published_files import ARCH, arch_flag, assert_same_tensors, converted, load, run
+from tests.support import FIXTURES
+from tests.unit.conversion.test_convert_hostile import TINY, refused, saved, tiny_state  # noqa: F401
+
+WHOLE = FIXTURES / "a_vit_large/finished_checkpoint.pth"
+
+
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):  # noqa: F811
+    """Strides of 0 claim a gigabyte of positions; lists that hold each other, 10 ** 15 entries."""
+    huge = torch.zeros(1).expand(1, 1 + 2**28, 4)
+    line = refused(saved(tmp_path, {"model": tiny_state() | {"pos_embed": huge}}))
+    assert "more numbers than are stored" in line
+    entries: list = [1]
+    for _ in range(15):
+        entries = [entries] * 10
+    assert "without end" in refused(saved(tmp_path, {"model": tiny_state(), "args": entries}))
+
+
+@pytest.mark.parametrize("kind", ["vit", "vmoe"])
+def test_odd_names(kind, tmp_path, refused):  # noqa: F811
+    """Numbers too long to be numbers, stitches outside blocks, control characters, a megabyte."""
+    arch, tensor = {"kind": kind, "heads": 1}, torch.zeros(4, 4)
+    names = [
+        f"blocks.{'9' * 5000}.x",
+        f"stages.{'9' * 5000}.blocks.0.x",
+        "a\n\x1b[31m\ud800",
+        "a" * 10**6,
+    ]
+    experts = "blocks.0.moe.x"  # makes it a V-MoE
+    if kind == "vmoe":
+        names += ["a.pre_stitch.b", "blocks.x.post_stitch.fc.weight"]
+    for name in names:
+        state = tiny_state() | {name: tensor} | ({experts: tensor} if kind == "vmoe" else {})
+        line = refused(saved(tmp_path, {"model": state}), arch)
+        assert line.rstrip("\n").isprintable() and len(line) < 3000
+
+
+def test_odd_names_of_what_is_ignored(tmp_path):
+    name = "x\n\x1b[31m\ud800" + "y" * 10**5
+    source = saved(tmp_path, {"model": tiny_state(), name: 1, "codes": torch.zeros(3)})
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    text = (tmp_path / "weights/description.json").read_text()
+    ignored = json.loads(text)["description"]["conversion"]["ignored"]
+    assert set(ignored) == {"codes"}  # the other is a plain value, kept for the way back
+    back = tmp_path / "back.pth"
+    run(convert, tmp_path / "weights", back)
+    assert load(back)[name] == 1
+
+
+@pytest.mark.parametrize("copy", ["model", "stages", "model_stages"])
+def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):  # noqa: F811
+    """A finished checkpoint has every tensor three times; one is not enough."""
+    content = load(WHOLE)
+    names = {"model": "blocks.3.norm1.bias", "stages": "stages.1.blocks.1.norm1.bias"}
+    if copy == "model_stages":
+        del content["model_stages"][1]["blocks.1.norm1.bias"]
+    else:
+        del content["model"][names[copy]]
+    line = refused(saved(tmp_path, content), ARCH["a"])
+    assert 'tensor "blocks.3.norm1.bias" is missing beside' in line
+
+
+def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
+    assert "File name too long" in refused("x" * 5000 + ".pth")
+    os.symlink("loop.pth", tmp_path / "loop.pth")
+    assert "does not exist" in refused(tmp_path / "loop.pth")
+    good = saved(tmp_path, {"model": tiny_state()})
+    flag = arch_flag(TINY, tmp_path)
+    assert convert.main([str(good), str(tmp_path / ("y" * 300)), flag]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    # Through a link, whether something is behind it or not.
+    os.symlink("elsewhere", tmp_path / "link")
+    for flags in ([flag], [flag, "--overwrite"]):
+        run(convert, good, tmp_path / "link", *flags)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "elsewhere/description.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk(tmp_path, refused, monkeypatch):  # noqa: F811
+    """Orbax tells it by a ValueError with the text of its writer."""
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28']")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)
+    line = refused(saved(tmp_path, {"model": tiny_state()}))
+    assert line.endswith("weights cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_wrappers_give(prefix, tmp_path):
+    source = saved(tmp_path, {"model": {prefix + k: v for k, v in tiny_state().items()}})
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    run(convert, tmp_path / "weights", tmp_path / "back.pth")
+    assert_same_tensors(source, tmp_path / "back.pth")
+
+
+def test_averaged_weights_where_there_are_no_others(tmp_path):
+    source = saved(tmp_path, {"model_ema": tiny_state(), "epoch": 3})
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    run(convert, tmp_path / "weights", tmp_path / "back.pth")
+    assert_same_tensors(source, tmp_path / "back.pth")
+
+
+def test_fields_of_null_are_not_said(tmp_path):
+    (tmp_path / "arch.json").write_text(
+        json.dumps(ARCH["a"] | dict.fromkeys(("moe_pos", "idx", "stitch_dim")) | {"experts": 0})
+    )
+    fields = read_arch(str(tmp_path / "arch.json"), "vit", 6)
+    assert fields == ARCH["a"] | {"experts": 0}
+    assert read_converted(WHOLE, str(tmp_path / "arch.json")).description["depths"] == [2, 2, 1, 1]
+    (tmp_path / "arch.json").write_text('{"kind": "nac", "heads": 3, "truncation": null}')
+    assert read_arch(str(tmp_path / "arch.json"), "nac", None)["truncation"] is None
+    (tmp_path / "arch.json").write_text('{"head": null}')
+    with pytest.raises(UserError, match='did you mean "heads"'):
+        read_arch(str(tmp_path / "arch.json"), "nac", None)
+
+
+@pytest.mark.parametrize(
+    "name, idx, own",
+    [
+        ("0", 0, "vmoe_0"),
+        ("1", 1, "vmoe_1"),
+        ("1", None, "vmoe_1"),
+        ("last", -1, "vmoe_last"),
+        ("last", 3, "vmoe_last"),
+    ],
+)
+@pytest.mark.parametrize("network", ["vmoe", "vmoe_stitch"])
+def test_a_student_by_the_fields_of_its_network(name, idx, own, network, tmp_path):
+    """With stitches kept in the network or not: a student has its own."""
+    file = FIXTURES / f"d_vmoe_student_{name}/finished_checkpoint.pth"
+    whole = ARCH[network] | ({} if idx is None else {"idx": idx})
+    weights = [converted(file, tmp_path / f"{i}", a) for i, a in enumerate((ARCH[own], whole))]
+    first, second = (json.loads((w / "description.json").read_text()) for w in weights)
+    assert first["trees"] == second["trees"]
+    assert {**first["description"], "conversion": 0} == {**second["description"], "conversion": 0}
+
+
+def test_a_student_that_its_network_does_not_have(tmp_path):
+    file = FIXTURES / "d_vmoe_student_1/finished_checkpoint.pth"
+    for fields, words in (
+        ({"depths": [2, 2, 1], "moe_pos": [0]}, "the weights have 1"),
+        ({"moe_pos": [0, 1]}, "--arch says moe_pos"),
+        ({"idx": 0}, "idx 0"),
+    ):
+        flag = arch_flag(ARCH["vmoe"] | {"idx": 1} | fields, tmp_path).removeprefix("--arch=")
+        with pytest.raises(UserError, match=words):
+            read_converted(file, flag)
+
+
+def set_at(content: dict, path: tuple, value) -> None:
+    for key in path[:-1]:
+        content = content[key]
+    content[path[-1]] = value
+
+
+def test_descriptions_that_do_not_fit_their_weights(tmp_path, capfd):
+    weights = tmp_path / "weights"
+    good = saved(tmp_path, {"model": tiny_state()})
+    run(convert, good, weights, arch_flag(TINY, tmp_path))
+    file, inputs, out = weights / "description.json", tmp_path / "in.npz", tmp_path / "out.pth"
+    np.savez(inputs, images=np.zeros((1, 4, 4, 3), np.float32))
+    description = file.read_text()
+    texts = ["", "[]", "3", "null", "[" * 10**5, '{"trees": [1], "description": {}, "format": 1}']
+    places = [
+        ("trees",),
+        ("description",),
+        ("trees", "module_0"),
+        ("description", "kind"),
+        ("description", "spec"),
+        ("description", "depths"),
+        ("description", "normalisation"),
+        ("description", "spec", "heads"),
+        ("description", "spec", "patch"),
+    ]
+    for place in places:
+        for value in (None, "x", [], {}, 0, [1, 2], {"a": 1}):
+            content = json.loads(description)
+            set_at(content, place, value)
+            texts.append(json.dumps(content))
+    content = json.loads(description)
+    files = content["description"]["torch"]["files"]
+    files["../x.pth"] = files.pop("")
+    outside = json.dumps(content)
+    for text in texts:
+        file.write_text(text)
+        assert predict.main([str(weights), f"--npz_in={inputs}"]) == 2, text
+        code = convert.main([str(weights), str(out)])
+        error = capfd.readouterr().err
+        # The way back does not need the normalisation, nor all of the rest.
+        assert error.count("\n") == 1 + (code == 2) and "Traceback" not in error, error
+        out.unlink(missing_ok=True)
+    file.write_text(outside)
+    assert convert.main([str(weights), str(tmp_path / "back")]) == 2
+    assert "outside" in capfd.readouterr().err and not (tmp_path / "x.pth").exists()
+
+
+def test_arrays_and_labels_that_predict_cannot_read(tmp_path, capfd):
+    weights, npz = tmp_path / "weights", tmp_path / "in.npz"
+    run(convert, saved(tmp_path, {"model": tiny_state()}), weights, arch_flag(TINY, tmp_path))
+    np.savez(npz, images=np.zeros((1, 4, 4, 3), np.float32))
+    good = npz.read_bytes()
+    entry = good.find(b"PK\x01\x02")
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000, 10000000, 4, 3)}\n"
+    huge = io.BytesIO()
+    with zipfile.ZipFile(huge, "w") as file:
+        file.writestr("images.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
+    for content in (
+        b"",
+        good[:-30],
+        huge.getvalue(),
+        good[: entry + 8] + b"\x01" + good[entry + 9 :],  # encrypted
+        good[: entry + 10] + b"\x63" + good[entry + 11 :],
+    ):
+        npz.write_bytes(content)
+        assert predict.main([str(weights), f"--npz_in={npz}"]) == 2
+        error = capfd.readouterr().err
+        assert "cannot be read" in error and error.count("\n") == 1, error
+    npz.write_bytes(good)
+    labels = tmp_path / "labels.json"
+    for text in ("3", '"abc"', "[[], [], []]", "[" * 10**5):
+        labels.write_text(text)
+        assert predict.main([str(weights), f"--npz_in={npz}", f"--labels={labels}"]) == 2
+        error = capfd.readouterr().err
+        assert "--labels: " in error and error.count("\n") == 1, error

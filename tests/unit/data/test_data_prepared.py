@@ -1,0 +1,117 @@
+"""Data sets as TFDS's own builders prepare them: the published features, without TensorFlow."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from m2mkd_jax.data import check, sources
+from m2mkd_jax.data.class_lists import wordnet_ids
+from tests.data_files import make_config
+
+F = tfds.features
+COUNT = 4
+# Our name -> TFDS's, its classes, its splits, the features beside image and label.
+SETS = {
+    "imagenet": ("imagenet2012", 1000, ("train", "validation", "test"), ("file_name",)),
+    "imagenet_r": ("imagenet_r", 1000, ("test",), ("file_name",)),
+    "cifar100": ("cifar100", 100, ("train", "test"), ("id", "coarse_label")),
+    "cub": (
+        "caltech_birds2011",
+        200,
+        ("train", "test"),
+        ("bbox", "image/filename", "label_name", "segmentation_mask"),
+    ),
+}
+MORE = {
+    "file_name": F.Text(),
+    "id": F.Text(),
+    "image/filename": F.Text(),
+    "label_name": F.Text(),
+    "coarse_label": F.ClassLabel(num_classes=20),
+    "bbox": F.BBoxFeature(),
+    "segmentation_mask": F.Image(shape=(None, None, 1)),
+}
+VALUES = dict.fromkeys(("file_name", "id", "image/filename", "label_name"), "text") | {
+    "coarse_label": 7,
+    "bbox": F.BBox(0.1, 0.1, 0.9, 0.9),
+}
+
+
+def label_of(name, split, number):
+    """Classes of renditions for those, no label where ImageNet publishes none."""
+    if name == "imagenet_r":
+        return wordnet_ids("imagenet").index(wordnet_ids("imagenet_r")[50 * number])
+    return -1 if (name, split) == ("imagenet", "test") else 9 * number
+
+
+def write(root, name):
+    """Four images of one grey each; the masks are no images, for nothing should decode them."""
+    tfds_name, classes, splits, more = SETS[name]
+    root.mkdir()
+    (root / "mask.png").write_bytes(b"no image")
+    label = F.ClassLabel(num_classes=classes)
+    if classes == 1000:
+        label.names = list(wordnet_ids("imagenet"))
+    shape = (32, 32, 3) if name == "cifar100" else (None, None, 3)
+    features = {"image": F.Image(shape=shape), "label": label} | {key: MORE[key] for key in more}
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=F.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in splits}
+
+        def _generate_examples(self, split):
+            for number in range(COUNT):
+                path = root / f"{number}.png"
+                Image.new("RGB", (32, 32), (40 * number,) * 3).save(path)
+                values = VALUES | {"segmentation_mask": str(root / "mask.png")}
+                yield (
+                    number,
+                    {
+                        "image": str(path),
+                        "label": label_of(name, split, number),
+                        **{key: values[key] for key in more},
+                    },
+                )
+
+    Made.name = tfds_name
+    Made(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
+    return root / "tfds" / tfds_name
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_official_data_sets_are_found_and_read(name, tmp_path, monkeypatch):
+    directory = write(tmp_path / "made", name)
+    monkeypatch.setenv("M2MKD_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(directory.parent))
+    config = make_config(name, "", SETS[name][1])
+    assert sources.data_root(config) == directory and sources.describe_missing(config) is None
+    for split in sources.SPLITS if name != "imagenet_r" else ("test",):
+        source = sources.load_source(config, split)
+        expected = [9 * i if name != "imagenet_r" else 50 * i for i in range(COUNT)]
+        assert len(source) == COUNT and np.asarray(source.labels).tolist() == expected
+        assert len(source.class_names) == (200 if name == "imagenet_r" else SETS[name][1])
+        reader, order = source.reader(), np.array([2, 0, 3])
+        images = reader.evaluation_images(order, 32)
+        assert images[:, 5, 5, 1].tolist() == [80, 0, 120] and not reader.replaced
+        assert reader.labels_of(order).tolist() == [expected[i] for i in order]
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_check_command_knows_prepared_renditions(tmp_path, capsys):
+    """TFDS numbers their classes within ImageNet's, and there is no train."""
+    directory = write(tmp_path / "made", "imagenet_r")
+    capsys.readouterr()
+    assert check.main([str(directory)]) == 2
+    out = capsys.readouterr().out
+    assert "test: 4 images of 4 classes, 1 to 1 of each (the classes of imagenet_r)" in out
+    assert "test: 196 classes without an image" in out and "train" not in out

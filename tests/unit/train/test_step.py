@@ -1,0 +1,76 @@
+"""The step on a linear model without noise, where a batch in parts must equal it whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2mkd_jax.config.defaults import base
+from m2mkd_jax.train.optimizer import make_optimizer
+from m2mkd_jax.train.step import evaluated_params, initial_state, make_step
+from tests.support import assert_close
+
+BATCH, SIDE, CLASSES = 12, 4, 5
+
+
+def setting(accumulate: int, ema: float):
+    config = base()
+    recipe, data = config.recipes.pt, config.data
+    recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 4, BATCH, 0, 1e-2
+    recipe.mixup = recipe.cutmix = 0.0
+    recipe.clip = 0.3
+    recipe.accumulate, recipe.ema = accumulate, ema
+    data.image_size, data.classes = SIDE, CLASSES
+    return recipe, data
+
+
+def loss(trainable, frozen, batch, key):
+    del frozen, key
+    x = batch["image"].reshape(len(batch["image"]), -1)
+    logits = x @ trainable["model"]["kernel"] + trainable["model"]["bias"]
+    value = -(batch["target"] * jax.nn.log_softmax(logits)).sum(-1).mean()
+    return value, {"loss": value}
+
+
+def trained(accumulate: int, ema: float, updates: int = 3) -> dict:
+    """The state after some updates, each with a batch in `accumulate` parts."""
+    recipe, data = setting(accumulate, ema)
+    rng = np.random.default_rng(0)
+    params = {
+        "model": {
+            "kernel": jnp.asarray(rng.normal(size=(3 * SIDE**2, CLASSES)), jnp.float32),
+            "bias": jnp.zeros(CLASSES),
+        }
+    }
+    optimizer = make_optimizer(recipe, updates, params)
+    state = initial_state(params, {"model": {}}, optimizer, recipe)
+    step = make_step(loss, optimizer, recipe, data, seed=0)
+    for _ in range(updates):
+        images = rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
+        labels = rng.integers(0, CLASSES, BATCH, np.int32)
+        parts = np.split(images, accumulate), np.split(labels, accumulate)
+        for image, label in zip(*parts, strict=True):
+            state, _ = step(state, {}, {"image": image, "label": label})
+    return state
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_a_batch_in_parts_is_the_batch(accumulate):
+    """The weights, and their average, which must not move more often than they do."""
+    whole, parts = trained(1, ema=0.9), trained(accumulate, ema=0.9)
+    for a, b in zip(
+        jax.tree.leaves([parts["params"], parts["ema"]]),
+        jax.tree.leaves([whole["params"], whole["ema"]]),
+        strict=True,
+    ):
+        assert_close(a, b, 1e-5)
+    assert int(parts["step"]) == accumulate * int(whole["step"])
+
+
+def test_evaluation_takes_the_average_where_there_is_one():
+    with_average, without = trained(1, ema=0.9), trained(1, ema=0.0)
+    assert "ema" not in without
+    kernel = lambda state: evaluated_params(state)["model"]["kernel"]  # noqa: E731
+    assert (kernel(without) == with_average["params"]["model"]["kernel"]).all()
+    assert (kernel(with_average) == with_average["ema"]["model"]["kernel"]).all()
+    assert float(jnp.abs(kernel(with_average) - kernel(without)).max()) > 1e-3
