@@ -34,7 +34,7 @@ def test_data_imports_no_jax(path):
 
 def test_reading_and_augmenting_leave_jax_alone():
     """All but the pipeline: Grain looks for jax itself."""
-    modules = "augment, check, few_shot, grid, indices, prepare, sources"
+    modules = "augment, check, few_shot, indices, prepare, preview, sources"
     code = f"import sys; from m2mkd_jax.data import {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.returncode == 0 and not FORBIDDEN & set(loaded.stdout.split()), loaded.stderr

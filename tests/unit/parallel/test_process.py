@@ -87,8 +87,8 @@ def test_a_process_that_nobody_joins_ends_with_one_line(process):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     code = (
-        "from m2mkd_jax.parallel import process; process.CONNECT_SECONDS = 2; "
-        "process.start_distributed()"
+        "from m2mkd_jax.parallel import cluster; cluster.CONNECT_SECONDS = 2; "
+        "cluster.start_distributed()"
     )
     environment = EXPLICIT | {"M2MKD_COORDINATOR": address, "M2MKD_PROCESS": process}
     done = subprocess.run(
