@@ -57,9 +57,11 @@ class DamagedImageCounter:
     """Counts the distinct damaged images of a run, names each once, and limits their number."""
 
     def __init__(self, source: ImageSource, share: float) -> None:
-        """Args:
-        source: where the images come from.
-        share: the largest share of its images that may be damaged.
+        """Starts with no damaged image seen.
+
+        Args:
+            source: where the images come from.
+            share: the largest share of its images that may be damaged.
         """
         self._source = source
         self._limit = int(share * len(source) + 1e-6)  # 29% of 100 are 28.999... in floats

@@ -123,11 +123,13 @@ class BatchIndices:
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
-        """Args:
-        length: N.
-        batch_size: B, of the global batch.
-        seed: 0 or larger.
-        repeats: copies of each image, 1 or more.
+        """Checks that an epoch has a full batch.
+
+        Args:
+            length: N.
+            batch_size: B, of the global batch.
+            seed: 0 or larger.
+            repeats: copies of each image, 1 or more.
 
         Raises:
             UserError: an epoch without a full batch, or a negative seed.

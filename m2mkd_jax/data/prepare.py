@@ -33,9 +33,11 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
     layout: str
 
     def __init__(self, *, source: str, data_dir: str) -> None:
-        """Args:
-        source: the unpacked archive.
-        data_dir: the directory of prepared data sets.
+        """Checks and lists the source.
+
+        Args:
+            source: the unpacked archive.
+            data_dir: the directory of prepared data sets.
 
         Raises:
             UserError: another layout, other classes, or no images; nothing is written then.

@@ -27,9 +27,11 @@ class FolderFiles:
     """`EncodedFiles` that are image files below one folder."""
 
     def __init__(self, root: str | Path, paths: np.ndarray) -> None:
-        """Args:
-        root: the folder.
-        paths: bytes (N,), the files' paths below it.
+        """Refers to files below a folder.
+
+        Args:
+            root: the folder.
+            paths: bytes (N,), the files' paths below it.
         """
         self.root = os.fspath(root)
         # Encoded, in one array: a million str objects take 150 MB in every worker.

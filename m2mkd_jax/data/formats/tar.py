@@ -36,11 +36,13 @@ class TarFiles:
         start: np.ndarray,
         size: np.ndarray,
     ) -> None:
-        """Args:
-        shards: paths of the tar files.
-        shard: int (N,), the tar file of each member, a position in `shards`.
-        start: int64 (N,), the member's first byte.
-        size: int64 (N,), its number of bytes.
+        """Refers to members of tar files.
+
+        Args:
+            shards: paths of the tar files.
+            shard: int (N,), the tar file of each member, a position in `shards`.
+            start: int64 (N,), the member's first byte.
+            size: int64 (N,), its number of bytes.
         """
         self.shards = [os.fspath(path) for path in shards]
         self.shard, self.start, self.size = shard, start, size

@@ -28,11 +28,13 @@ class RecordFiles:
         rows: np.ndarray | None = None,
         known: np.ndarray | None = None,
     ) -> None:
-        """Args:
-        directory: the prepared directory, for messages.
-        records: TFDS's data source of R records with "image" (bytes) and "label".
-        rows: int (N,), the records to use; None: all.
-        known: int32 (R,), labels read so far (-1: not yet), shared by selections of a split.
+        """Refers to records of a split.
+
+        Args:
+            directory: the prepared directory, for messages.
+            records: TFDS's data source of R records with "image" (bytes) and "label".
+            rows: int (N,), the records to use; None: all.
+            known: int32 (R,), labels read so far (-1: not yet), shared by selections of a split.
         """
         self.directory = str(directory)
         self._records = records
@@ -72,10 +74,12 @@ class RecordLabels:
     """
 
     def __init__(self, files: RecordFiles, new: np.ndarray | None = None) -> None:
-        """Args:
-        files: the records.
-        new: int32 (classes,), the new number of each class, -1 for a class that must not occur;
-            None: unchanged.
+        """Refers to the labels of records.
+
+        Args:
+            files: the records.
+            new: int32 (classes,), the new number of each class, -1 for a class that must not occur;
+                None: unchanged.
         """
         self._files, self._new = files, new
 
