@@ -23,7 +23,7 @@ CROPS = ("none", "shift", "random_resized")
 TRIES = 10
 RATIO = (3 / 4, 4 / 3)
 Box = tuple[int, int, int, int]  # top, left, height, width
-# A JPEG may be decoded at a half, a quarter or an eighth as long as the crop remains this many times
+# A JPEG may be decoded at a half, a quarter or an eighth as long as the crop stays this many times
 # larger than the output: the factor Pillow uses for thumbnails.
 _REDUCING_GAP = 2.0
 

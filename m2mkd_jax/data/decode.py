@@ -1,8 +1,8 @@
 """Decodes image files.
 
 Complete JPEG files go to OpenCV, which is a third faster than Pillow and gives the same bytes (both
-use libjpeg-turbo). Everything else, including files that seem damaged, goes to Pillow, which decides
-whether they are.
+use libjpeg-turbo). Everything else, including files that seem damaged, goes to Pillow, which
+decides whether they are.
 Axes: H height, W width, C channels (3, RGB).
 """
 

@@ -89,7 +89,7 @@ def color(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the smoothed image: factor 0 is smooth, 1 the image; edge pixels are unchanged."""
+    """Blends with the smoothed image: factor 0 is smooth, 1 the image; edges are unchanged."""
     kernel = (1 - factor) * _SMOOTH
     kernel[1, 1] += factor
     out = cv2.filter2D(image, -1, kernel, delta=_CUT)

@@ -11,7 +11,8 @@ from m2mkd_jax.errors import UserError
 
 # Added to the seed, so that each use has its own stream of random numbers.
 _PERMUTATION, _AUGMENTATION, _SUBSET = 1, 2, 3
-# The published sampler cuts an epoch to a multiple of this (docs/reference.md#repeated-augmentation).
+# The published sampler cuts an epoch to a multiple of this.
+# Source: docs/reference.md#repeated-augmentation.
 _REPEATED_MULTIPLE = 256
 
 

@@ -1,7 +1,7 @@
-"""Batches from an image source, by Grain: the same stream for any number of workers and processes.
+"""Batches from an image source, by Grain: one stream for any number of workers and processes.
 
-Each Grain element is a complete batch, computed from (seed, step) alone. A resumed run is a slice of
-the steps, and the number of threads, workers or processes cannot change what a step sees.
+Each Grain element is a complete batch, computed from (seed, step) alone. A resumed run is a slice
+of the steps, and the number of threads, workers or processes cannot change what a step sees.
 Axes: B global batch, L local batch (B / processes), S image size, C channels (3).
 """
 
@@ -258,8 +258,8 @@ class BatchIterator:
     """Batches from threads or worker processes; counts their damaged images.
 
     `close()` frees threads, processes and shared memory; it also runs when the iterator ends, is
-    dropped, or the interpreter exits. Grain's own destructors run too late at exit, when modules are
-    already unloaded, and print warnings.
+    dropped, or the interpreter exits. Grain's own destructors run too late at exit, when modules
+    are already unloaded, and print warnings.
     """
 
     def __init__(self, iterator: Iterator[Batch], damaged: DamagedImageCounter) -> None:

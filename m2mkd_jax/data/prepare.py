@@ -3,8 +3,8 @@
     python -m m2mkd_jax.data.prepare tiny_imagenet tiny-imagenet-200 ~/tensorflow_datasets
     python -m m2mkd_jax.data.prepare tiny_imagenet_r imagenet-r ~/tensorflow_datasets
 
-The source is the unpacked archive; tiny_imagenet_r can also be made from ImageNet-R, of which it has
-62 classes. File contents are stored unchanged, in the order in which folders are read, so that
+The source is the unpacked archive; tiny_imagenet_r can also be made from ImageNet-R, of which it
+has 62 classes. File contents are stored unchanged, in the order in which folders are read, so that
 training from prepared data equals training from folders. Axes: N images.
 """
 

@@ -210,7 +210,7 @@ def _check_present(config: Any) -> str | None:
 def _digits(split: str, size: int) -> ArrayImageSource:
     """Scikit-learn's 1,797 digits of 8x8 pixels in 0-16: 1,437 for training, 360 for testing.
 
-    The test split is the first fifth of a fixed class-balanced order. Bicubic enlargement to `size`.
+    The test split is the first fifth of a fixed class-balanced order. Enlarged to `size`, bicubic.
     """
     # scikit-learn takes a second to import, and only this data set needs it.
     from sklearn.datasets import load_digits  # noqa: PLC0415 - slow import

@@ -122,12 +122,12 @@ class Loop:
             pending: metrics of the steps since the last log entry, on the device.
             clock: when the last log entry was written.
         """
-        values = jax.device_get(pending)
+        rate = self.learning_rate(max(done // self.accumulate - 1, 0))
+        values, rate = jax.device_get((pending, rate))
         # Scalars become numbers, arrays per layer become lists.
         mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in values[0]}
         now = time.monotonic()
         first = done - len(pending) + 1
-        rate = self.learning_rate(max(done // self.accumulate - 1, 0))
         seconds = (now - clock) / len(pending)
         self.log({"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean})
         if not math.isfinite(mean["loss"]):

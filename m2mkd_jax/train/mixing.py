@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 
 def smooth_one_hot(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Smoothed one-hot targets: 1 - smoothing + smoothing / K on the label, smoothing / K elsewhere.
+    """Smoothed targets: 1 - smoothing + smoothing / K on the label, smoothing / K elsewhere.
 
     Args:
         labels: (B,), integers.

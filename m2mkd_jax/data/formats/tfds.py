@@ -70,7 +70,7 @@ class RecordFiles:
 class RecordLabels:
     """`Labels` read from the records on request.
 
-    `labels[indices]` costs nothing for images just read; `np.asarray(labels)` reads the whole split.
+    `labels[indices]` costs nothing for images just read; `np.asarray(labels)` reads the split.
     """
 
     def __init__(self, files: RecordFiles, new: np.ndarray | None = None) -> None:
@@ -99,7 +99,7 @@ class RecordLabels:
 
 
 def find_prepared(root: str | Path) -> Path | None:
-    """The newest prepared version in `root` or up to two folders below it; None if there is none."""
+    """The newest prepared version in `root` or up to two folders below it, or None."""
     root = Path(root)
     for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}"):
         found = [path.parent for path in root.glob(pattern)]

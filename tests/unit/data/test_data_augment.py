@@ -316,7 +316,7 @@ def test_colour_jitter_acts_only_without_a_policy():
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("crop", "random_resize", "did you mean 'random_resized'"),
+        ("crop", "random_resize", 'did you mean "random_resized"'),
         ("shift", 16, "use 0 to 15"),
         ("scale", (0.5, 0.1), "within"),
         ("rand_augment", "rand-m9-k2", 'cannot read "k2" at position 8'),

@@ -273,7 +273,7 @@ def test_damaged_idx_files_are_told_in_one_line(tmp_path, damage, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"name": "fashion-mnist"}, "did you mean 'fashion_mnist'"),
+        ({"name": "fashion-mnist"}, 'did you mean "fashion_mnist"'),
         ({"name": "xyz"}, "use one of digits"),
         ({"name": "digits", "classes": 100}, "data.classes is 100 and digits has 10"),
         ({"name": "image_folder"}, "data.root is empty"),
