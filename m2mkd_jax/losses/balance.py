@@ -10,7 +10,6 @@ Source: Riquelme et al. 2021 (arXiv 2106.05974), appendix A; docs/reference.md#v
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 

@@ -62,7 +62,7 @@ def hinge_repulsion(distances: jax.Array, hinge: float, reduction: str = "sum") 
     if reduction == "sum":
         return total
     if reduction == "mean":
-        return total / jnp.maximum(jnp.sum(close), 1)
+        return total / jnp.maximum(jnp.sum(close, dtype=total.dtype), 1)
     raise UserError(f"hinge repulsion: reduction {reduction!r} is unknown, use 'sum' or 'mean'")
 
 
@@ -160,8 +160,7 @@ def fit_gaussian_mixture(
     Raises:
         UserError: there are fewer pairs than components.
     """
-    # scikit-learn takes a second to import and only this option needs it.
-    from sklearn.mixture import GaussianMixture  # noqa: PLC0415
+    from sklearn.mixture import GaussianMixture  # noqa: PLC0415 (slow to import, rarely used)
 
     distances = np.asarray(distances)
     pairs = distances[_pairs(distances)].reshape(-1, 1)

@@ -4,8 +4,8 @@ Axes: B batch, H height, W width, N tokens, D channels, K classes.
 
 A stage maps activations to activations: the first takes images (B, H, W, 3), the middle ones
 tokens (B, N, D), the last gives logits (B, K). Flax NNX modules describe stages. Training works on
-plain nested dicts of arrays (`split` and `merge`), which jax.jit dispatches at a tenth of the Python
-cost of nnx.jit.
+plain nested dicts of arrays (`split` and `merge`): jax.jit dispatches these at a tenth of the
+Python cost of nnx.jit.
 
 Source: arXiv 2402.16918, section 3; docs/reference.md#vit-stages, docs/reference.md#teaching.
 """

@@ -65,9 +65,21 @@ def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(c, d, kernel_init=torch_init, bias_init=torch_bias_init(c), rngs=rngs)
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Flax's LayerNorm, also under strict dtype promotion.
+
+    With 16-bit parameters Flax subtracts float32 statistics from 16-bit inputs, which relies on
+    implicit promotion.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
 def layer_norm(c: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over C channels as PyTorch computes it."""
-    return nnx.LayerNorm(c, epsilon=epsilon, **EXACT_VARIANCE, rngs=rngs)
+    return LayerNorm(c, epsilon=epsilon, **EXACT_VARIANCE, rngs=rngs)
 
 
 def drop_path(
@@ -331,11 +343,12 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
     if method == "columns":
         rows = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0)))
         rows = jnp.stack([rows[:, i : i + h] for i in range(size)], axis=-2)
-        band = kernel[:, across] * across_inside[None, :, :, None]
+        band = kernel[:, across] * across_inside[None, :, :, None].astype(kernel.dtype)
         return jnp.einsum("bhwkc,kuwc->bhuc", rows, band)
     down, down_inside = _band(h, size)
     band = kernel[down[:, None, :, None], across[None, :, None, :]]
-    band = band * (down_inside[:, None, :, None] & across_inside[None, :, None, :])[..., None]
+    inside = down_inside[:, None, :, None] & across_inside[None, :, None, :]
+    band = band * inside[..., None].astype(kernel.dtype)
     band = band.reshape(h * w, h * w, -1)
     return jnp.einsum("bvc,uvc->buc", x.reshape(x.shape[0], h * w, -1), band).reshape(x.shape)
 

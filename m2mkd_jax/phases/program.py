@@ -65,10 +65,10 @@ class Program:
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Runs the stages `names` in the compute type; see `observe`."""
-        return self.observe(names, trainable, frozen, x, rates, key, train)[0]
+        """Runs the stages `names` in the compute type; see `run_with_aux`."""
+        return self.run_with_aux(names, trainable, frozen, x, rates, key, train)[0]
 
-    def observe(
+    def run_with_aux(
         self,
         names: Sequence[str],
         trainable: dict,
@@ -146,7 +146,9 @@ class Program:
         x = self.run(self.student[:shared], trainable, frozen, x)
         rates = self.rates[shared:] or None
         names = self.student[shared:]
-        logits, seen = self.observe(names, trainable, frozen, x, rates, key, train=key is not None)
+        logits, seen = self.run_with_aux(
+            names, trainable, frozen, x, rates, key, train=key is not None
+        )
         loss = classification.soft_cross_entropy(logits, batch["target"])
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}

@@ -203,7 +203,8 @@ def _chosen_by_experts(
     tokens = routing.tokens.reshape(g, e * c)
     rows = jnp.take_along_axis(x, tokens[..., None], axis=1)
     rows = on_experts(rows.reshape(g, e, c, -1), weights, apply)
-    rows = (rows * routing.weights[..., None]).reshape(g, e * c, -1)
+    rows = rows.astype(jnp.float32) * routing.weights[..., None]
+    rows = rows.reshape(g, e * c, -1)
     # Any number of experts may take a token, so this is a scatter-add and not a lookup.
     y, taken = jax.vmap(
         lambda rows, tokens: (

@@ -16,7 +16,6 @@ from flax import nnx
 
 from m2mkd_jax.models import layers
 
-
 # (rows, layer) -> rows, where layer is {"kernel": (E, C, D), "bias": (E, D)}.
 Linear = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
