@@ -4,7 +4,7 @@ Axes: U latents (receivers), V the same latents as senders, P distinct kernels, 
 components. All take distance matrices (1 - cosine, see models/nac/kernels.py) or affinities
 (exp of the log kernel, not normalised); the caller weights and adds them.
 
-Source: docs/reference.md#nac-regularisers.
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-regularisers.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def join(
 def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:
     """Drop-path rates that grow linearly from 0 to `rate` over all blocks, split by stage.
 
-    Source: docs/reference.md#vit-drop-path.
+    Source: Huang et al. 2016 (arXiv 1603.09382), section 3; docs/reference.md#vit-drop-path.
 
     Args:
         depths: number of blocks of every stage.

@@ -87,7 +87,7 @@ def drop_path(
 ) -> jax.Array:
     """Stochastic depth: zeroes whole samples of a residual branch, rescales the others.
 
-    Source: docs/reference.md#vit-drop-path.
+    Source: Huang et al. 2016 (arXiv 1603.09382), section 3; docs/reference.md#vit-drop-path.
 
     Args:
         residual: (B, ...).

@@ -6,7 +6,8 @@ L blocks.
 Pre-norm ViT: class token first, learned position embedding, exact GELU, final norm and linear head
 on token 0.
 
-Source: arXiv 2402.16918, section 3; docs/reference.md#vit-block, docs/reference.md#vit-stages.
+Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), section 3.1; docs/reference.md#vit-block,
+docs/reference.md#vit-stages.
 """
 
 from __future__ import annotations

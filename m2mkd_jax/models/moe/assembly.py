@@ -6,7 +6,8 @@ Works on plain nested dicts of arrays. A stage has its ends (embedding, norm and
 `segment_0`, `segment_1`, ..., each with `blocks` stacked along L. Which blocks share a segment
 depends on their stitches, so weights are carried over block by block.
 
-Source: docs/reference.md#vmoe-assembly, docs/reference.md#vmoe-upcycling.
+Source: arXiv 2402.16918, section 3, and Komatsuzaki et al. 2023 (arXiv 2212.05055);
+docs/reference.md#vmoe-assembly, docs/reference.md#vmoe-upcycling.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def assemble(
 
     The head keeps its initial values where network and students differ in the number of classes.
 
-    Source: arXiv 2402.16918, section 3.2; docs/reference.md#vmoe-assembly.
+    Source: arXiv 2402.16918, section 3; docs/reference.md#vmoe-assembly.
 
     Args:
         network: parameters of the network's freshly initialised stages, divided like the students.
@@ -64,7 +65,7 @@ def upcycle(network: Sequence[Params], dense: Sequence[Params]) -> list[Params]:
     Every expert is a copy of its block's MLP, and everything else is copied. The routers keep their
     initial values, and so does the head where the number of classes differs.
 
-    Source: Komatsuzaki et al. 2023 (arXiv 2212.05055), section 3; docs/reference.md#vmoe-upcycling.
+    Source: Komatsuzaki et al. 2023 (arXiv 2212.05055); docs/reference.md#vmoe-upcycling.
 
     Args:
         network: parameters of the network's freshly initialised stages, without stitches.

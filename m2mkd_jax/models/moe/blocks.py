@@ -3,7 +3,8 @@
 Axes: B images, T tokens of an image, G groups of whole images, S tokens of a group, D width,
 X stitch width, E experts.
 
-Source: docs/reference.md#vmoe, docs/reference.md#vmoe-stitches.
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe,
+docs/reference.md#vmoe-stitches.
 """
 
 from __future__ import annotations

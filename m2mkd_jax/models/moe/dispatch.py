@@ -20,8 +20,8 @@ Two dispatches, (x, routing, weights, apply) -> (y, dropped):
 With a mesh ('data', 'expert') in context the groups are sharded over both axes and the experts over
 'expert'; `capacity` then moves slots by an all-to-all. Without a mesh everything is local.
 
-Source: docs/reference.md#vmoe-dispatch; 'capacity' after Riquelme et al. 2021 (arXiv 2106.05974),
-section 2.3.
+Source: 'capacity' is that of Riquelme et al. 2021 (arXiv 2106.05974), section 2, 'dropless' that of
+FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-dispatch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Axes: E experts, C channels in, D channels out, R rows (tokens).
 
-Source: docs/reference.md#vmoe-experts, docs/reference.md#vmoe-init.
+Source: FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-experts, docs/reference.md#vmoe-init.
 """
 
 from __future__ import annotations

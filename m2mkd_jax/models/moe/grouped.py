@@ -2,7 +2,7 @@
 
 Axes: N rows sorted by expert, E experts, C channels in, D channels out, T rows of a tile.
 
-Source: docs/reference.md#vmoe-experts.
+Source: FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-experts.
 """
 
 from __future__ import annotations

@@ -5,18 +5,18 @@ C slots per expert and group.
 
 A router is a linear layer followed by one of three assignments, pure functions of its logits:
 
-    published       the K best experts, weighted by a softmax over their K logits alone (FastMoE's
-                    NaiveGate)
+    published       the K best experts, weighted by a softmax over their K logits alone (the
+                    NaiveGate of FastMoE, arXiv 2103.13262)
     vmoe            a softmax over all experts of noisy logits, the K best weights unchanged, tokens
                     served in the order of their largest weight (batch-priority routing; Riquelme
                     et al. 2021, arXiv 2106.05974, section 2.2 and appendix C.1)
     expert_choice   every expert takes its C best tokens (Zhou et al. 2022, arXiv 2202.09368,
-                    section 3.1)
+                    section 3)
 
 With expert choice the result for one image depends on the other images of its group, in evaluation
 too.
 
-Source: docs/reference.md#vmoe-router.
+Source: the papers above; docs/reference.md#vmoe-router.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def vmoe(logits: jax.Array, top_k: int) -> TokenChoice:
 def expert_choice(logits: jax.Array, capacity: int) -> ExpertChoice:
     """Every expert's C best tokens, by a softmax over the experts.
 
-    Source: Zhou et al. 2022 (arXiv 2202.09368), section 3.1; docs/reference.md#vmoe-router.
+    Source: Zhou et al. 2022 (arXiv 2202.09368), section 3; docs/reference.md#vmoe-router.
 
     Args:
         logits: (G, S, E).

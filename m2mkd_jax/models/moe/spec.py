@@ -1,6 +1,7 @@
 """Hyperparameters of a V-MoE, and which of its blocks have the same structure.
 
-Source: docs/reference.md#vmoe, docs/reference.md#vmoe-stitches.
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe,
+docs/reference.md#vmoe-stitches.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class RouterSpec:
 
         A token chooses an expert at most once, so more slots than tokens are never used.
 
-        Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2.3; docs/reference.md#vmoe.
+        Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe.
         """
         share = self.capacity_factor * tokens * self.top_k / self.experts
         return min(math.ceil(share), tokens)

@@ -6,7 +6,8 @@ A network is divided into stages like a ViT. A student is a stage of the same ne
 at each boundary to another module: the assembled network with its stitches kept is exactly the
 chain of the students.
 
-Source: docs/reference.md#vmoe, docs/reference.md#vmoe-students.
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2, and arXiv 2402.16918, section 3;
+docs/reference.md#vmoe, docs/reference.md#vmoe-students.
 """
 
 from __future__ import annotations

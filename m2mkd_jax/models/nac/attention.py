@@ -2,7 +2,8 @@
 
 Axes: B batch, U receivers, V senders, D state, H heads, C head channels, S code.
 
-Source: docs/reference.md#nac-propagator, docs/reference.md#nac-kernel.
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-propagator, docs/reference.md#nac-kernel.
 """
 
 from __future__ import annotations

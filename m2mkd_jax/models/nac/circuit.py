@@ -6,7 +6,8 @@ Input latents attend to the image. Mediators then receive I times from [input la
 along the links that their signatures allow. Output latents receive from input latents and mediators
 and are pooled to logits.
 
-Source: docs/reference.md#nac, docs/reference.md#nac-iterations.
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac, docs/reference.md#nac-iterations.
 """
 
 from __future__ import annotations

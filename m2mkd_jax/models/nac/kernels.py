@@ -9,7 +9,7 @@ attention weights are defined as zero (attention.py), where the published code g
 The published code divides a kernel by its sum over senders before it is added to the attention
 scores. That shifts all scores of a receiver equally and cancels in the softmax, so it is omitted.
 
-Source: docs/reference.md#nac-kernel.
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-kernel.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Axes: B batch, U latents, D state, S code, C signature, I iterations.
 
-Source: docs/reference.md#nac, docs/reference.md#nac-seeder, docs/reference.md#nac-code-noise.
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac, docs/reference.md#nac-seeder, docs/reference.md#nac-code-noise.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Axes: B batch, U latents, C channels in, D channels out, S code.
 
-Source: docs/reference.md#nac-modulated-linear, docs/reference.md#nac-ffn.
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-modulated-linear, docs/reference.md#nac-ffn.
 """
 
 from __future__ import annotations

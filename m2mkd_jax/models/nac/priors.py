@@ -2,7 +2,7 @@
 
 Axes: U latents (nodes), C signature. Computed once before training, from a seed.
 
-Source: docs/reference.md#nac-priors.
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-priors.
 """
 
 from __future__ import annotations

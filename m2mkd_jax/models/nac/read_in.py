@@ -15,7 +15,7 @@ A bias on the keys shifts all scores of a query equally and cancels in the softm
 values passes through, since the weights sum to one. Modulated layers here have no activation and
 no normalisation after the scale, either of which would break the identity.
 
-Source: docs/reference.md#nac-read-in.
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-read-in.
 """
 
 from __future__ import annotations

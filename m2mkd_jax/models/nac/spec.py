@@ -1,6 +1,7 @@
 """Hyperparameters of a Neural Attentive Circuit.
 
-Source: docs/reference.md#nac-configs, docs/reference.md#nac-options.
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-configs, docs/reference.md#nac-options.
 """
 
 from __future__ import annotations

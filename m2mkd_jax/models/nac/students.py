@@ -6,7 +6,7 @@ D state, S code, R stored states, K classes.
 A student replaces one module of the meta model: tokens of width X in, tokens of width X out. Its
 code, and in read-in and read-out its initial states, are random, fixed, and saved with it.
 
-Source: arXiv 2402.16918, section 3.2; docs/reference.md#nac-students.
+Source: arXiv 2402.16918, section 3; docs/reference.md#nac-students.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Axes: B batch, H height, W width, T token channels, V tokens, U output latents, D state, K classes.
 
-Source: docs/reference.md#nac-tokenizer, docs/reference.md#nac-output.
+Source: Liu et al. 2022 (ConvNeXt, arXiv 2201.03545) and Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-tokenizer, docs/reference.md#nac-output.
 """
 
 from __future__ import annotations
