@@ -1,7 +1,7 @@
 """All stage builders, and how a network is rebuilt from the description saved with its weights.
 
 A description (JSON, see checkpoint/store.py) names the kind of network and its fields. The trees of
-weights that lie beside it are named by stage, STAGE_INDEX:
+weights beside it are named by stage, PREFIX_INDEX:
 
     kind          trees                 further keys of the description
     vit           meta_i, module_i      spec, depths [, module: the only stage there is]
