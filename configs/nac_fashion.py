@@ -1,10 +1,14 @@
 """m2mKD for a small NAC on 10,000 images of Fashion-MNIST, three end-to-end seeds, and scratch.
 
-    python -m m2mkd_jax.main --config=configs/nac_fashion.py --workdir=runs/nac_fashion
+Command:  python -m m2mkd_jax.main --config=configs/nac_fashion.py --workdir=runs/nac_fashion
+Hardware: CPU cores; which ones was not noted.
+Time:     not noted.
+Result:   accuracy on all 10,000 test images, mean of five seeds (--config.e2e_seeds=5) with 95%
+          Student interval: m2mKD 0.8193 +- 0.0026, scratch 0.7703 +- 0.0365, paired gap
+          +0.0491 +- 0.0373; the first three seeds alone: gap +0.0585 +- 0.0901.
 
-The sizes and rates are those at which the published modules were seen to work at this scale: a
-weak meta model spoils all that follows, and module 0, the teacher's and the student's, needs two
-to three times the epochs of the others. Evaluated on all 10,000 test images.
+A weak meta model spoils all that follows, and module 0, the teacher's and the student's, needs two
+to three times the epochs of the others.
 """
 
 from m2mkd_jax.config import presets
