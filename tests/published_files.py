@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from m2mkd_jax import convert, predict
+from m2mkd_jax.checkpoint.files import read_json
 from tests.support import FIXTURES
 
 
@@ -196,6 +197,11 @@ def converted(source: Any, target: Path, arch: dict | str = "", *flags: str) -> 
     where.mkdir(parents=True, exist_ok=True)
     run(convert, source, target, *([arch_flag(arch, where)] if arch else []), *flags)
     return target
+
+
+def description(weights: Path) -> dict[str, Any]:
+    """What is saved with weights about their network."""
+    return read_json(weights / "description.json")["description"]
 
 
 def predicted(weights: Path, folder: Path, *flags: str) -> str:
