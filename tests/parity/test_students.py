@@ -4,13 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2mkd_jax.conversion.names import (
-    arrays_from_torch,
-    arrays_to_torch,
-    nac_names,
-    nac_student_names,
-    vit_stage_names,
-)
+from m2mkd_jax.conversion.names import vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.students import (
@@ -37,6 +32,7 @@ from tests.support import (
     vit_stage_params,
     with_params,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 FILES = {
     "readin": ["ReadInStudent"],
