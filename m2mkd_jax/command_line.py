@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from absl import logging
 
+from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable
 
 WRONG_INPUT = 2
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, doc: str):
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=doc, formatter_class=kind, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"m2mkd_jax {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
