@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
@@ -131,7 +132,7 @@ def describe_costs(
     logits = with_mesh(group, program.logits)
     classes = jax.eval_shape(logits, params, frozen, x).shape[-1]
 
-    def loss(params, frozen, images):
+    def loss(params: dict, frozen: dict, images: jax.Array) -> jax.Array:
         batch = {"image": images, "target": jnp.zeros((len(images), classes))}
         return with_mesh(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
 
@@ -151,14 +152,19 @@ def describe_costs(
 
 
 @functools.cache  # most stages are the same in most jobs
-def _output(build, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """Shape and type of what a stage makes of an input of this shape and type."""
+def _output(
+    build: Callable[[nnx.Rngs], chain.Stage], shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.ShapeDtypeStruct:
+    """Shape and type of a stage's output for an input of this shape and type."""
     stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, dtype)
-    run = lambda p, f, x: chain.merge(stage.graph, p, f)(x)  # noqa: E731
+
+    def run(params: dict, fixed: dict, x: jax.Array) -> jax.Array:
+        return chain.merge(stage.graph, params, fixed)(x)
+
     return jax.eval_shape(run, stage.params, stage.fixed, x)
 
 
-def bytes_held(mesh: AbstractMesh, fsdp: bool, tree) -> int:
+def bytes_held(mesh: AbstractMesh, fsdp: bool, tree: Any) -> int:
     """Bytes of a tree of shapes on one device."""
     return partition.bytes_per_device(tree, partition.shardings(mesh, tree, fsdp))
 
@@ -167,11 +173,11 @@ def describe_sharding(mesh: AbstractMesh, fsdp: bool, phase: Phase) -> Iterator[
     """How many parameters are cut over which axes."""
     shapes = abstract_stages(phase)
     tree = {name: shapes[name]["params"] for name in set(phase.student)}
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     places = jax.tree.leaves(partition.shardings(mesh, tree, fsdp))
     for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
-        axes = [axis for axis in AXES if axis in place.spec and mesh.shape[axis] > 1]
-        kinds[" and ".join(axes)] += leaf.size
+        cut = [axis for axis in AXES if axis in place.spec and mesh.shape[axis] > 1]
+        kinds[" and ".join(cut)] += leaf.size
     for axes, count in sorted(kinds.items()):
         yield f"{count:,} " + (f"over {axes}" if axes else "on every device")
 

@@ -22,6 +22,7 @@ from m2mkd_jax.jobs.training import run_training
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
+from m2mkd_jax.phases.initial_weights import job_directory
 
 RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
     Kind.TRAINING: run_training,
@@ -78,8 +79,9 @@ def _prepare(plan: Plan, workdir: Path, stale: list[str]) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: {error.strerror}") from None
-        for name in stale:
-            shutil.rmtree(Run(plan.config, workdir, None).directory(name), ignore_errors=True)
+        # What stands on others goes first: a kill in between leaves no job on a base that is gone.
+        for name in reversed(stale):
+            shutil.rmtree(job_directory(workdir, name), ignore_errors=True)
         write_json(workdir / "config.json", json.loads(plan.config.to_json()))
     if stale:
         barrier("jobs that are done again are dropped")

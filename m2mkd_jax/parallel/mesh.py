@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import alone, wait_for_all
@@ -98,7 +98,7 @@ def spanning_groups(mesh: Mesh) -> int:
     return max(len({device.process_index for device in group}) for group in mesh.devices)
 
 
-def with_mesh(mesh: Mesh, function: Callable) -> Callable:
+def with_mesh(mesh: Mesh | AbstractMesh, function: Callable) -> Callable:
     """`function`, traced where layers find the mesh by `jax.sharding.get_abstract_mesh()`.
 
     Set while tracing alone: `jax.set_mesh` around a run would also spread every small array that

@@ -63,19 +63,26 @@ class StudentFamily(Protocol):
         section: the config's key under which the family's own keys lie.
         config: the whole config of the run.
         modules: how many students there are: as many as the teacher has modules.
-        group: images that cannot be computed apart, whose number a batch must be a multiple of;
-            0: there is no such thing.
         parts: what the students are, for messages.
     """
 
     section: ClassVar[str] = ""
     config: ConfigDict
     modules: int
-    group: int = 0
     parts: str = ""
 
     def __init__(self, config: ConfigDict):
         self.config = config
+
+    @property
+    def group(self) -> int:
+        """Images that share something (such as experts' capacity), so that a batch must be a
+        multiple of them; 0: every image by itself.
+
+        Raises:
+            UserError: the config describes no such network.
+        """
+        return 0
 
     @staticmethod
     def defaults() -> dict[str, Any]:
@@ -155,19 +162,30 @@ class Teacher(Protocol):
 
     Attributes:
         modules: how many.
-        width: channels of the tokens between two modules.
         meta_depths, depths: blocks of every module, for drop-path rates that grow with depth.
     """
 
     modules: int
-    width: int
     meta_depths: tuple[int, ...]
     depths: tuple[int, ...]
 
     def __init__(self, config: ConfigDict): ...
 
+    @property
+    def width(self) -> int:
+        """Channels of the tokens between two modules.
+
+        Raises:
+            UserError: the config describes no such network.
+        """
+        ...
+
     def check(self) -> None:
-        """Refuses a config.teacher that does not fit. Raises UserError: one line, the key."""
+        """Refuses a config.teacher that does not fit.
+
+        Raises:
+            UserError: one line that names the key.
+        """
 
     def meta(self, index: int, weights: WeightsFrom) -> StageSpec:
         """Module `index` of the meta model."""
@@ -183,13 +201,13 @@ class Teacher(Protocol):
 
 
 # name: the class, or where it is found
-_FAMILIES: dict[str, type | str] = {
+_FAMILIES: dict[str, type[StudentFamily] | str] = {
     "nac": "m2mkd_jax.phases.nac_family:NACFamily",
     "vmoe": "m2mkd_jax.phases.vmoe_family:VMoEFamily",
 }
 
 
-def register_family(name: str, family: type) -> None:
+def register_family(name: str, family: type[StudentFamily]) -> None:
     """Makes a family known as config.family = `name`; its section is in every config from now on.
 
     Raises:

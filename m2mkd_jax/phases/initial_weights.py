@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -121,7 +122,13 @@ def load_stage(
     return {"params": tree["params"], "fixed": tree.get("fixed", {})}
 
 
-def fresh_stage(config: ConfigDict, spec: StageSpec, name: str, seed: int, shardings=None) -> dict:
+def fresh_stage(
+    config: ConfigDict,
+    spec: StageSpec,
+    name: str,
+    seed: int,
+    shardings: Callable[[Any], Any] | None = None,
+) -> dict[str, dict]:
     """{"params", "fixed"} of a stage before any training; a NAC's mediators get their graph."""
     key = jax.random.key(seed)
     for letter in name:  # the same stage starts alike in whatever job it appears
@@ -131,7 +138,10 @@ def fresh_stage(config: ConfigDict, spec: StageSpec, name: str, seed: int, shard
     return {"params": params, "fixed": stage.fixed}
 
 
-def _assembled(config: ConfigDict, workdir: Path, network: dict[str, dict]):
+def _assembled(
+    config: ConfigDict, workdir: Path, network: dict[str, dict]
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """The network's parameters with those of all students, and where each part came from."""
     family, taught = students(config), []
     for i in range(family.modules):
         tree, _ = read_tree(config, workdir, WeightsFrom("job", f"m2mkd/{i}", f"student_{i}"))
@@ -139,7 +149,9 @@ def _assembled(config: ConfigDict, workdir: Path, network: dict[str, dict]):
     return family.assemble(network, taught)
 
 
-def _upcycled(config: ConfigDict, workdir: Path, job: str, network: dict[str, dict]):
+def _upcycled(
+    config: ConfigDict, workdir: Path, job: str, network: dict[str, dict]
+) -> dict[str, dict]:
     """The dense teacher that `job` trained, as the network's start."""
     whole, dense = teacher(config), []
     for i in range(whole.modules):

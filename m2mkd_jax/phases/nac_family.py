@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,14 @@ class NACFamily(StudentFamily):
                 f"config.recipes.{name}: importance_weight and load_weight are about routers; a "
                 "NAC has none",
             )
-        wanted, latents = config.regulariser, nac.mediator_latents
+        self._check_regulariser()
+
+    def _check_regulariser(self) -> None:
+        """Refuses a config.regulariser that the latents do not allow."""
+        wanted, nac = self.config.regulariser, self.config.nac
         if wanted.kind == "stochastic_block":
-            graph.block_matrix(latents, wanted.clusters, wanted.p_in, wanted.p_out)
-        latents += nac.input_latents + nac.output_latents
+            graph.block_matrix(nac.mediator_latents, wanted.clusters, wanted.p_in, wanted.p_out)
+        latents = nac.input_latents + nac.mediator_latents + nac.output_latents
         require(
             wanted.kind != "gaussian_mixture" or wanted.components <= math.comb(latents, 2),
             f"config.regulariser.components is {wanted.components}; {latents} latents have only "
@@ -75,6 +80,7 @@ class NACFamily(StudentFamily):
         )
 
     def student(self, index: int) -> Student:
+        """Read-in (0), a mediator, or read-out (the last)."""
         config = self.config
         recipe = module_recipe(config, "m2mkd", index)
         spec, width = nac_spec(config, teaching_data(config)), families.teacher(config).width
@@ -95,6 +101,7 @@ class NACFamily(StudentFamily):
         return Student(StageSpec(build, FRESH, f"NAC {kind} student"), rates, describe)
 
     def network(self, weights: WeightsFrom) -> Network:
+        """One NAC: a chain of one stage."""
         config = self.config
         spec, recipe = nac_spec(config, config.data), module_recipe(config, "e2e")
         return Network(
@@ -140,14 +147,18 @@ class NACFamily(StudentFamily):
         return {"nac": params}, {f"nac/{part}": where for part, where in origin.items()}
 
 
-def graph_regulariser(kind: str, options, mixture=None) -> Callable[[NAC], jax.Array]:
-    """A NAC's graph regulariser, weighted (reference section 3, objectives/graph.py).
+def graph_regulariser(
+    kind: str, options: Any, mixture: graph.Mixture | None = None
+) -> Callable[[NAC], jax.Array]:
+    """A NAC's graph regulariser, weighted.
+
+    Source: docs/reference.md#nac-regularisers.
 
     Args:
         kind: 'hinge' (all latents repel below a distance), 'stochastic_block' (the mediators'
             kernels keep block structure) or 'gaussian_mixture' (distances keep their distribution).
         options: weight, and hinge | clusters, p_in, p_out | components.
-        mixture: the fitted mixture of `objectives.graph.fit_gaussian_mixture`.
+        mixture: the fitted mixture of `losses.graph.fit_gaussian_mixture`.
     """
 
     def value(nac: NAC) -> jax.Array:
@@ -167,6 +178,7 @@ def graph_regulariser(kind: str, options, mixture=None) -> Callable[[NAC], jax.A
         distance = all_distances(nac)
         if kind == "hinge":
             return graph.hinge_repulsion(distance, options.hinge)
+        assert mixture is not None  # fitted by whoever asks for this kind
         return graph.gaussian_mixture(distance, mixture)
 
     return lambda nac: options.weight * value(nac)

@@ -1,16 +1,17 @@
-"""The one loss: some stages of a chain are trained, against labels and perhaps a teacher chain.
+"""The one loss of all phases: stages of a chain are trained on labels and a teacher chain's logits.
 
-Axes: B batch, H height, W width, K classes, U latents, L layers with experts, E experts.
+Axes: B batch, H height, W width, K classes, L layers with experts.
 
-Every phase of m2mKD is a `Program`; below this file nobody knows which phase runs. Parameters of
-all chains live in two dicts keyed by stage name, `trainable[name]` and `frozen[name]`, so that a
-stage shared by the student's and the teacher's chain exists once and no gradient or optimizer
-state is kept for what stands still.
+Every phase of m2mKD is a `Program`; nothing that uses one knows which phase it is. Parameters of
+both chains are kept in two dicts by stage name, `trainable` and `frozen`: a stage that student and
+teacher share exists once, and a frozen stage has no gradients and no optimizer state.
+
+Source: arXiv 2402.16918, section 3; docs/reference.md#losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -31,7 +32,7 @@ class Program:
         trainable: names of the stages that are trained.
         rates: drop-path rates per stage of `student` (None: no drop-path there).
         teacher: names of the chain whose logits are imitated; empty without distillation.
-        kind, alpha, temperature: see objectives/distillation.py.
+        kind, alpha, temperature: see losses/distillation.py.
         regulariser: (stages by name) -> scalar to add to the loss, or None.
         balance: what of `Stage.observed` is added to the loss, summed over layers, and its weight.
         dtype: compute type of activations and parameters; logits and losses are float32.
@@ -51,15 +52,46 @@ class Program:
     dtype: jnp.dtype = field(default=jnp.float32)
     sampled_evaluation: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert not self.rates or len(self.rates) == len(self.student)
 
-    def run(self, names, trainable: dict, frozen: dict, x, rates=None, key=None, train=False):
-        """Runs the stages `names` in the compute type."""
+    def run(
+        self,
+        names: Sequence[str],
+        trainable: dict,
+        frozen: dict,
+        x: jax.Array,
+        rates: Sequence | None = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Runs the stages `names` in the compute type; see `observe`."""
         return self.observe(names, trainable, frozen, x, rates, key, train)[0]
 
-    def observe(self, names, trainable: dict, frozen: dict, x, rates=None, key=None, train=False):
-        """`run`, and what the stages let see of themselves: name -> (L, ...) over all layers."""
+    def observe(
+        self,
+        names: Sequence[str],
+        trainable: dict,
+        frozen: dict,
+        x: jax.Array,
+        rates: Sequence | None = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs the stages `names` in the compute type, and also returns their auxiliary outputs.
+
+        Args:
+            names: stages in the order in which they run.
+            trainable: {stage: params}.
+            frozen: {stage: {"params", "fixed"}}.
+            x: what the first stage takes: images (B, H, W, 3) or tokens (B, N, D).
+            rates: drop-path rates of each stage's blocks; None: no drop-path.
+            key: of all randomness; None: deterministic.
+            train: whether training noise is on.
+
+        Returns:
+            What the last stage gives, and auxiliary outputs by name, (L, ...) over all layers.
+        """
         groups: list[tuple[bool, list, list]] = []
         for i, name in enumerate(names):
             trained = name in self.trainable
@@ -68,23 +100,24 @@ class Program:
                 params = chain.overlaid(params, trainable[name])
             params = layers.all_gather_params(chain.cast_compute(params, self.dtype))
             stage = chain.merge(self.graphs[name], params, frozen[name]["fixed"])
-            # Joined are only stages that are trained alike: what is frozen needs no gradients.
+            # Neighbours are merged only if both are trainable or both frozen: a merged stage has
+            # gradients for all of its parameters or for none.
             if not groups or groups[-1][0] != trained:
                 groups.append((trained, [], []))
             groups[-1][1].append(stage)
             groups[-1][2].append(rates[i] if rates else None)
         stages, ramps = [], []
         for _, members, their_rates in groups:
-            members, their_rates = chain.join(members, their_rates)
-            stages += members
-            ramps += their_rates
+            merged, merged_rates = chain.join(members, their_rates)
+            stages += merged
+            ramps += merged_rates or []
         x, seen = chain.run_observed(stages, x, rates=ramps, key=key, train=train)
         seen = [observed for observed in seen if observed]
         return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
 
     @property
     def shared(self) -> int:
-        """How many leading stages student and teacher share and run alike: computed once."""
+        """How many leading stages student and teacher share; they are computed once."""
         shared = 0
         for i, (a, b) in enumerate(zip(self.student, self.teacher, strict=False)):
             noisy = bool(self.rates) and self.rates[i] is not None and any(self.rates[i])
@@ -93,8 +126,10 @@ class Program:
             shared += 1
         return shared
 
-    def loss(self, trainable: dict, frozen: dict, batch: dict, key) -> tuple[jax.Array, dict]:
-        """Mean loss of a batch and its parts (scalars).
+    def loss(
+        self, trainable: dict, frozen: dict, batch: dict, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss of a batch, and its parts.
 
         Args:
             trainable: {stage: params}.
@@ -102,6 +137,9 @@ class Program:
                 only a part of them is trained.
             batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one.
             key: for drop-path and the network's own noise; None switches all of it off.
+
+        Returns:
+            The loss, and metrics by name: scalars, and of routers (L, ...).
         """
         shared = self.shared
         x = batch["image"].astype(self.dtype)
@@ -134,7 +172,16 @@ class Program:
             loss = loss + metrics["regulariser"]
         return loss, metrics | {"loss": loss}
 
-    def logits(self, trainable: dict, frozen: dict, images: jax.Array, key=None) -> jax.Array:
-        """Evaluation: images (B, H, W, 3) normalised -> logits (B, K)."""
+    def logits(
+        self, trainable: dict, frozen: dict, images: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Evaluation: images (B, H, W, 3), normalised -> logits (B, K).
+
+        Args:
+            trainable: {stage: params}.
+            frozen: {stage: {"params", "fixed"}}.
+            images: float32, normalised.
+            key: of the published evaluation's noise; unused unless `sampled_evaluation`.
+        """
         key = key if self.sampled_evaluation else None
         return self.run(self.student, trainable, frozen, images.astype(self.dtype), key=key)

@@ -1,5 +1,7 @@
-"""V-MoE students: stages of a transformer with experts, between stitches; end to end the same
-stages, with their stitches or without."""
+"""V-MoE students: stages of a vision transformer with experts, with stitches at their open ends.
+
+The network that is trained end to end has the same stages, with or without the stitches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from m2mkd_jax.phases.phase import FRESH, StageSpec, WeightsFrom
 
 
 class VMoEFamily(StudentFamily):
-    """Stages of a vision transformer with experts, between stitches; the same stages end to end."""
+    """Stages of a vision transformer with experts; see the module."""
 
     section = "vmoe"
     defaults = staticmethod(SECTIONS["vmoe"])
@@ -33,12 +35,12 @@ class VMoEFamily(StudentFamily):
 
     @property
     def group(self) -> int:
-        """Images that cannot be computed apart; 0: none. Raises UserError: no such network."""
+        """Images that share expert capacity; 0: none do. Raises UserError: no such network."""
         return vmoe_spec(self.config, self.config.data, stitches=False)[0].group
 
     def check(self, teaching: bool, devices: int) -> None:
         """Raises UserError where config.vmoe does not fit the rest of the config."""
-        config, fields = self.config, self.config.vmoe
+        config = self.config
         require(
             self.modules >= 2 and min(self.depths) >= 1,
             f"config.vmoe.depths is {self.depths}; it must name at least two modules of one block "
@@ -47,12 +49,21 @@ class VMoEFamily(StudentFamily):
         spec, depth = vmoe_spec(config, config.data, stitches=False)
         require(
             depth is None or sum(self.depths) == depth,
-            f"config.vmoe.depths sum to {sum(self.depths)}; {fields.variant} has {depth}",
+            f"config.vmoe.depths sum to {sum(self.depths)}; {config.vmoe.variant} has {depth}",
         )
         require(
             all(0 <= block < sum(self.depths) for block in spec.moe_pos),
             f"config.vmoe.moe_pos is {spec.moe_pos}; blocks are 0 to {sum(self.depths) - 1}",
         )
+        for name in ("m2mkd", "e2e", "fewshot"):
+            if any(recipe_name(phase) == name for phase in config.phases):
+                for index in range(self.modules) if name == "m2mkd" else (None,):
+                    self._check_recipe(name, index, spec.group, devices)
+        self._check_surroundings()
+
+    def _check_surroundings(self) -> None:
+        """Refuses phases, regulariser or mesh that a V-MoE has no use for."""
+        config, fields = self.config, self.config.vmoe
         require(
             not fields.keep_stitches
             or "m2mkd" in config.phases
@@ -64,10 +75,6 @@ class VMoEFamily(StudentFamily):
             f"config.regulariser.kind is {config.regulariser.kind}; a V-MoE has no graph, only "
             '"none" fits',
         )
-        for name in ("m2mkd", "e2e", "fewshot"):
-            if any(recipe_name(phase) == name for phase in config.phases):
-                for index in range(self.modules) if name == "m2mkd" else (None,):
-                    self._check_recipe(name, index, spec.group, devices)
         expert = config.mesh.expert
         require(
             expert < 1 or fields.experts % expert == 0,
@@ -96,6 +103,7 @@ class VMoEFamily(StudentFamily):
         return {"kind": "vmoe", "spec": dataclasses.asdict(spec), "depths": list(self.depths)}
 
     def student(self, index: int) -> Student:
+        """Stage `index`, with stitches where it meets its neighbours."""
         config = self.config
         spec, _ = vmoe_spec(config, teaching_data(config), stitches=True)
         rate = module_recipe(config, "m2mkd", index).drop_path
@@ -105,6 +113,7 @@ class VMoEFamily(StudentFamily):
         return Student(self._stage(spec, index, FRESH), rates, describe)
 
     def network(self, weights: WeightsFrom) -> Network:
+        """All stages in a row."""
         config = self.config
         spec, _ = vmoe_spec(config, config.data, stitches=config.vmoe.keep_stitches)
         rate = module_recipe(config, "e2e").drop_path
@@ -118,11 +127,6 @@ class VMoEFamily(StudentFamily):
     def head(self) -> tuple[str, tuple[str, ...]]:
         """The stage and the path of the layer that gives the logits."""
         return f"vmoe_{self.modules - 1}", ("head",)
-
-    def prepare(self, name: str, params: dict, seed: int) -> dict:
-        """A fresh stage's parameters as they are."""
-        del name, seed
-        return params
 
     def assemble(
         self, network: Mapping[str, dict], taught: Sequence[dict]
@@ -142,16 +146,15 @@ class VMoEFamily(StudentFamily):
             "config.vmoe.keep_stitches: the dense teacher of e2e_upcycled has no stitches",
         )
         dense, _ = teacher_spec(config)
-        same = (dense.width, dense.heads, dense.patch, dense.qkv_bias, dense.eps)
+        fields = ("width", "heads", "patch", "qkv_bias", "eps")
+        same = all(getattr(dense, field) == getattr(spec.vit, field) for field in fields)
+        blocks, own = sum(config.teacher.depths), sum(self.depths)
         require(
-            same == (spec.vit.width, spec.vit.heads, spec.vit.patch, spec.vit.qkv_bias,
-                     spec.vit.eps)
-            and sum(config.teacher.depths) == sum(self.depths),
+            same and blocks == own,
             "config.phases: e2e_upcycled needs a teacher with the V-MoE's patch, width, heads, "
-            f"qkv_bias, eps and number of blocks; the teacher is {dense.width} wide and "
-            f"{sum(config.teacher.depths)} deep, the V-MoE {spec.vit.width} and "
-            f"{sum(self.depths)}",
-        )  # fmt: skip
+            f"qkv_bias, eps and number of blocks; the teacher is {dense.width} wide and {blocks} "
+            f"deep, the V-MoE {spec.vit.width} and {own}",
+        )
 
     def upcycle(self, network: Mapping[str, dict], dense: Sequence[nnx.Module]) -> dict[str, dict]:
         """The network with the dense teacher's weights, its MLPs as every expert's start."""

@@ -50,7 +50,7 @@ class Loop:
     evaluate_every: int
     evaluate: Callable[[dict], dict]
     log: Callable[[dict], None]
-    save: Callable[[int, dict, dict], None]
+    save: Callable[[int, dict, dict], Any]
     save_seconds: float
     stop: Callable[[dict], bool] | None
     learning_rate: Callable[[int], Any]
