@@ -1,4 +1,4 @@
-"""The installed wheel: commands and shipped configs work in an empty directory, without the sources."""
+"""The installed wheel: its commands and shipped configs work in an empty directory."""
 
 import os
 import shutil
