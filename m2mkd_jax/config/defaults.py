@@ -7,6 +7,9 @@ key that exists is in `base()`, with a line on what it means.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -159,17 +162,47 @@ def _vmoe() -> dict:
 SECTIONS = {"nac": _nac, "vmoe": _vmoe}
 
 
-def import_family(name: str) -> Any:
-    """The class that config.family = "package.module:Class" names.
+def import_class(name: str, key: str) -> Any:
+    """The class that a value "package.module:Class" names.
+
+    Args:
+        name: the value; modules in the working directory are found too.
+        key: of the config, for messages.
 
     Raises:
-        UserError: no such module, or nothing of that name in it.
+        UserError: no such module, an error in it, or nothing of that name there.
     """
     module, _, attribute = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # `python -m` has it, installed commands do not
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'config.family: "{name}" cannot be imported: {error}') from None
+    except Exception as error:  # whatever a module of one's own raises
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f'config.{key}: "{name}" is no importable package.module:Class ({reason})'
+        ) from None
+
+
+def _own_section(family: str, taken: Collection[str]) -> dict[str, ConfigDict]:
+    """The config section that a family "package.module:Class" brings, by its name.
+
+    Args:
+        family: config.family.
+        taken: names that other groups of keys have.
+
+    Raises:
+        UserError: there is no such class, or its section has the name of another group.
+    """
+    students = import_class(family, "family")
+    section = getattr(students, "section", "")
+    if not section or SECTIONS.get(section) == students.defaults:
+        return {}
+    if section in taken and section not in SECTIONS:
+        raise UserError(
+            f'config.family: the section of "{family}" is called "{section}", as other keys are'
+        )
+    return {section: ConfigDict(students.defaults())}
 
 
 def base(family: str = "nac") -> ConfigDict:
@@ -199,6 +232,7 @@ def base(family: str = "nac") -> ConfigDict:
                 eps=1e-6,
                 depths=(),  # blocks of each module
                 meta_depths=(),  # blocks of each meta module; (): one each
+                options=dict(),  # of a teacher of one's own
                 remat=False,
             ),
             family=family,  # of the students: nac, vmoe, or package.module:Class
@@ -235,8 +269,7 @@ def base(family: str = "nac") -> ConfigDict:
         )
     )
     if ":" in family:
-        students = import_family(family)
-        config[students.section] = ConfigDict(students.defaults())
+        config.update(_own_section(family, config.keys()))
     for recipe in config.recipes.values():
         recipe.modules = ConfigDict(allow_dotted_keys=False)
     return config.lock()
