@@ -11,20 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline, training
 from m2mkd_jax.jobs.evaluation import evaluator
-from m2mkd_jax.jobs.setup import make_program
-from m2mkd_jax.parallel import partition
+from m2mkd_jax.jobs.setup import Run, set_up
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stages
-from m2mkd_jax.train.optimizer import make_optimizer
-from m2mkd_jax.train.step import initial_state
 from tests.e2e import tiny_vmoe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,24 +187,16 @@ def test_stopped_killed_and_resumed(whole, launch, tmp_path):
 def test_the_checkpoint_restores_in_one_process_on_other_meshes(whole, expert):
     workdir, _ = whole
     config, mesh = config_of(expert), make_mesh(expert=expert)
+    config.mesh.fsdp = True
     phase = build_phase(config, JOB)
+    run = Run(config, workdir, mesh)
     stages, _ = load_stages(config, workdir, phase)
-    params = {name: stage["params"] for name, stage in stages.items()}
-    optimizer = make_optimizer(phase.recipe, 10, params)
-    shapes = jax.eval_shape(
-        lambda p: initial_state(p, {n: {} for n in p}, optimizer, phase.recipe), params
-    )
+    setup = set_up(config, phase, stages, mesh=mesh, updates_per_epoch=10)
     with contextlib.closing(RunCheckpoints(workdir / "jobs" / JOB / "checkpoints")) as checkpoints:
-        step, state = checkpoints.restore_latest(
-            jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                shapes,
-                partition.shardings(mesh, shapes, fsdp=True),
-            )
-        )
+        step, state = checkpoints.restore_latest(setup.abstract_state)
     assert step == STEPS
-    metrics = evaluator(make_program(config, phase, stages), phase.data, config, mesh)(
-        state["params"], {name: {"fixed": {}} for name in params}
+    metrics = evaluator(run, setup.program, phase.data)(
+        state["params"], {name: {"fixed": {}} for name in setup.params}
     )
     expected = json.loads((workdir / "jobs" / JOB / "done.json").read_text())["metrics"]
     assert metrics == pytest.approx(expected, rel=1e-5)
@@ -251,8 +239,8 @@ def test_an_error_ends_both_processes_and_is_told_once(launch, tmp_path, line, s
 def test_a_process_that_fails_ends_one_that_is_busy_elsewhere(failing):
     code = f"""if True:
         import sys, time
-        from m2mkd_jax.parallel import process
-        process.start_distributed()
+        from m2mkd_jax.parallel import cluster, process
+        cluster.start_distributed()
         if process.distributed.global_state.process_id in {list(map(int, failing))}:
             sys.exit(process.fail("no cheese", 7))
         time.sleep(100)"""
