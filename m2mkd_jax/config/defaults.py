@@ -5,9 +5,11 @@ A config is an ml_collections ConfigDict made by `base()`; a config file changes
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.family_sections import SECTIONS, import_family
+from m2mkd_jax.config.family_sections import SECTIONS, own_section
 from m2mkd_jax.config.keys import (
     ABOVE_0,
     BELOW_1,
@@ -159,6 +161,7 @@ TEACHER: Keys = {
     "eps": Key(1e-6, "epsilon of the layer norms", ABOVE_0),
     "depths": Key((), "blocks of each teacher module", COUNTS),
     "meta_depths": Key((), "blocks of each module of the meta model; (): one each", COUNTS),
+    "options": Key({}, "of a teacher of one's own"),
     "remat": Key(False, "recompute activations of the blocks in the backward pass"),
 }
 
@@ -232,11 +235,7 @@ def all_keys(family: str = "nac") -> Keys:
     Raises:
         UserError: there is no such class.
     """
-    sections = {name: keys() for name, keys in SECTIONS.items()}
-    if ":" in family:
-        students = import_family(family)
-        sections[students.section] = students.defaults()
-    return {
+    keys: dict[str, Any] = {
         "name": Key("", "of the run, for people"),
         "seed": Key(0, "of weights, data order, augmentation and noise", SEED),
         "phases": Key(
@@ -249,7 +248,7 @@ def all_keys(family: str = "nac") -> Keys:
         "teaching_data": DATA,
         "teacher": TEACHER,
         "family": Key(family, 'of the students: nac, vmoe, or one\'s own "package.module:Class"'),
-        **sections,
+        **{name: section() for name, section in SECTIONS.items()},
         "distillation": DISTILLATION,
         "regulariser": REGULARISER,
         "recipes": dict.fromkeys(RECIPES, RECIPE),
@@ -268,6 +267,7 @@ def all_keys(family: str = "nac") -> Keys:
         ),
         "mesh": MESH,
     }
+    return keys | own_section(family, keys) if ":" in family else keys
 
 
 # What the groups are for.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 from m2mkd_jax.config.keys import ABOVE_0, COUNTS, FROM_0, INDICES, Key, Keys
@@ -130,14 +132,44 @@ VMOE: Keys = {
 SECTIONS: dict[str, Callable[[], Keys]] = {"nac": lambda: NAC, "vmoe": lambda: VMOE}
 
 
-def import_family(name: str) -> Any:
-    """The class that config.family = "package.module:Class" names.
+def import_class(name: str, key: str) -> Any:
+    """The class that a value "package.module:Class" names.
+
+    Args:
+        name: the value; modules in the working directory are found too.
+        key: of the config, for messages.
 
     Raises:
-        UserError: no such module, or nothing of that name in it.
+        UserError: no such module, an error in it, or nothing of that name there.
     """
     module, _, attribute = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # `python -m` has it, installed commands do not
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'config.family: "{name}" cannot be imported: {error}') from None
+    except Exception as error:  # whatever a module of one's own raises
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f'config.{key}: "{name}" is no importable package.module:Class ({reason})'
+        ) from None
+
+
+def own_section(family: str, taken: Collection[str]) -> dict[str, Keys]:
+    """The section that a family "package.module:Class" brings, by its name.
+
+    Args:
+        family: config.family.
+        taken: names that other groups of keys have.
+
+    Raises:
+        UserError: there is no such class, or its section has the name of another group.
+    """
+    students = import_class(family, "family")
+    section = getattr(students, "section", "")
+    if not section or SECTIONS.get(section) == students.defaults:
+        return {}
+    if section in taken and section not in SECTIONS:
+        raise UserError(
+            f'config.family: the section of "{family}" is called "{section}", as other keys are'
+        )
+    return {section: students.defaults()}

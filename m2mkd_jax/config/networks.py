@@ -54,11 +54,16 @@ def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
     return NACSpec(image_size=data.image_size, classes=data.classes, **fields)
 
 
-def vmoe_spec(config: ConfigDict, data: ConfigDict, stitches: bool) -> tuple[VMoESpec, int | None]:
+def vmoe_spec(
+    config: ConfigDict, data: ConfigDict, stitch_dim: int = 0
+) -> tuple[VMoESpec, int | None]:
     """The V-MoE's fields for some data, and its published depth if it is a published variant.
 
     Args:
-        stitches: as its students are taught, each with stitches at its open ends; else none.
+        config: of the run.
+        data: whose images and classes it is for.
+        stitch_dim: width of the teacher's tokens, for students that are taught, with stitches at
+            their open ends; 0: no stitches.
     """
     fields = config.vmoe
     vit, depth = _transformer(fields, data, "vmoe")
@@ -73,6 +78,6 @@ def vmoe_spec(config: ConfigDict, data: ConfigDict, stitches: bool) -> tuple[VMo
         capacity_factor=fields.capacity_factor,
         group_images=fields.group_images,
     )
-    if stitches:
-        spec = student_spec(spec, fields.depths, teacher_spec(config)[0].width)
+    if stitch_dim:
+        spec = student_spec(spec, fields.depths, stitch_dim)
     return spec, depth

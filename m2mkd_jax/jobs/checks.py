@@ -28,6 +28,7 @@ from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, require
 from m2mkd_jax.jobs.plan import Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import count_updates, image_source
+from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
@@ -57,8 +58,7 @@ def validate(config: ConfigDict, devices: int = 1) -> Plan:
     """
     check_config(config, devices)
     plan = Plan(config)
-    for name in plan.names:
-        plan.job(name)
+    check_shapes(plan)
     return plan
 
 
