@@ -1,4 +1,4 @@
-"""The paper's NAC on ImageNet, taught by a ViT-H (reference sections 3, 4, 6).
+"""The paper's NAC on ImageNet, taught by a ViT-H.
 
     python -m m2mkd_jax.main --config=configs/nac_imnet.py[:PRIOR] --workdir=DIR
 

@@ -1,4 +1,4 @@
-"""The paper's NAC on Tiny-ImageNet, taught by a ViT-H on ImageNet (reference sections 3, 4, 6).
+"""The paper's NAC on Tiny-ImageNet, taught by a ViT-H on ImageNet.
 
     python -m m2mkd_jax.main --config=configs/nac_tinyimnet.py[:PRIOR] --workdir=DIR
 

@@ -1,4 +1,4 @@
-"""The paper's V-MoE on ImageNet, taught by a ViT-L (reference sections 2, 5, 6).
+"""The paper's V-MoE on ImageNet, taught by a ViT-L.
 
     python -m m2mkd_jax.main --config=configs/vmoe_imnet.py[:VARIANT] --workdir=DIR
 

@@ -310,7 +310,13 @@ def recipe_name(phase: str) -> str:
 
 
 def own_recipe(config: ConfigDict, phase: str, index: int | None = None) -> ConfigDict:
-    """A phase's recipe with what `modules` changes for one of its modules."""
+    """A phase's recipe with the changes that its `modules` makes for one module.
+
+    Args:
+        config: of the run.
+        phase: such as m2mkd.
+        index: of the module; None: no module's changes.
+    """
     recipe = ConfigDict(config.recipes[recipe_name(phase)].to_dict())
     changes = recipe.modules.get(str(index), {})
     del recipe.modules
@@ -319,7 +325,13 @@ def own_recipe(config: ConfigDict, phase: str, index: int | None = None) -> Conf
 
 
 def module_recipe(config: ConfigDict, phase: str, index: int | None = None) -> ConfigDict:
-    """A phase's recipe with its module's own changes and its learning rates scaled."""
+    """The recipe that a phase trains by: `own_recipe` with its learning rates scaled.
+
+    Args:
+        config: of the run.
+        phase: such as m2mkd.
+        index: of the module; None: no module's changes.
+    """
     recipe = own_recipe(config, phase, index)
     if recipe.lr_per:
         if recipe.scale_min_lr:
@@ -329,7 +341,7 @@ def module_recipe(config: ConfigDict, phase: str, index: int | None = None) -> C
 
 
 def teaching_data(config: ConfigDict) -> ConfigDict:
-    """The data of pt, mt, ft and m2mkd."""
+    """The data section of pt, mt, ft and m2mkd."""
     return config.teaching_data if config.teaching_data.name else config.data
 
 
@@ -346,7 +358,12 @@ def few_shot_data(config: ConfigDict) -> ConfigDict:
 
 
 def renditions_data(config: ConfigDict, name: str) -> ConfigDict:
-    """The network's data, but the test images of a set of renditions of its classes."""
+    """config.data with the test images of a set of renditions of its classes.
+
+    Args:
+        config: of the run.
+        name: of the data set, such as imagenet_r.
+    """
     data = ConfigDict(config.data.to_dict())
     data.name, data.root, data.test_images = name, "", 0
     return data
@@ -358,5 +375,13 @@ def meta_depths(config: ConfigDict) -> tuple[int, ...]:
 
 
 def scaled_lr(base: float, global_batch: int, per: int = 512) -> float:
-    """The linear scaling rule: base * global_batch / per (all devices, accumulation included)."""
+    """The linear scaling rule: base * global_batch / per.
+
+    Args:
+        base: learning rate for a batch of `per` images.
+        global_batch: images per optimizer update, over all devices and accumulated parts.
+        per: images.
+
+    Source: docs/reference.md#recipes.
+    """
     return base * global_batch / per
