@@ -1,16 +1,20 @@
 """m2mKD for a small V-MoE on 10,000 images of Fashion-MNIST, with scratch, logit KD and upcycling.
 
-    python -m m2mkd_jax.main --config=configs/vmoe_fashion.py --workdir=runs/vmoe_fashion
+Command:  m2mkd --config=vmoe_fashion --workdir=DIR
+Hardware: two CPU cores.
+Time:     not measured.
+Result:   accuracy on all 10,000 test images; no figures are kept here.
 
-Evaluated on all 10,000 test images. The V-MoE has the teacher's width and depth, which sparse
-upcycling needs.
+The V-MoE has the teacher's width and depth, which sparse upcycling needs.
 """
+
+from ml_collections import ConfigDict
 
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "vmoe_fashion"
     config.phases = (

@@ -1,5 +1,7 @@
 """Shipped configs: each passes its checks, and the paper's have its jobs, sizes and recipes."""
 
+import ast
+
 import pytest
 
 from m2mkd_jax.config.defaults import module_recipe
@@ -12,9 +14,19 @@ from m2mkd_jax.phases.build import build_phase
 from tests.shipped import ROOT, digits, load
 from tests.support import facts
 
+HEAD = ["Command", "Hardware", "Time", "Result"]
+
 
 def test_the_shipped_ones_are_the_files_of_the_folder():
     assert sorted(shipped_configs()) == sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_the_head_of_a_config_says_command_hardware_time_and_result(name):
+    head = ast.get_docstring(ast.parse(shipped_configs()[name].read_text())) or ""
+    words = [line.partition(":")[0] for line in head.splitlines()]
+    assert [w for w in words if w in HEAD] == HEAD
+    assert f"m2mkd --config={name}" in head
 
 
 @pytest.mark.parametrize("name", shipped_configs())
