@@ -1,14 +1,13 @@
 """The paper's NAC on ImageNet, taught by a ViT-H.
 
-Command:  m2mkd --config=nac_imnet[:PRIOR] --workdir=DIR
-Hardware: one H100 took 84 ms for an end-to-end step of 32 images in bfloat16; the published batch
-          is 256.
+Command:  python -m m2mkd_jax.main --config=configs/nac_imnet.py[:PRIOR] --workdir=DIR
+          PRIOR: scale (default), erdos, planted or ring.
+Hardware: not run in full. On one H100 an end-to-end step of 32 images takes 84 ms in bfloat16.
 Time:     not run in full.
-Result:   published gain of m2mKD: about 1 point, on ImageNet and on ImageNet-R.
+Result:   not run in full; published gain of m2mKD: about 1 point on ImageNet and on ImageNet-R.
 
-PRIOR: scale (default), erdos, planted or ring. Needs ImageNet; config.init.teacher and
-config.init.meta make pt, mt and ft unnecessary.
-Source: arXiv 2402.16918; docs/reference.md#nac-configs.
+Needs ImageNet; config.init.teacher and config.init.meta make pt, mt and ft unnecessary.
+Source: docs/reference.md#nac-configs, docs/reference.md#recipe-table.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
 """The paper's NAC on Tiny-ImageNet, taught by a ViT-H on ImageNet.
 
-Command:  m2mkd --config=nac_tinyimnet[:PRIOR] --workdir=DIR
-Hardware: one H100 took 57 ms for an end-to-end step of 128 images in bfloat16; the published batch
-          is 1024.
+Command:  python -m m2mkd_jax.main --config=configs/nac_tinyimnet.py[:PRIOR] --workdir=DIR
+          PRIOR: scale (default), erdos, planted or ring.
+Hardware: not run in full. On one H100 an end-to-end step of 128 images takes 57 ms in bfloat16.
 Time:     not run in full.
-Result:   published top-1 from scratch (scale): 60.76, on Tiny-ImageNet-R 19.52; m2mKD up to 5.6 and
-          4.2 more.
+Result:   not run in full; published top-1 from scratch (scale): 60.76, on Tiny-ImageNet-R 19.52;
+          with m2mKD up to 5.6 and 4.2 more.
 
-PRIOR: scale (default), erdos, planted or ring. Needs ImageNet for pt, mt, ft and m2mkd and
-Tiny-ImageNet for e2e; config.init.teacher and config.init.meta make pt, mt and ft unnecessary.
-Source: arXiv 2402.16918; docs/reference.md#nac-configs.
+Needs ImageNet for pt, mt, ft and m2mkd, and Tiny-ImageNet for e2e; config.init.teacher and
+config.init.meta make pt, mt and ft unnecessary.
+Source: docs/reference.md#nac-configs, docs/reference.md#recipe-table, docs/reference.md#results.
 """
 
 from ml_collections import ConfigDict

@@ -26,7 +26,7 @@ def test_the_head_of_a_config_says_command_hardware_time_and_result(name):
     head = ast.get_docstring(ast.parse(shipped_configs()[name].read_text())) or ""
     words = [line.partition(":")[0] for line in head.splitlines()]
     assert [w for w in words if w in HEAD] == HEAD
-    assert f"m2mkd --config={name}" in head
+    assert f"--config=configs/{name}.py" in head
 
 
 @pytest.mark.parametrize("name", shipped_configs())
