@@ -31,7 +31,7 @@ def vit_variant(name: str, classes: int, remat: bool = False) -> tuple[ViTSpec, 
     if name not in _TABLE:
         close = difflib.get_close_matches(name, NAMES, 1)
         hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(NAMES)}"
-        raise UserError(f'teacher.variant: no variant "{name}"; {hint}')
+        raise UserError(f'no variant "{name}"; {hint}')
     size, patch, width, depth, heads, bias, eps = _TABLE[name]
     return ViTSpec(size, patch, width, heads, classes, bias, eps, remat), depth
 

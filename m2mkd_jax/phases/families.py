@@ -232,9 +232,7 @@ def register_family(name: str, family: type[StudentFamily]) -> None:
 Interface = TypeVar("Interface", StudentFamily, Teacher)
 
 
-def _instance(
-    found: Any, interface: type[Interface], config: ConfigDict, key: str
-) -> Interface:
+def _instance(found: Any, interface: type[Interface], config: ConfigDict, key: str) -> Interface:
     """An object of the class `found`, which config.`key` names.
 
     Raises:

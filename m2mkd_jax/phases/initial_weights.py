@@ -53,7 +53,9 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     if given and not (job == "e2e" and path.is_dir()):
         return _given_weights(job, field, given)
     if not path.is_dir():
-        hint = f", or set config.init.{field}" if field else ""
+        phase = job.partition("/")[0]
+        listed = "" if phase in config.phases else f' ("{phase}" in config.phases)'
+        hint = listed + (f", or set config.init.{field}" if field else "")
         raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
     return path
 

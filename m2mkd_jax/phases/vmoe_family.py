@@ -150,7 +150,7 @@ class VMoEFamily(StudentFamily):
         )
         require(
             isinstance(families.teacher(config), ViTTeacher),
-            "config.teacher.family: e2e_upcycled needs the vision transformer as teacher, \"\"",
+            'config.teacher.family: e2e_upcycled needs the vision transformer as teacher, ""',
         )
         dense, _ = teacher_spec(config)
         fields = ("width", "heads", "patch", "qkv_bias", "eps")
