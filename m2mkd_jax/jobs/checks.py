@@ -176,8 +176,8 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     _one_of(phase, list(END_TO_END), "few_shot.network")
     require(
         re.fullmatch(f"{phase}(/[1-9][0-9]*)?", few.network) is not None,
-        f'config.few_shot.network: "{few.network}" is no job; repetitions of {phase} are {phase}/1, '
-        f"{phase}/2, ...",
+        f'config.few_shot.network: "{few.network}" is no job; the repetitions of {phase} are '
+        f"{phase}/1, {phase}/2, ...",
     )
     with located("config.few_shot.data"):
         Augmentation.from_config(data)

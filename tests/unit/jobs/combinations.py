@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import PHASES, base, renditions_data
 from m2mkd_jax.conversion.open_weights import Weights
+from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.evaluation import evaluation_batch
@@ -323,8 +324,6 @@ def step(setup: Any, phase: Phase, data: ConfigDict) -> None:
 
 
 def _episode(run: Run, job: Job) -> None:
-    from m2mkd_jax.data.few_shot import draw_tasks
-
     episode = Episode(run, job.phase)
     assert episode.steps > 0
     step(episode._setup, job.phase, episode._data)
