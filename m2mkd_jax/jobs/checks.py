@@ -201,12 +201,19 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     )
 
 
+def _assembles(config: ConfigDict) -> bool:
+    """Whether a network is put together from students, by this run or by one before it."""
+    measured = config.few_shot.network.partition("/")[0] if "fewshot" in config.phases else ""
+    return "e2e" in {*config.phases, measured} and not config.init.network
+
+
 TAUGHT = {"pt", "mt", "ft", "m2mkd", "e2e_kd", "e2e_upcycled"}  # phases with a teacher
 
 
 def _check_networks(config: ConfigDict, devices: int) -> None:
     phases = set(config.phases)
-    teaching = bool(TAUGHT & phases)
+    # A network is assembled from students that this run teaches, or one before it has taught.
+    teaching = bool(TAUGHT & phases) or (_assembles(config) and not config.init.students)
     for key in ("data", "teaching_data") if teaching else ("data",):
         data = teaching_data(config) if key == "teaching_data" else config.data
         sized = data.image_size > 0 and data.classes > 1
@@ -219,7 +226,7 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
     family.check(teaching, devices)
     if "fewshot" in phases:
         _check_few_shot(config, family)
-    if "m2mkd" in phases or config.init.students:
+    if "m2mkd" in phases or _assembles(config):
         require(
             not teaching or whole.modules == family.modules,
             f"config.teacher.depths names {whole.modules} modules; the student needs "
@@ -282,4 +289,5 @@ def _check_images(plan: Plan, todo: Iterable[str]) -> None:
         for phase in job.phases:
             if job.kind is Kind.TRAINING:
                 count_updates(phase)
-            image_source(phase.data, "test")
+            with located(f"config.{phase.data_key}"):
+                image_source(phase.data, "test")

@@ -128,7 +128,8 @@ def check_episodes(config: ConfigDict, phase: Phase) -> None:
         UserError: the data cannot be read, or there are too few of them.
     """
     updates_per_epoch(config, phase)
-    train, test = (image_source(phase.data, split) for split in ("train", "test"))
+    with located("config.few_shot.data"):
+        train, test = (image_source(phase.data, split) for split in ("train", "test"))
     with located("config.few_shot"):
         for _ in draw_tasks(train, test, config.few_shot):
             pass

@@ -37,7 +37,7 @@ DENSE = "examples.dense_students:DenseStudents"
 
 def dense() -> ConfigDict:
     """The smallest config of the example's students."""
-    config, like = base(DENSE), tiny_vmoe.get_config()
+    config, like = base(DENSE), vmoe()
     for key, value in like.items():
         if key not in ("family", "vmoe"):
             config[key] = value
@@ -46,7 +46,16 @@ def dense() -> ConfigDict:
     return config
 
 
-FAMILIES = {"nac": tiny.get_config, "vmoe": tiny_vmoe.get_config, "dense": dense}
+def vmoe() -> ConfigDict:
+    """The smallest V-MoE's config, without what excludes other options."""
+    config = tiny_vmoe.get_config()
+    config.vmoe.keep_stitches = False
+    for recipe in config.recipes.values():
+        recipe.importance_weight = recipe.load_weight = 0.0
+    return config
+
+
+FAMILIES = {"nac": tiny.get_config, "vmoe": vmoe, "dense": dense}
 
 ALL = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "fewshot", "eval")
 PHASE_SETS = (
@@ -185,7 +194,7 @@ OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "vmoe.experts": (1, 2, 6),
         "vmoe.moe_pos": ((), (0,), (3,), (4,), (1, 1)),
         "vmoe.depths": ((1, 1, 1), (2, 2), (1, 2, 1), (4,)),
-        "vmoe.keep_stitches": (False,),
+        "vmoe.keep_stitches": (True,),
         "vmoe.group_images": (4, 8, 5),
         "vmoe.capacity_factor": (0.1, 8.0),
         "vmoe.noise": (0.0,),
@@ -220,7 +229,10 @@ def draw(family: str, seed: int) -> tuple[ConfigDict, dict[str, Any]]:
     phases = rng.choice(PHASE_SETS)
     if rng.random() < 0.2:
         phases = tuple(p for p in PHASES if rng.random() < 0.5) or ("pt",)
-    changes = {"phases": phases}
+    changes: dict[str, Any] = {"phases": phases}
+    if "pt" not in phases and rng.random() < 0.7:  # mostly refused otherwise
+        names = ("network",) if "m2mkd" not in phases else ("meta", "teacher")
+        changes |= {f"init.{name}": "{given}" for name in names}
     # A third of the keys drawn are the family's own, which are fewer than those of recipes.
     pools = (list(COMMON), list(OWN[family]), list(options))
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))):
