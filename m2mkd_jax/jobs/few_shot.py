@@ -176,7 +176,7 @@ class Episode:
 
         def begin(key: jax.Array, fixed: dict) -> dict:
             # Of the rest of the stage nothing is computed.
-            head = {stage: chain.part(chain.split(build(nnx.Rngs(key))).params, path)}
+            head = {stage: chain.subtree(chain.split(build(nnx.Rngs(key))).params, path)}
             # Copied, because the step gives its state's buffers away.
             return self._setup.begin(head, jax.tree.map(jnp.copy, fixed))
 

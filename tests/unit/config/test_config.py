@@ -73,7 +73,7 @@ def test_the_papers_jobs():
 def test_parameters_of_the_papers_jobs(job, parameters):
     """Reference section 9; the students are taught at 224 px, so their grid is 28x28."""
     phase = build_phase(load(ROOT / "configs" / "nac_tinyimnet.py"), job)
-    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
+    counts = [chain.count_parameters(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
     assert sum(counts) == parameters
 
 
@@ -94,7 +94,7 @@ def test_parameters_of_the_papers_vmoe(job, parameters, stitches):
     config = load(ROOT / "configs" / "vmoe_imnet.py")
     config.vmoe.keep_stitches = stitches
     phase = build_phase(config, job)
-    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
+    counts = [chain.count_parameters(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
     assert sum(counts) == parameters
 
 
