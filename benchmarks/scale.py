@@ -177,7 +177,7 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
     return {
         "case": case,
         "devices": mesh.size,
-        "parameters": chain.count(setup.params),
+        "parameters": chain.count_parameters(setup.params),
         "state": partition.bytes_per_device((state, frozen), shardings),
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,

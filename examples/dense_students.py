@@ -18,7 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import base, module_recipe, teaching_data
-from m2mkd_jax.errors import require
+from m2mkd_jax.errors import located, require
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.vit import ViTStage
 from m2mkd_jax.models.vit_spec import ViTSpec
@@ -62,7 +62,8 @@ class DenseStudents(StudentFamily):
     def _spec(self, data: ConfigDict) -> ViTSpec:
         sizes = [self.config.dense[key] for key in ("patch", "width", "heads")]
         require(min(sizes) > 0, "config.dense needs patch, width and heads")
-        return ViTSpec(data.image_size, *sizes, data.classes)
+        with located("config.dense"):
+            return ViTSpec(data.image_size, *sizes, data.classes)
 
     def _vit(self, spec: ViTSpec, index: int) -> registry.Builder:
         first, last = index == 0, index == self.modules - 1

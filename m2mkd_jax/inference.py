@@ -36,14 +36,10 @@ class Model:
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         self._weights = {name: self._matched(name, weights.trees[name]) for name in names}
         self._run = jax.jit(self._forward)
-        first, last = (registry.index_of(names[i]) for i in (0, -1))
-        spec = registry.spec_of(self.description)
-        vit = getattr(spec, "vit", spec)
-        self._group = getattr(spec, "group", 0)
-        takes_images = registry.ends(self.description, first)[0]
-        self.image_size = vit.image_size if takes_images else 0
-        self.width = 0 if takes_images else self._token_width(spec, vit, first)
-        self.classes = vit.classes if registry.ends(self.description, last)[1] else 0
+        interface = registry.interface(self.description, names)
+        self._group = interface.group
+        self.image_size, self.width = interface.image_size, interface.width
+        self.classes = interface.classes
         normalisation = self.description["normalisation"]
         self.mean, self.std = normalisation["mean"], normalisation["std"]
 
@@ -51,14 +47,6 @@ class Model:
         parts = self._parts[name]
         params = match_tree(tree["params"], parts.params, f"weights {name}")
         return {"params": params, "fixed": tree.get("fixed", {})}
-
-    def _token_width(self, spec: Any, vit: Any, first: int) -> int:
-        if self.description["kind"] == "nac_student":
-            return self.description["stitch_dim"]
-        if self.description["kind"] == "vmoe":
-            start = sum(self.description["depths"][:first])
-            return spec.stitch_dim if spec.kind(start).pre else vit.width
-        return vit.width
 
     def _forward(self, weights: dict, x: jax.Array) -> jax.Array:
         stages = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import teaching_data
-from m2mkd_jax.errors import require
+from m2mkd_jax.errors import located, require
 from m2mkd_jax.models.moe.spec import VMoESpec, student_spec
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.variants import vit_variant
@@ -26,7 +26,8 @@ def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpe
         UserError: neither a variant nor sizes are given, or they do not fit the data.
     """
     if fields.variant:
-        spec, depth = vit_variant(fields.variant, data.classes, fields.remat)
+        with located(f"config.{key}.variant"):
+            spec, depth = vit_variant(fields.variant, data.classes, fields.remat)
         require(
             spec.image_size == data.image_size,
             f"config.{key}.variant {fields.variant} takes {spec.image_size} px, its data have "
@@ -38,7 +39,8 @@ def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpe
         f"config.{key} needs a variant, or patch, width and heads",
     )
     sizes = (fields.patch, fields.width, fields.heads, data.classes)
-    spec = ViTSpec(data.image_size, *sizes, fields.qkv_bias, fields.eps, fields.remat)
+    with located(f"config.{key}"):
+        spec = ViTSpec(data.image_size, *sizes, fields.qkv_bias, fields.eps, fields.remat)
     return spec, None
 
 
@@ -67,7 +69,8 @@ def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
     for key in ("state_dim", "code_dim", "heads", "iterations", *LATENTS):
         require(fields[key] > 0, f"config.nac.{key} must be above 0")
     fields["tokenizer_depths"] = tuple(fields["tokenizer_depths"])
-    return NACSpec(image_size=data.image_size, classes=data.classes, **fields)
+    with located("config.nac"):
+        return NACSpec(image_size=data.image_size, classes=data.classes, **fields)
 
 
 def vmoe_spec(
@@ -86,17 +89,18 @@ def vmoe_spec(
     """
     fields = config.vmoe
     vit, depth = _transformer(fields, data, "vmoe")
-    spec = VMoESpec(
-        vit=vit,
-        moe_pos=tuple(fields.moe_pos) or tuple(range(sum(fields.depths))),
-        experts=fields.experts,
-        top_k=fields.top_k,
-        router=fields.router,
-        noise=fields.noise,
-        dispatch=fields.dispatch,
-        capacity_factor=fields.capacity_factor,
-        group_images=fields.group_images,
-    )
-    if stitch_dim:
-        spec = student_spec(spec, fields.depths, stitch_dim)
+    with located("config.vmoe"):
+        spec = VMoESpec(
+            vit=vit,
+            moe_pos=tuple(fields.moe_pos) or tuple(range(sum(fields.depths))),
+            experts=fields.experts,
+            top_k=fields.top_k,
+            router=fields.router,
+            noise=fields.noise,
+            dispatch=fields.dispatch,
+            capacity_factor=fields.capacity_factor,
+            group_images=fields.group_images,
+        )
+        if stitch_dim:
+            spec = student_spec(spec, fields.depths, stitch_dim)
     return spec, depth

@@ -19,7 +19,7 @@ from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.arch_flag import job_fields, vit_fields
 from m2mkd_jax.conversion.open_weights import HUB, Weights, local_path, open_weights
 from m2mkd_jax.conversion.torch_layouts import has_weights
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.families import students, teacher
@@ -53,7 +53,9 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     if given and not (job == "e2e" and path.is_dir()):
         return _given_weights(job, field, given)
     if not path.is_dir():
-        hint = f", or set config.init.{field}" if field else ""
+        phase = job.partition("/")[0]
+        listed = "" if phase in config.phases else f' ("{phase}" in config.phases)'
+        hint = listed + (f", or set config.init.{field}" if field else "")
         raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
     return path
 
@@ -204,11 +206,14 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
                 weights.kind == "job" and init_path(config, weights.job)[1]
             )
             if given and weights not in read:
-                load_stage(config, workdir, weights, chain.abstract(spec.build))
+                field = "network" if weights.kind == "init" else init_path(config, weights.job)[0]
+                with located(f"config.init.{field}"):
+                    load_stage(config, workdir, weights, chain.abstract(spec.build))
                 read.add(weights)
         if phase.assembled and not assembled:
             network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
-            jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
+            with located("config.init.students"):
+                jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
             assembled = True
 
 

@@ -69,10 +69,10 @@ def test_the_papers_jobs():
     ],
 )
 def test_parameters_of_the_papers_jobs(job, parameters):
-    """Reference section 9; the students are taught at 224 px, so their grid is 28x28."""
+    """docs/reference.md#sizes; the students are taught at 224 px, so their grid is 28x28."""
     phase = build_phase(load("nac_tinyimnet"), job)
-    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
-    assert sum(counts) == parameters
+    trained = [chain.abstract(phase.stages[name].build).params for name in phase.trainable]
+    assert sum(map(chain.count_parameters, trained)) == parameters
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_parameters_of_the_papers_jobs(job, parameters):
     ],
 )
 def test_parameters_of_the_papers_vmoe(job, parameters, stitches):
-    """Reference section 9."""
+    """docs/reference.md#sizes."""
     config = load("vmoe_imnet")
     config.vmoe.keep_stitches = stitches
     phase = build_phase(config, job)
-    counts = [chain.count(chain.abstract(phase.stages[n].build).params) for n in phase.trainable]
-    assert sum(counts) == parameters
+    trained = [chain.abstract(phase.stages[name].build).params for name in phase.trainable]
+    assert sum(map(chain.count_parameters, trained)) == parameters
 
 
 RECIPES = {"pt": "PT", "mt": "MT", "ft": "FT", "m2mkd": "m2mKD", "e2e": "nacs_e2e_tinyimnet"}

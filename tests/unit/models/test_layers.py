@@ -63,7 +63,7 @@ def test_patches_are_a_strided_convolution():
         kernel = params["linear"]["kernel"].reshape(4, 4, 3, WIDTH)
         names = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=names)
-        return y + params["linear"]["bias"]
+        return y + params["linear"]["bias"][None, None, None]
 
     def run(f):
         loss = lambda params, x: ((weight * f(params, x)).sum(), f(params, x))  # noqa: E731
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
         self.norm = layers.layer_norm(WIDTH, 1e-6, rngs=rngs)
 
     def __call__(self, x, shift):
-        return x + jnp.tanh(self.linear(self.norm(x)) + shift)
+        return x + jnp.tanh(self.linear(self.norm(x)) + layers.align_rank(shift, x))
 
 
 @pytest.fixture(scope="module")
