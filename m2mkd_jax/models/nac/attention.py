@@ -90,7 +90,9 @@ def library_attention(
     # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
-    message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    # jax itself adds the 16-bit bias to float32 scores, which relies on implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
     has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")
     return jnp.where(has_sender, message, 0)
 
