@@ -2,8 +2,8 @@
 
 Axes: 'data' (D groups) and 'expert' (E devices per group, over which expert layers are sharded).
 The batch (B) is sharded over both: every device has its own images whatever E is, and a process's
-share of the batch is always B / processes, which sharding over 'data' alone would not give when a group
-spans processes.
+share of the batch is always B / processes, which sharding over 'data' alone would not give when a
+group spans processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +17,10 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import alone, wait_for_all
 
 AXES = ("data", "expert")
-REST = -1
+REMAINING = -1
 
 
-def mesh_shape(devices: int, data: int = REST, expert: int = 1) -> tuple[int, int]:
+def mesh_shape(devices: int, data: int = REMAINING, expert: int = 1) -> tuple[int, int]:
     """The shape (D, E) of the mesh, D * E = devices.
 
     Args:
@@ -32,27 +32,30 @@ def mesh_shape(devices: int, data: int = REST, expert: int = 1) -> tuple[int, in
         UserError: there is no such shape.
     """
     asked = f"config.mesh: data {data} x expert {expert}"
-    if any(size < 1 and size != REST for size in (data, expert)):
-        raise UserError(f"{asked} is no mesh; give numbers of devices, or -1 for the rest")
-    if data == expert == REST:
-        raise UserError(f"{asked}: only one of them can be the rest")
-    known = expert if data == REST else data
-    if REST in (data, expert):
+    if any(size < 1 and size != REMAINING for size in (data, expert)):
+        raise UserError(
+            f"{asked} is not a valid mesh shape; give numbers of devices, or -1 for the remaining ones"
+        )
+    if data == expert == REMAINING:
+        raise UserError(f"{asked}: only one of them can be -1")
+    known = expert if data == REMAINING else data
+    if REMAINING in (data, expert):
         if devices % known:
             fitting = [n for n in range(1, devices + 1) if devices % n == 0]
             raise UserError(
                 f"{asked}: {known} does not divide {devices} device(s); use one of {fitting}"
             )
-        return (devices // known, known) if data == REST else (known, devices // known)
+        return (devices // known, known) if data == REMAINING else (known, devices // known)
     if data * expert != devices:
         raise UserError(
-            f"{asked} is {data * expert} device(s), but there are {devices}; -1 means the rest"
+            f"{asked} is {data * expert} device(s), but there are {devices};"
+            " -1 means the remaining devices"
         )
     return data, expert
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | None = None, data: int = REST, expert: int = 1
+    devices: Sequence[jax.Device] | None = None, data: int = REMAINING, expert: int = 1
 ) -> Mesh:
     """The mesh ('data', 'expert') of some devices.
 
