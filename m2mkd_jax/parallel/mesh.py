@@ -34,7 +34,7 @@ def mesh_shape(devices: int, data: int = REMAINING, expert: int = 1) -> tuple[in
     asked = f"config.mesh: data {data} x expert {expert}"
     if any(size < 1 and size != REMAINING for size in (data, expert)):
         raise UserError(
-            f"{asked} is not a valid mesh shape; give numbers of devices, or -1 for the remaining ones"
+            f"{asked} is not a valid mesh shape; give numbers, or -1 for the remaining devices"
         )
     if data == expert == REMAINING:
         raise UserError(f"{asked}: only one of them can be -1")
