@@ -166,9 +166,9 @@ def reordered(source: ImageSource, names: Sequence[str]) -> ImageSource:
         return source
     place = {name: label for label, name in enumerate(names)}
     new = np.array([place.get(name, -1) for name in source.class_names], np.int32)
-    if isinstance(source, EncodedImageSource) and isinstance(source.files, tfds.RecordFiles):
-        # Labels are in the records: they are checked when they are read.
-        return EncodedImageSource(source.files, tfds.RecordLabels(source.files, new), names)
+    if isinstance(source, EncodedImageSource) and isinstance(source.labels, tfds.RecordLabels):
+        # The labels are in the records, and are checked when they are read.
+        return EncodedImageSource(source.files, source.labels.renumbered(new), names)
     old = np.asarray(source.labels)
     labels = new[old]
     if (labels < 0).any():

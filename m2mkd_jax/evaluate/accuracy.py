@@ -41,7 +41,7 @@ def make_counter(
     def count(trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> jax.Array:
         images = normalise(batch["image"], mean, std)
         outputs = logits(trainable, frozen, images, key)
-        label, mask = batch["label"], batch["mask"]
+        label, mask = batch["label"], batch["mask"].astype(jnp.float32)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(outputs), label[:, None], -1)[:, 0]
         sums = (
             jnp.ones_like(mask),
@@ -49,7 +49,7 @@ def make_counter(
             top_k_correct(outputs, label, 5),
             nll,
         )
-        return jnp.stack([jnp.sum(value.astype(mask.dtype) * mask) for value in sums])
+        return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
 
     return jax.jit(count, out_shardings=out_shardings)
 

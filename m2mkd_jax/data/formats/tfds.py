@@ -83,6 +83,10 @@ class RecordLabels:
         """
         self._files, self._new = files, new
 
+    def renumbered(self, new: np.ndarray) -> "RecordLabels":
+        """The same labels with other numbers; `new` as in the constructor."""
+        return RecordLabels(self._files, new)
+
     def __len__(self) -> int:
         return len(self._files)
 
