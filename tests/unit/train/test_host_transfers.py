@@ -107,10 +107,20 @@ def make_loop():
     return loop, wrapped(state), itertools.repeat(batch), logs
 
 
-def run_guarded(loop, state, batches):
+def run_guarded(loop, state, batches, read=None):
+    """Runs all but the first step; `read` is called with the loss after each of them."""
     # Compiling may read constants, so the first step is done without the guard.
     state, _ = loop.step(state, loop.frozen, next(batches))
     loop.learning_rate(0)
+    step = loop.step
+
+    def reading_step(*arguments):
+        state, metrics = step(*arguments)
+        if read:
+            read(metrics["loss"])
+        return state, metrics
+
+    loop.step = reading_step
     with jax.transfer_guard_device_to_host("disallow"):
         loop.run(state, batches, start=1)
 
@@ -126,13 +136,5 @@ def test_only_logs_and_evaluations_read_from_the_device(reads):
 @pytest.mark.parametrize("read", [float, bool, np.asarray, np.mean, jax.block_until_ready])
 def test_reading_after_every_step_is_noticed(reads, read):
     loop, state, batches, _ = make_loop()
-    step = loop.step
-
-    def reading_step(*arguments):
-        state, metrics = step(*arguments)
-        read(metrics["loss"])
-        return state, metrics
-
-    loop.step = reading_step
     with pytest.raises(HostSync):
-        run_guarded(loop, state, batches)
+        run_guarded(loop, state, batches, read)
