@@ -58,9 +58,9 @@ def _passes(
 def _tall_begins_with_rows() -> bool:
     """Whether this Pillow starts with the rows if they shrink most; older versions never do."""
     edges = np.random.default_rng(0).integers(0, 2, (40, 6, 3), np.uint8) * 255
-    weights = [_weights(length, 4, 0, length) for length in edges.shape[:2]]
+    rows, columns = (_weights(length, 4, 0, length) for length in edges.shape[:2])
     theirs = Image.fromarray(edges).resize((4, 4), Image.Resampling.BICUBIC)
-    return np.array_equal(theirs, _passes(edges, *weights, rows_first=True))
+    return np.array_equal(np.asarray(theirs), _passes(edges, rows, columns, rows_first=True))
 
 
 def _pass(image: np.ndarray, weights: sparse.csr_array) -> np.ndarray:
