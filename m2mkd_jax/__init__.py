@@ -25,7 +25,7 @@ _WHERE = {
     "save_weights": "checkpoint.store",
     "UserError": "errors",
 }
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the table above names them
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
