@@ -35,7 +35,7 @@ def vit_variant(name: str, classes: int, remat: bool = False) -> tuple[ViTSpec, 
         UserError: no such variant.
     """
     if name not in _TABLE:
-        raise UserError(f'teacher.variant: no variant "{name}"; {did_you_mean(name, NAMES)}')
+        raise UserError(f'no variant "{name}"; {did_you_mean(name, NAMES)}')
     size, patch, width, depth, heads, bias, eps = _TABLE[name]
     return ViTSpec(size, patch, width, heads, classes, bias, eps, remat), depth
 
