@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -22,6 +23,23 @@ def require(condition: bool, message: str) -> None:
 def closest(word: str, known: Iterable[str]) -> str:
     """The known word that is most similar to `word`; "" if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+
+
+@contextlib.contextmanager
+def located(key: str) -> Iterator[None]:
+    """Names `key` ("config.a.b") in the message of a UserError that is raised inside.
+
+    A message that begins with the last part of the key ("b.c is ...") gets the parts before it, one
+    that begins with "config." stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        message, (parents, dot, last) = str(error), key.rpartition(".")
+        if message.startswith("config."):
+            raise
+        inside = message.startswith((f"{last}.", f"{last}:", f"{last} "))
+        raise UserError(f"{parents}{dot}{message}" if inside else f"{key}: {message}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

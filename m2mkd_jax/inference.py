@@ -19,8 +19,6 @@ from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
-from m2mkd_jax.models.moe.spec import VMoESpec
-from m2mkd_jax.models.nac.spec import NACSpec
 
 
 class Model:
@@ -45,14 +43,10 @@ class Model:
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         self._weights = {name: self._matched(name, weights.trees[name]) for name in names}
         self._run = jax.jit(self._forward)
-        first, last = (registry.index_of(names[i]) for i in (0, -1))
-        spec = registry.spec_of(self.description)
-        fields = spec.vit if isinstance(spec, VMoESpec) else spec
-        self._group = spec.group if isinstance(spec, VMoESpec) else 0
-        takes_images = registry.ends(self.description, first)[0]
-        self.image_size = fields.image_size if takes_images else 0
-        self.width = 0 if takes_images else self._token_width(spec, first)
-        self.classes = fields.classes if registry.ends(self.description, last)[1] else 0
+        interface = registry.interface(self.description, names)
+        self._group = interface.group
+        self.image_size, self.width = interface.image_size, interface.width
+        self.classes = interface.classes
         normalisation = self.description["normalisation"]
         self.mean, self.std = normalisation["mean"], normalisation["std"]
 
@@ -60,15 +54,6 @@ class Model:
         parts = self._parts[name]
         params = match_tree(tree["params"], parts.params, f"weights {name}")
         return {"params": params, "fixed": tree.get("fixed", {})}
-
-    def _token_width(self, spec: registry.Spec, stage: int) -> int:
-        """Channels of the tokens that a stage takes."""
-        if isinstance(spec, NACSpec):
-            return self.description["stitch_dim"]
-        if isinstance(spec, VMoESpec):
-            start = sum(self.description["depths"][:stage])
-            return spec.stitch_dim if spec.kind(start).pre else spec.vit.width
-        return spec.width
 
     def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
         stages = [

@@ -231,8 +231,13 @@ def job_fields(config: ConfigDict, job: str) -> Fields:
     students = phase == "m2mkd"
     data = teaching_data(config) if students else config.data
     if config.family == "vmoe":
-        spec, _ = vmoe_spec(config, data, stitches=students or config.vmoe.keep_stitches)
-        return vmoe_fields(spec) | {"depths": list(config.vmoe.depths)}
+        stitched = students or config.vmoe.keep_stitches
+        own = bool(config.teacher.family)  # whose width the weights tell
+        stitch_dim = teacher_spec(config)[0].width if stitched and not own else 0
+        fields = vmoe_fields(vmoe_spec(config, data, stitch_dim)[0])
+        if stitched and own:
+            fields = {k: v for k, v in fields.items() if not k.endswith("stitch_pos")}
+        return fields | {"depths": list(config.vmoe.depths)}
     fields = nac_fields(nac_spec(config, data))
     if students:
         return fields | {"kind": "nac_student"}

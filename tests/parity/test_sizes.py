@@ -101,8 +101,8 @@ def test_vision_transformers(name):
             table = vit_stage_names(depth, **ends, qkv_bias=spec.qkv_bias, offset=start)
             shapes = torch_shapes(table, params, spec.patch)
             ours |= {prefix + key: shape for key, shape in shapes.items()}
-        assert total(shapes) == chain.count(params)
-        counted += chain.count(params)
+        assert total(shapes) == chain.count_parameters(params)
+        counted += chain.count_parameters(params)
         offset += depth
     assert ours == manifest
     assert counted == parameters
@@ -114,7 +114,7 @@ def test_circuits(name):
     params = chain.abstract(lambda rngs: NAC(spec, rngs=rngs)).params
     manifest = facts(f"manifests/nac_scale_{name}.json")
     assert torch_shapes(nac_names(spec), params) == manifest
-    assert chain.count(params) == total(manifest) == parameters
+    assert chain.count_parameters(params) == total(manifest) == parameters
 
 
 @pytest.mark.parametrize("config, kind", STUDENTS)
@@ -129,4 +129,4 @@ def test_students(config, kind):
     ).params
     manifest = facts(f"manifests/nac_student_{config}.{kind}.stitch1280.json")
     assert torch_shapes(nac_student_names(spec, kind), params) == manifest
-    assert chain.count(params) == total(manifest) == STUDENTS[config, kind]
+    assert chain.count_parameters(params) == total(manifest) == STUDENTS[config, kind]

@@ -94,7 +94,7 @@ def run(name: str, dtype=jnp.float32):
     if name == "nac":
         options = SimpleNamespace(weight=about["hinge_weight"], hinge=about["hinge"])
         hinge = graph_regulariser("hinge", options)
-        regulariser = lambda stages: hinge(stages["net"])  # noqa: E731
+        regulariser = lambda stages: hinge(stages["net"])
     program = Program(
         {"net": parts.graph}, ("net",), ("net",), regulariser=regulariser, dtype=dtype
     )

@@ -127,7 +127,7 @@ def distillation_case(name: str, kind: str, temperature: float):
     }
     graphs |= {"teacher": teacher.graph, "student": pupil.graph}
     names = [f"meta/{i}" for i in range(len(depths))]
-    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])  # noqa: E731
+    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])
     program = Program(
         graphs,
         hybrid("student"),

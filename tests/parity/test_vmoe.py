@@ -82,7 +82,7 @@ def test_networks(name):
         with_params(lambda rngs, i=i: vmoe.build_stage(spec, i, VMOE_DEPTHS, rngs=rngs), p)
         for i, p in enumerate(params)
     ]
-    logits, seen = jax.jit(lambda x: chain.run_observed(stages, x))(nhwc(io["image"]))
+    logits, seen = jax.jit(lambda x: chain.run_with_aux(stages, x))(nhwc(io["image"]))
     assert_close(logits, io["image.out"], OUTPUT_TOLERANCE)
     gates = facts(f"d_vmoe_{name}/meta.json")
     gates = gates["gates"] if "gates" in gates else gates["image.gates"]

@@ -75,7 +75,7 @@ def distillation_case(name: str):
     frozen = {f"meta/{i}": {"params": p, "fixed": {}} for i, p in enumerate(meta_params)}
     frozen |= {"teacher": {"params": teacher, "fixed": {}}, "student": {"fixed": {}}}
     names = [f"meta/{i}" for i in range(MODULES)]
-    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])  # noqa: E731
+    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])
     program = Program(
         graphs,
         hybrid("student"),
