@@ -8,11 +8,13 @@ Result:   accuracy on the 360 test images: m2mKD 0.9722, scratch 0.9444, meta mo
           teacher 0.8667. Epochs were chosen looking at these images.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "nac_digits"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "eval")

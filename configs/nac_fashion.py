@@ -11,11 +11,13 @@ A weak meta model spoils all that follows, and module 0, the teacher's and the s
 to three times the epochs of the others.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "nac_fashion"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "eval")
@@ -37,8 +39,8 @@ def get_config():
     train.mt.modules = {"0": {"epochs": 9}}
     train.ft.epochs, train.ft.lr, train.ft.clip = 5, 1e-3, 1.0
     train.m2mkd.epochs, train.m2mkd.lr, train.m2mkd.warmup_epochs = 4, 2e-3, 0.5
-    # Fine-tuning moves module 0 away from the meta model, so that its hybrid is a poor mark for the
-    # read-in student, which learns from the labels too: it gets its full time.
+    # Fine-tuning moves module 0 away from the meta model, so that the accuracy of its hybrid is a
+    # poor reference for the read-in student, which learns from the labels too: no early stop.
     train.m2mkd.stop_within = 0.002
     train.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3, "stop_within": 0.0}}
     train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 6, 5e-3, 0.5

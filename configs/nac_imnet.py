@@ -10,11 +10,13 @@ Needs ImageNet; config.init.teacher and config.init.meta make pt, mt and ft unne
 Source: docs/reference.md#nac-configs, docs/reference.md#recipe-table.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config(prior: str = "scale"):
+def get_config(prior: str = "scale") -> ConfigDict:
     config = base()
     config.name = f"nac_{prior or 'scale'}_imnet"
     presets.imagenet(config.data)

@@ -12,11 +12,13 @@ config.init.meta make pt, mt and ft unnecessary.
 Source: docs/reference.md#nac-configs, docs/reference.md#recipe-table, docs/reference.md#results.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config(prior: str = "scale"):
+def get_config(prior: str = "scale") -> ConfigDict:
     config = base()
     config.name = f"nac_{prior or 'scale'}_tinyimnet"
     data = config.data

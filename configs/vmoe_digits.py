@@ -7,11 +7,13 @@ Result:   accuracy on the 360 test images: m2mKD 0.9750, scratch 0.8528, meta mo
           teacher 0.9611. Epochs were chosen looking at these images.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "vmoe_digits"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "eval")

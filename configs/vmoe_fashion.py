@@ -8,11 +8,13 @@ Result:   not run in full; the job eval measures on all 10,000 test images.
 The V-MoE has the teacher's width and depth, which sparse upcycling needs.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "vmoe_fashion"
     config.phases = (

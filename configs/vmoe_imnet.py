@@ -13,6 +13,8 @@ teacher's). Needs ImageNet; config.init.teacher and config.init.meta make pt, mt
 Source: docs/reference.md#vmoe, docs/reference.md#recipe-table, docs/reference.md#results.
 """
 
+from ml_collections import ConfigDict
+
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 from m2mkd_jax.errors import UserError
@@ -26,7 +28,7 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str = "base"):
+def get_config(variant: str = "base") -> ConfigDict:
     if (variant or "base") not in VARIANTS:
         raise UserError(f'config argument: no V-MoE "{variant}"; one of {", ".join(VARIANTS)}')
     config = base()

@@ -15,15 +15,16 @@ from m2mkd_jax.models.nac.read_in import ReadInAttention
 def _norm(x, scale, bias):
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + 1e-5) * scale[...] + bias[...]
+    scale, bias = (jnp.broadcast_to(a[...], x.shape) for a in (scale, bias))
+    return (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
 
 
 def _modulated(layer, x, codes):
     """W (x * m) + b with m = 1 + g * norm(S c): x (B, U, ..., C), codes (U, S)."""
     m = 1.0 + layer.gain[...] * _norm(codes @ layer.scale.kernel[...], jnp.ones(()), jnp.zeros(()))
-    m = m.reshape(len(codes), *(1,) * (x.ndim - 3), -1)
+    m = m.reshape(1, len(codes), *(1,) * (x.ndim - 3), -1)
     y = jnp.einsum("...c,cd->...d", x * m, layer.kernel[...])
-    return y if layer.bias is None else y + layer.bias[...]
+    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias[...], y.shape)
 
 
 def read_in(attention: ReadInAttention, receivers, codes, tokens) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from ml_collections import ConfigDict
 from m2mkd_jax.config.defaults import (
     MODULE_PHASES,
     PHASES,
+    RECIPE,
     RECIPES,
-    default_recipe,
     few_shot_data,
     module_recipe,
     recipe_name,
@@ -25,12 +26,15 @@ from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
-from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.errors import UserError, did_you_mean, located, require
+from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.plan import Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import count_updates, image_source
+from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
+from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
 from m2mkd_jax.phases.initial_weights import check_given, weights_directory
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
@@ -57,8 +61,7 @@ def validate(config: ConfigDict, devices: int = 1) -> Plan:
     """
     check_config(config, devices)
     plan = Plan(config)
-    for name in plan.names:
-        plan.job(name)
+    check_shapes(plan)
     return plan
 
 
@@ -117,7 +120,6 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
-    known = default_recipe()
     modules = teacher(config).modules
     for index, changes in config.recipes[name].modules.items():
         where = f"recipes.{name}.modules.{index}"
@@ -128,8 +130,8 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
             f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
         )
         for key in changes:
-            require(key in known, f"config.{where}.{key} is unknown; {did_you_mean(key, known)}")
-            check_value(f"{where}.{key}", changes[key], known[key])
+            require(key in RECIPE, f"config.{where}.{key} is unknown; {did_you_mean(key, RECIPE)}")
+            check_value(f"{where}.{key}", changes[key], RECIPE[key])
     for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
         recipe = module_recipe(config, name, index)
         where = f"config.recipes.{name}"
@@ -169,8 +171,15 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     few, data = config.few_shot, few_shot_data(config)
     _ = family.head  # there is one
     _one_of(few.selection, SELECTIONS, "few_shot.selection")
-    _one_of(few.network.split("/")[0], [p for p in PHASES if p[:3] == "e2e"], "few_shot.network")
-    Augmentation.from_config(data)
+    phase = few.network.partition("/")[0]
+    _one_of(phase, list(END_TO_END), "few_shot.network")
+    require(
+        re.fullmatch(f"{phase}(/[1-9][0-9]*)?", few.network) is not None,
+        f'config.few_shot.network: "{few.network}" is no job; the repetitions of {phase} are '
+        f"{phase}/1, {phase}/2, ...",
+    )
+    with located("config.few_shot.data"):
+        Augmentation.from_config(data)
     require(
         data.image_size == config.data.image_size,
         f"config.few_shot.data.image_size is {data.image_size}; the network takes "
@@ -191,24 +200,32 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     )
 
 
+def _assembles(config: ConfigDict) -> bool:
+    """Whether a network is put together from students, by this run or by one before it."""
+    measured = config.few_shot.network.partition("/")[0] if "fewshot" in config.phases else ""
+    return "e2e" in {*config.phases, measured} and not config.init.network
+
+
 TAUGHT = {"pt", "mt", "ft", "m2mkd", "e2e_kd", "e2e_upcycled"}  # phases with a teacher
 
 
 def _check_networks(config: ConfigDict, devices: int) -> None:
     phases = set(config.phases)
-    teaching = bool(TAUGHT & phases)
+    # A network is assembled from students that this run teaches, or one before it has taught.
+    teaching = bool(TAUGHT & phases) or (_assembles(config) and not config.init.students)
     for key in ("data", "teaching_data") if teaching else ("data",):
         data = teaching_data(config) if key == "teaching_data" else config.data
         sized = data.image_size > 0 and data.classes > 1
         require(sized, f"config.{key} needs image_size and classes")
-        Augmentation.from_config(data)
+        with located(f"config.{key}"):
+            Augmentation.from_config(data)
     whole, family = teacher(config), students(config)
     if teaching:
         whole.check()
     family.check(teaching, devices)
     if "fewshot" in phases:
         _check_few_shot(config, family)
-    if "m2mkd" in phases or config.init.students:
+    if "m2mkd" in phases or _assembles(config):
         require(
             not teaching or whole.modules == family.modules,
             f"config.teacher.depths names {whole.modules} modules; the student needs "
@@ -265,7 +282,11 @@ def _check_images(plan: Plan, todo: Iterable[str]) -> None:
     Images that are not those of the config, or fewer than a batch, are refused too.
     """
     for job in (plan.job(name) for name in todo):
-        for phase in job.phases if job.kind is not Kind.FEW_SHOT else ():
+        if job.kind is Kind.FEW_SHOT:
+            check_episodes(plan.config, job.phase)
+            continue
+        for phase in job.phases:
             if job.kind is Kind.TRAINING:
                 count_updates(phase)
-            image_source(phase.data, "test")
+            with located(f"config.{phase.data_key}"):
+                image_source(phase.data, "test")

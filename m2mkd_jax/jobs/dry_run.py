@@ -110,10 +110,10 @@ def describe_stages(setup: Setup, x: jax.ShapeDtypeStruct) -> Iterator[str]:
             yield (
                 f"{title:<8}{name:<11}{mark}  {phase.stages[name].title:<24}"
                 f"-> {'x'.join(str(n) for n in ('B', *y.shape[1:])):<13}"
-                f"{chain.count(shapes[name]['params']):>13,} parameters"
+                f"{chain.count_parameters(shapes[name]['params']):>13,} parameters"
             )
-    total = sum(chain.count(shapes[name]["params"]) for name in set(phase.student))
-    yield f"parameters: {total:,} in the chain, {chain.count(setup.params):,} trained"
+    total = sum(chain.count_parameters(shapes[name]["params"]) for name in set(phase.student))
+    yield f"parameters: {total:,} in the chain, {chain.count_parameters(setup.params):,} trained"
 
 
 def describe_costs(

@@ -21,6 +21,7 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
+from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.plan import Job, write_inputs
@@ -101,6 +102,39 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     return result
 
 
+def updates_per_epoch(config: ConfigDict, phase: Phase) -> int:
+    """Optimizer updates in an epoch of an episode's support images.
+
+    Raises:
+        UserError: there are none.
+    """
+    recipe, images = phase.recipe, config.few_shot.ways * config.few_shot.shots
+    micro, repeats = recipe.batch // recipe.accumulate, phase.data.repeated_augmentation
+    with located("config.recipes.fewshot.batch"):
+        steps = BatchIndices(images, micro, 0, repeats).steps_per_epoch
+    updates = steps // recipe.accumulate
+    require(
+        round(recipe.epochs * updates) > 0,
+        f"config.recipes.fewshot: {recipe.epochs:g} epochs of {updates} batches are none; raise "
+        "epochs or lower batch",
+    )
+    return updates
+
+
+def check_episodes(config: ConfigDict, phase: Phase) -> None:
+    """Draws the images of all episodes.
+
+    Raises:
+        UserError: the data cannot be read, or there are too few of them.
+    """
+    updates_per_epoch(config, phase)
+    with located("config.few_shot.data"):
+        train, test = (image_source(phase.data, split) for split in ("train", "test"))
+    with located("config.few_shot"):
+        for _ in draw_tasks(train, test, config.few_shot):
+            pass
+
+
 def _finished(path: Path) -> list[dict]:
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
@@ -118,13 +152,10 @@ class Episode:
         self._config, self._phase, self._mesh = config, phase, mesh
         # Labels are 0 .. ways - 1; the data set's own classes are only drawn from.
         self._data = ConfigDict(phase.data.to_dict())
-        self._data.classes = ways = config.few_shot.ways
+        self._data.classes = config.few_shot.ways
         (self._stage,) = phase.trainable
         self._micro = recipe.batch // recipe.accumulate
-        indices = BatchIndices(
-            ways * config.few_shot.shots, self._micro, 0, phase.data.repeated_augmentation
-        )
-        updates = indices.steps_per_epoch // recipe.accumulate
+        updates = updates_per_epoch(config, phase)
         self.steps = round(recipe.epochs * updates) * recipe.accumulate
         build = phase.stages[self._stage].build
         head = phase.trained({self._stage: chain.abstract(build).params})
@@ -145,7 +176,7 @@ class Episode:
 
         def begin(key: jax.Array, fixed: dict) -> dict:
             # Of the rest of the stage nothing is computed.
-            head = {stage: chain.part(chain.split(build(nnx.Rngs(key))).params, path)}
+            head = {stage: chain.subtree(chain.split(build(nnx.Rngs(key))).params, path)}
             # Copied, because the step gives its state's buffers away.
             return self._setup.begin(head, jax.tree.map(jnp.copy, fixed))
 

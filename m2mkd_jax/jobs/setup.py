@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.sources import load_source
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
@@ -78,11 +78,10 @@ def count_updates(phase: Phase) -> int:
     """
     recipe, data, key = phase.recipe, phase.data, f"config.{phase.recipe_key}"
     micro = recipe.batch // recipe.accumulate
-    images = len(image_source(data, "train"))
-    try:
+    with located(f"config.{phase.data_key}"):
+        images = len(image_source(data, "train"))
+    with located(f"{key}.batch"):
         indices = BatchIndices(images, micro, phase.seed, data.repeated_augmentation)
-    except UserError as error:
-        raise UserError(f"{key}.batch: {error}") from None
     steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(

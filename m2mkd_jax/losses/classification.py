@@ -1,17 +1,27 @@
-"""Classification losses and counts.
+"""Classification loss and accuracy.
 
 Axes: B batch, K classes.
+
+Source: docs/reference.md#cross-entropy.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross entropy against a distribution over the classes (reference section 5).
+    """Cross entropy against a distribution over the classes.
 
-    logits: (B, K), any float type. targets: (B, K), rows that sum to 1 (one-hot, smoothed or
-    mixed labels). Returns the mean over the batch, a float32 scalar in nats.
+    Source: docs/reference.md#cross-entropy.
+
+    Args:
+        logits: (B, K), any float type.
+        targets: (B, K), rows that sum to 1 (one-hot, smoothed or mixed labels).
+
+    Returns:
+        The mean over the batch, a float32 scalar in nats.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.sum(targets.astype(jnp.float32) * log_probabilities, axis=-1).mean()
@@ -20,9 +30,16 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether each label is among the k largest logits.
 
-    logits: (B, K). labels: (B,) integers. Returns (B,) booleans: the caller sums them, so that
-    padded examples can be left out. With k > K every valid label counts as found. Ties go to the
-    lower class number, so that constant logits do not count as right.
+    Ties go to the lower class number, so that constant logits do not count as correct. With k > K
+    every valid label counts as found.
+
+    Args:
+        logits: (B, K).
+        labels: (B,), integers.
+        k: number of largest logits.
+
+    Returns:
+        (B,) booleans, one per example, so that the caller can exclude padding.
     """
     _, best = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     return jnp.any(best == labels[:, None], axis=-1)

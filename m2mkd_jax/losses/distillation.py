@@ -1,7 +1,11 @@
-"""Logit distillation (paper 3.2, reference section 5).
+"""Logit distillation.
 
-Axes: B batch, K classes. Gradients never reach the teacher.
+Axes: B batch, K classes. No gradient reaches the teacher.
+
+Source: arXiv 2402.16918, section 3.2; docs/reference.md#distillation.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,20 @@ KINDS = ("none", "soft", "hard")
 
 
 def soft_distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
-    """T^2 * sum KL(teacher_T || student_T) / (B * K), a float32 scalar in nats.
+    """T^2 * sum KL(teacher_T || student_T) / (B * K).
 
-    student, teacher: (B, K) logits. temperature: T > 0. The sum is divided by all B * K elements,
-    not by B: this is what the published balance between the two losses rests on.
+    The sum is divided by all B * K elements, not by B, as published: the balance between the two
+    losses depends on it.
+
+    Source: arXiv 2402.16918, section 3.2; docs/reference.md#distillation.
+
+    Args:
+        student: logits (B, K).
+        teacher: logits (B, K).
+        temperature: T > 0.
+
+    Returns:
+        A float32 scalar in nats.
     """
     student = student.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
@@ -28,7 +42,14 @@ def soft_distillation(student: jax.Array, teacher: jax.Array, temperature: float
 def hard_distillation(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Cross entropy with the teacher's most likely class as the label.
 
-    student, teacher: (B, K) logits. Returns the mean over the batch, a float32 scalar in nats.
+    Source: docs/reference.md#distillation-hard.
+
+    Args:
+        student: logits (B, K).
+        teacher: logits (B, K).
+
+    Returns:
+        The mean over the batch, a float32 scalar in nats.
     """
     log_q = jax.nn.log_softmax(student.astype(jnp.float32), axis=-1)
     choice = jnp.argmax(teacher, axis=-1)
@@ -43,14 +64,28 @@ def distill(
     alpha: float,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """(1 - alpha) * classification_loss + alpha * distillation loss, a float32 scalar.
+    """(1 - alpha) * classification loss + alpha * distillation loss.
 
-    classification_loss: scalar. student_logits, teacher_logits: (B, K); the teacher's are not
-    looked at for kind 'none', which returns the classification loss unweighted. temperature acts
-    on 'soft' only. Raises UserError on an unknown kind.
+    Source: arXiv 2402.16918, section 3.2; docs/reference.md#distillation.
+
+    Args:
+        classification_loss: scalar.
+        student_logits: (B, K).
+        teacher_logits: (B, K); None for kind 'none'.
+        kind: 'soft', 'hard', or 'none', which returns the classification loss as it is.
+        alpha: weight of the distillation loss.
+        temperature: of 'soft'.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        UserError: an unknown kind, or no teacher.
     """
     if kind == "none":
         return classification_loss
+    if teacher_logits is None:
+        raise UserError(f"distillation kind {kind!r} needs the logits of a teacher")
     if kind == "soft":
         distillation_loss = soft_distillation(student_logits, teacher_logits, temperature)
     elif kind == "hard":

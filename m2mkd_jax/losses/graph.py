@@ -1,9 +1,13 @@
-"""Regularisers on the graph between latents (reference section 3, "Regularisers").
+"""Regularisers on the graph between latents.
 
 Axes: U latents (receivers), V the same latents as senders, P distinct kernels, M mixture
 components. All take distance matrices (1 - cosine, see models/nac/kernels.py) or affinities
 (exp of the log kernel, not normalised); the caller weights and adds them.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-regularisers.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -16,7 +20,13 @@ from m2mkd_jax.errors import UserError
 
 
 class Mixture(NamedTuple):
-    """A mixture of M Gaussians over one number: weights (sum 1), means, standard deviations."""
+    """A mixture of M Gaussians in one dimension.
+
+    Attributes:
+        weights: (M,), summing to 1.
+        means: (M,).
+        scales: standard deviations (M,).
+    """
 
     weights: jax.Array
     means: jax.Array
@@ -24,16 +34,26 @@ class Mixture(NamedTuple):
 
 
 def _pairs(distances: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Every unordered pair once, without the diagonal.
+    """Rows and columns of every unordered pair, without the diagonal."""
     return np.tril_indices(distances.shape[-1], k=-1)
 
 
 def hinge_repulsion(distances: jax.Array, hinge: float, reduction: str = "sum") -> jax.Array:
-    """Minus the distances of the pairs that are closer than `hinge`: pushes those apart.
+    """Minus the distances of all pairs closer than `hinge`, which pushes those apart.
 
-    distances: (U, U), symmetric. reduction: 'sum' or 'mean' over the pairs below the hinge, each
-    unordered pair once. Returns a scalar <= 0; with no pair below the hinge it is 0 in both
-    reductions (the published mean is NaN there). Raises UserError on another reduction.
+    Source: docs/reference.md#nac-hinge.
+
+    Args:
+        distances: (U, U), symmetric.
+        hinge: distances below it count.
+        reduction: 'sum' or 'mean' over the pairs below the hinge, each unordered pair once.
+
+    Returns:
+        A scalar <= 0. Without any pair below the hinge it is 0 in both reductions (the published
+        mean is NaN there).
+
+    Raises:
+        UserError: another reduction.
     """
     rows, columns = _pairs(distances)
     pairs = distances[rows, columns]
@@ -42,15 +62,26 @@ def hinge_repulsion(distances: jax.Array, hinge: float, reduction: str = "sum") 
     if reduction == "sum":
         return total
     if reduction == "mean":
-        return total / jnp.maximum(jnp.sum(close), 1)
+        return total / jnp.maximum(jnp.sum(close, dtype=total.dtype), 1)
     raise UserError(f"hinge repulsion: reduction {reduction!r} is unknown, use 'sum' or 'mean'")
 
 
 def block_matrix(latents: int, clusters: int, p_in: float, p_out: float) -> jax.Array:
-    """The wanted link probabilities (U, U) float32: p_in within a cluster, p_out between two.
+    """Target link probabilities of a planted partition with consecutive clusters of equal size.
 
-    The clusters are of equal size and lie one after the other. Raises UserError when `latents`
-    cannot be split so.
+    Source: docs/reference.md#nac-block-model.
+
+    Args:
+        latents: U.
+        clusters: number of clusters, a divisor of U.
+        p_in: probability of a link within a cluster.
+        p_out: probability of a link between two clusters.
+
+    Returns:
+        (U, U), float32.
+
+    Raises:
+        UserError: the latents cannot be split into equal clusters.
     """
     if clusters < 1 or latents % clusters:
         raise UserError(
@@ -61,12 +92,20 @@ def block_matrix(latents: int, clusters: int, p_in: float, p_out: float) -> jax.
 
 
 def match_rows(affinity: jax.Array, target: jax.Array) -> jax.Array:
-    """Which row of `affinity` (U, V) best stands for each row of `target` (U, V), each used once.
+    """Optimal assignment of the rows of `affinity` to the rows of `target`, without gradient.
 
-    Returns (U,) indices that minimise the summed squared difference; no gradient.
+    Source: docs/reference.md#nac-block-model.
+
+    Args:
+        affinity: (U, V).
+        target: (U, V).
+
+    Returns:
+        (U,), a permutation: the row of `affinity` for each row of `target`, so that the summed
+        squared difference is minimal.
     """
-    # |t - a|^2 = |t|^2 + |a|^2 - 2 t.a; the first two sum to the same for every permutation, so
-    # only the product matters: one matmul instead of a (U, U, V) difference.
+    # |t - a|^2 = |t|^2 + |a|^2 - 2 t.a; the first two sums are equal for every permutation, so only
+    # the product matters: one matrix product instead of a (U, U, V) difference.
     affinity, target = jax.lax.stop_gradient((affinity, target))
     cost = -jnp.matmul(target, affinity.T, precision=jax.lax.Precision.HIGHEST)
     rows, chosen = optax.assignment.hungarian_algorithm(cost)
@@ -76,12 +115,22 @@ def match_rows(affinity: jax.Array, target: jax.Array) -> jax.Array:
 def stochastic_block(
     affinities: jax.Array, target: jax.Array, clip: float | None = None
 ) -> jax.Array:
-    """Squared error between the kernels and a block matrix, up to the order of the latents.
+    """Mean squared error between kernels and a block matrix, up to the order of the receivers.
 
-    affinities: (P, U, U), one per DISTINCT kernel (every propagator, when bandwidths are learned).
-    target: (U, U), see `block_matrix`. Each kernel's rows (its columns stay) are permuted to match
-    the target best; the means over the entries are summed over the kernels. clip: entries whose
-    squared error is below it count as `clip` and get no gradient; None or 0 is off. Scalar.
+    The rows of each kernel (not its columns) are permuted to match the target best; the means over
+    the entries are summed over the kernels.
+
+    Source: docs/reference.md#nac-block-model.
+
+    Args:
+        affinities: (P, U, U), one per distinct kernel (every propagator, when bandwidths are
+            learned).
+        target: (U, U), see `block_matrix`.
+        clip: entries whose squared error is below it count as `clip` and get no gradient; None or 0
+            for no clipping.
+
+    Returns:
+        A scalar.
     """
 
     def one(affinity: jax.Array) -> jax.Array:
@@ -97,13 +146,21 @@ def stochastic_block(
 def fit_gaussian_mixture(
     distances: jax.Array | np.ndarray, components: int = 1, seed: int = 0
 ) -> Mixture:
-    """Fit M = `components` Gaussians to the pairs of `distances` (U, U), on the host.
+    """Fits a Gaussian mixture to the distances of all pairs, on the host, once before training.
 
-    To be called once, before training; expectation maximisation from a k-means start drawn by
-    `seed`. Raises UserError when there are fewer pairs than components.
+    Expectation maximisation from a k-means start.
+
+    Source: docs/reference.md#nac-mixture.
+
+    Args:
+        distances: (U, U).
+        components: M.
+        seed: of the k-means start.
+
+    Raises:
+        UserError: there are fewer pairs than components.
     """
-    # scikit-learn takes a second to import and only this option needs it.
-    from sklearn.mixture import GaussianMixture  # noqa: PLC0415
+    from sklearn.mixture import GaussianMixture  # noqa: PLC0415 (slow to import, rarely used)
 
     distances = np.asarray(distances)
     pairs = distances[_pairs(distances)].reshape(-1, 1)
@@ -120,15 +177,28 @@ def fit_gaussian_mixture(
 
 
 def gaussian_mixture(distances: jax.Array, mixture: Mixture, reduction: str = "mean") -> jax.Array:
-    """Minus the log density of the pairs' distances (U, U) under `mixture`, in nats.
+    """Negative log density of the pairs' distances under a mixture, in nats.
 
-    Keeps the distances distributed as they were when the mixture was fitted. reduction: 'mean'
-    or 'sum' over unordered pairs. Raises UserError on another reduction.
+    Keeps the distances distributed as they were when the mixture was fitted.
+
+    Source: docs/reference.md#nac-mixture.
+
+    Args:
+        distances: (U, U).
+        mixture: made by `fit_gaussian_mixture`.
+        reduction: 'mean' or 'sum' over unordered pairs.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        UserError: another reduction.
     """
     rows, columns = _pairs(distances)
-    z = (distances[rows, columns, None] - mixture.means) / mixture.scales
-    log_component = -0.5 * (jnp.square(z) + jnp.log(2 * jnp.pi)) - jnp.log(mixture.scales)
-    log_density = jax.nn.logsumexp(log_component + jnp.log(mixture.weights), axis=-1)
+    weights, means, scales = (part[None] for part in mixture)
+    z = (distances[rows, columns, None] - means) / scales
+    log_component = -0.5 * (jnp.square(z) + jnp.log(2 * jnp.pi)) - jnp.log(scales)
+    log_density = jax.nn.logsumexp(log_component + jnp.log(weights), axis=-1)
     if reduction == "mean":
         return -log_density.mean()
     if reduction == "sum":

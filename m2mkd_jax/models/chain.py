@@ -1,18 +1,21 @@
-"""A network is a chain of stages; a phase trains some of them while the others stand still.
+"""A network is a chain of stages; each phase of m2mKD trains some of them and freezes the others.
 
 Axes: B batch, H height, W width, N tokens, D channels, K classes.
 
 A stage maps activations to activations: the first takes images (B, H, W, 3), the middle ones
-tokens (B, N, D), the last gives logits (B, K). Flax NNX modules describe stages; training works on
-plain nested dicts of arrays (`split` / `merge`), which jax.jit handles at a tenth of the Python
-cost of nnx.jit.
+tokens (B, N, D), the last gives logits (B, K). Flax NNX modules describe stages. Training works on
+plain nested dicts of arrays (`split` and `merge`): jax.jit dispatches these at a tenth of the
+Python cost of nnx.jit.
+
+Source: arXiv 2402.16918, section 3; docs/reference.md#vit-stages, docs/reference.md#teaching.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,53 +27,105 @@ FLOAT32_NAMES = ("signatures", "codes", "bandwidth", "gain")
 # Modules that stay in float32 as a whole: a router compares near-equal numbers.
 FLOAT32_MODULES = ("router",)
 
+Rates = Sequence[float] | None
+
 
 class Fixed(nnx.Variable):
-    """Random numbers drawn once, never trained, saved with the parameters."""
+    """Random numbers that are drawn once, never trained, and saved with the parameters."""
 
 
 class Stage(nnx.Module):
-    """One link of a chain.
+    """One stage of a chain. Subclasses define `__call__`.
 
-    Subclasses define `depth` (how many drop-path rates they take) and
-    `__call__(x, *, rates, key, train)`:
-        rates: one drop-path rate per block, or None for no drop-path.
-        key: source of all randomness; None means deterministic.
-        train: whether training-time noise (drop-path, code noise, sampled kernels) is on. With a
-            key but without `train`, only the noise that the published evaluation draws is drawn.
+    Attributes:
+        depth: number of blocks, which is the number of drop-path rates that the stage takes.
     """
 
     depth: int = 0
 
-    def observed(self, x, *, rates=None, key=None, train=False) -> tuple[jax.Array, dict]:
-        """Like calling the stage, and arrays to watch or to put into a loss, by name."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Computes the stage's output.
+
+        Args:
+            x: images (B, H, W, 3) or tokens (B, N, D).
+            rates: one drop-path rate per block; None for no drop-path.
+            key: source of all randomness; None means deterministic.
+            train: turns training-time noise on (drop-path, code noise, sampled kernels). With a key
+                but without `train`, only the noise of the published evaluation is drawn.
+
+        Returns:
+            Tokens (B, N, D) or logits (B, K).
+        """
+        raise NotImplementedError
+
+    def with_aux(
+        self,
+        x: jax.Array,
+        *,
+        rates: Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the stage's output and also returns auxiliary outputs.
+
+        Args:
+            x, rates, key, train: as for `__call__`.
+
+        Returns:
+            The output, and arrays by name that are logged or added to the loss.
+        """
         return self(x, rates=rates, key=key, train=train), {}
 
     def join(self, after: Stage) -> Stage | None:
-        """One stage that does what this one and then `after` do, or None if there is none."""
+        """Joins this stage and the one after it into a single stage that computes the same.
+
+        Args:
+            after: the next stage of the chain.
+
+        Returns:
+            The joined stage, or None where the two cannot be joined.
+        """
         return None
 
 
 @dataclass(frozen=True)
 class SplitStage:
-    """A stage taken apart: structure, and plain nested dicts of trainable and fixed arrays."""
+    """A stage split into its structure and its arrays.
+
+    Attributes:
+        graph: structure of the module.
+        params: trainable arrays (or their shapes) in nested dicts.
+        fixed: arrays of type `Fixed` in nested dicts.
+    """
 
     graph: nnx.GraphDef
-    params: dict
-    fixed: dict
+    params: dict[str, Any]
+    fixed: dict[str, Any]
 
 
 def split(stage: nnx.Module) -> SplitStage:
-    """Takes a stage apart into structure, trainable parameters and fixed arrays."""
+    """Splits a stage into structure, trainable parameters and fixed arrays."""
     graph, params, fixed = nnx.split(stage, nnx.Param, Fixed)
     return SplitStage(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed))
+
+
+def merge(graph: nnx.GraphDef, params: dict[str, Any], fixed: dict[str, Any]) -> Any:
+    """Rebuilds a stage; the dicts must have exactly the structure that `split` gave."""
+    return nnx.merge(graph, nnx.State(params), nnx.State(fixed))
 
 
 @functools.lru_cache(maxsize=256)
 def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
     """A stage's structure and the shapes of its arrays, without computing anything.
 
-    Remembered per `build`: tracing a large stage takes as long as many steps of a small one.
+    Cached per `build`: tracing a large stage takes as long as many steps of a small one.
     """
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
@@ -78,89 +133,125 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
 def initialise(
     build: Callable[[nnx.Rngs], nnx.Module],
     key: jax.Array,
-    shardings: Callable[[dict], dict] | None = None,
+    shardings: Callable[[dict[str, Any]], Any] | None = None,
 ) -> SplitStage:
     """A stage with fresh arrays, drawn in one compiled program: op by op takes ten times longer.
 
-    shardings: a tree of shapes -> where its arrays are wanted. Each device then draws its part of
-    the same numbers; None: all of them on the first device.
+    Args:
+        build: makes the stage from random number generators.
+        key: seeds these generators.
+        shardings: maps a tree of shapes to a tree of shardings, so that each device draws its own
+            part of the same numbers; None puts all arrays on the first device.
     """
 
-    def arrays(key):
+    def arrays(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         parts = split(build(nnx.Rngs(key)))
-        # Constants come weakly typed, optimizers give back strong types: the step of a fresh
-        # network would be compiled twice more.
-        strong = lambda x: jax.lax.convert_element_type(x, x.dtype)  # noqa: E731
+
+        # Constants are weakly typed and optimizers return strong types: without this the step of a
+        # fresh network would be compiled twice more.
+        def strong(x: jax.Array) -> jax.Array:
+            return jax.lax.convert_element_type(x, x.dtype)
+
         return jax.tree.map(strong, (parts.params, parts.fixed))
 
-    # It runs once: optimising it takes the CPU compiler six times as long as not to.
+    # This runs once, and the CPU compiler takes six times as long when it optimises.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shapes = abstract(build)
-    where = None if shardings is None else (shardings(shapes.params), shardings(shapes.fixed))
-    draw = jax.jit(arrays, compiler_options=options, out_shardings=where)
+    places = None if shardings is None else (shardings(shapes.params), shardings(shapes.fixed))
+    draw = jax.jit(arrays, compiler_options=options, out_shardings=places)
     return SplitStage(shapes.graph, *draw(key))
-
-
-def merge(graph: nnx.GraphDef, params: dict, fixed: dict) -> nnx.Module:
-    """Puts a stage together again; the dicts must have exactly the structure of `split`'s."""
-    return nnx.merge(graph, nnx.State(params), nnx.State(fixed))
 
 
 def run(
     stages: Sequence[Stage],
     x: jax.Array,
     *,
-    rates: Sequence[Sequence[float] | None] | None = None,
+    rates: Sequence[Rates] | None = None,
     key: jax.Array | None = None,
     train: bool = False,
 ) -> jax.Array:
-    """Runs a chain. `rates[i]` are the drop-path rates of stage i's blocks (None: none)."""
-    return run_observed(stages, x, rates=rates, key=key, train=train)[0]
+    """Runs a chain.
+
+    Args:
+        stages: the chain, in order.
+        x: images (B, H, W, 3), or tokens (B, N, D) when the chain starts in the middle.
+        rates: drop-path rates of every stage's blocks; None for no drop-path.
+        key, train: as for `Stage.__call__`; each stage gets a key of its own.
+
+    Returns:
+        The last stage's output.
+    """
+    return run_with_aux(stages, x, rates=rates, key=key, train=train)[0]
 
 
-def run_observed(
+def run_with_aux(
     stages: Sequence[Stage],
     x: jax.Array,
     *,
-    rates: Sequence[Sequence[float] | None] | None = None,
+    rates: Sequence[Rates] | None = None,
     key: jax.Array | None = None,
     train: bool = False,
-) -> tuple[jax.Array, list[dict]]:
-    """`run`, and what each stage lets see of itself (`Stage.observed`)."""
-    seen = []
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+    """Runs a chain and also returns each stage's auxiliary outputs (`Stage.with_aux`).
+
+    Args:
+        stages, x, rates, key, train: as for `run`.
+    """
+    auxiliary = []
     for i, stage in enumerate(stages):
-        x, observed = stage.observed(
+        x, aux = stage.with_aux(
             x,
             rates=None if rates is None else rates[i],
             key=None if key is None else jax.random.fold_in(key, i),
             train=train,
         )
-        seen.append(observed)
-    return x, seen
+        auxiliary.append(aux)
+    return x, auxiliary
 
 
-def join(stages: Sequence[Stage], rates: Sequence | None) -> tuple[list[Stage], list | None]:
-    """The same chain in fewer stages, where neighbours can be joined.
+def join(
+    stages: Sequence[Stage], rates: Sequence[Rates] | None
+) -> tuple[list[Stage], list[Rates] | None]:
+    """The same chain in fewer stages: neighbours are joined wherever `Stage.join` can.
 
-    Ten stages of equal blocks are ten loops to compile, and one when joined.
+    Ten stages of equal blocks compile as ten loops, and as one loop when joined. The stages must be
+    either all trainable or all frozen, since a joined stage is differentiated as a whole.
+
+    Args:
+        stages: the chain, in order.
+        rates: drop-path rates of every stage's blocks; None for no drop-path.
+
+    Returns:
+        The stages and their rates.
     """
     joined: list[Stage] = []
-    ramps: list = []
+    joined_rates: list[Rates] = []
     for i, stage in enumerate(stages):
-        ramp = rates[i] if rates is not None else None
+        own = rates[i] if rates is not None else None
         both = joined[-1].join(stage) if joined else None
         if both is None:
             joined.append(stage)
-            ramps.append(ramp)
+            joined_rates.append(own)
             continue
-        if ramp is not None or ramps[-1] is not None:
-            ramps[-1] = (ramps[-1] or (0.0,) * joined[-1].depth) + (ramp or (0.0,) * stage.depth)
+        before = joined_rates[-1]
+        if own is not None or before is not None:
+            joined_rates[-1] = (
+                *(before or (0.0,) * joined[-1].depth),
+                *(own or (0.0,) * stage.depth),
+            )
         joined[-1] = both
-    return joined, None if rates is None else ramps
+    return joined, None if rates is None else joined_rates
 
 
 def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:
-    """Drop-path rates that grow linearly from 0 to `rate` over ALL blocks, cut by stage."""
+    """Drop-path rates that grow linearly from 0 to `rate` over all blocks, split by stage.
+
+    Source: Huang et al. 2016 (arXiv 1603.09382), section 3; docs/reference.md#vit-drop-path.
+
+    Args:
+        depths: number of blocks of every stage.
+        rate: the last block's rate.
+    """
     total = sum(depths)
     ramp = np.linspace(0.0, rate, total) if total else np.zeros(0)
     ends = np.cumsum(depths)
@@ -170,33 +261,33 @@ def linear_rates(depths: Sequence[int], rate: float) -> list[tuple[float, ...]]:
     ]
 
 
-def cast_compute(params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters in the compute type; FLOAT32_NAMES and FLOAT32_MODULES stay in float32."""
+def cast_compute(params: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """Casts parameters to the compute dtype; FLOAT32_NAMES and FLOAT32_MODULES stay in float32."""
     if dtype == jnp.float32:
         return params
 
-    def cast(path, leaf):
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        kept = names[-1] in FLOAT32_NAMES or any(name in FLOAT32_MODULES for name in names)
-        return leaf if kept else leaf.astype(dtype)
+        keep = names[-1] in FLOAT32_NAMES or any(name in FLOAT32_MODULES for name in names)
+        return leaf if keep else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def part(params: dict, path: Sequence[str]) -> dict:
-    """Only what lies at `path` in nested dicts, nested as it was; all of it for an empty path."""
-    return {path[0]: part(params[path[0]], path[1:])} if path else params
+def subtree(params: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The entry at `path` of nested dicts, still nested under its path; all for an empty path."""
+    return {path[0]: subtree(params[path[0]], path[1:])} if path else params
 
 
-def overlaid(params: dict, changed: dict) -> dict:
-    """Nested dicts with what `changed` has, a part of them or all, in its place."""
+def deep_update(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested dicts with the leaves of `changes` in place of their own."""
     new = dict(params)
-    for name, value in changed.items():
+    for name, value in changes.items():
         nested = isinstance(value, dict) and name in params
-        new[name] = overlaid(params[name], value) if nested else value
+        new[name] = deep_update(params[name], value) if nested else value
     return new
 
 
-def count(params: dict) -> int:
-    """Number of numbers in a tree of arrays (or of shapes)."""
+def count_parameters(params: Any) -> int:
+    """Parameter count of a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

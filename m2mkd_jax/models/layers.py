@@ -5,13 +5,16 @@ attention H heads, C channels of a head.
 
 Flax's own Linear and LayerNorm are used wherever they compute what PyTorch computes; this file
 holds what they lack: PyTorch's default initialisation, per-sample stochastic depth, patches as a
-matrix product, a depthwise convolution that is fast on a CPU, and attention that is on a GPU.
+matrix product, a depthwise convolution that is fast on a CPU, and attention that is fast on a GPU.
+
+Source: docs/reference.md#vit-init, docs/reference.md#nac-tokenizer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
+
+Initialiser = Callable[..., jax.Array]
+AttentionImplementation = Literal["xla", "cudnn"]
 
 # PyTorch's LayerNorm subtracts the mean before squaring; E[x^2] - E[x]^2 would lose digits.
 EXACT_VARIANCE = {"use_fast_variance": False}
@@ -30,7 +36,7 @@ transformer_init = nnx.initializers.normal(0.02)
 torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-# Below so many tokens fused attention has nothing to gain.
+# Fewest tokens for which fused attention is worth its launch.
 SHORTEST = 64
 
 
@@ -39,11 +45,16 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def torch_bias_init(fan_in: int) -> Callable:
+def align_rank(x: jax.Array, to: jax.Array) -> jax.Array:
+    """`x` with leading axes of length 1, so that it has as many axes as `to`."""
+    return x.reshape((1,) * (to.ndim - x.ndim) + x.shape)
+
+
+def torch_bias_init(fan_in: int) -> Initialiser:
     """Uniform within 1/sqrt(fan_in): PyTorch's default for the bias of a layer with that fan-in."""
     bound = fan_in**-0.5
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
@@ -54,37 +65,76 @@ def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(c, d, kernel_init=torch_init, bias_init=torch_bias_init(c), rngs=rngs)
 
 
-def layer_norm(c: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(c, epsilon=epsilon, **EXACT_VARIANCE, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """Flax's LayerNorm, also under strict dtype promotion.
 
-
-def drop_path(residual: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
-    """Stochastic depth: zeroes whole samples of `residual` (B, ...) with probability `rate`.
-
-    The kept ones are divided by the keep probability. `key=None` means evaluation: identity.
+    With 16-bit parameters Flax subtracts float32 statistics from 16-bit inputs, which relies on
+    implicit promotion.
     """
-    if key is None:
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def layer_norm(c: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over C channels as PyTorch computes it."""
+    return LayerNorm(c, epsilon=epsilon, **EXACT_VARIANCE, rngs=rngs)
+
+
+def drop_path(
+    residual: jax.Array, rate: jax.Array | float | None, key: jax.Array | None
+) -> jax.Array:
+    """Stochastic depth: zeroes whole samples of a residual branch, rescales the others.
+
+    Source: Huang et al. 2016 (arXiv 1603.09382), section 3; docs/reference.md#vit-drop-path.
+
+    Args:
+        residual: (B, ...).
+        rate: probability that a sample is zeroed; None for no drop-path.
+        key: source of the draw; None means evaluation, where `residual` is returned as it is.
+
+    Returns:
+        (B, ...), samples that are kept divided by the probability of being kept.
+    """
+    if key is None or rate is None:
         return residual
     keep = 1.0 - rate
     shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
     kept = jax.random.uniform(key, shape) < keep
-    return residual * (kept / keep).astype(residual.dtype)
+    return residual * (kept.astype(jnp.float32) / keep).astype(residual.dtype)
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v: three times (B, N, H, C) -> (B, N, H, C), softmax in float32.
+    """softmax(q k^T / sqrt(C)) v, softmax in float32.
 
-    By cuDNN where it can be had: about 2.3 times as fast on an H100 (benchmarks/RESULTS.md).
+    Uses cuDNN's fused attention where it is available: about 2.3 times as fast on an H100
+    (benchmarks/RESULTS.md).
+
+    Args:
+        q, k, v: (B, N, H, C) each.
+
+    Returns:
+        (B, N, H, C).
     """
     if not fits_cudnn(q, k):
         return jax.nn.dot_product_attention(q, k, v)
-    return evened_attention(q, k, v, "cudnn")
+    return padded_attention(q, k, v, "cudnn")
 
 
-def evened_attention(q, k, v, implementation: str) -> jax.Array:
-    """`self_attention` as cuDNN's backward pass takes it: an odd N gets one token that is masked.
+def padded_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: AttentionImplementation
+) -> jax.Array:
+    """`self_attention` with N padded to an even number, as cuDNN's backward pass requires.
 
-    With a class token N is odd for every published transformer.
+    The padding token is masked. With a class token N is odd in every published transformer.
+
+    Args:
+        q, k, v: (B, N, H, C) each.
+        implementation: of jax.nn.dot_product_attention.
+
+    Returns:
+        (B, N, H, C).
     """
     b, n = q.shape[:2]
     if n % 2 == 0:
@@ -111,24 +161,35 @@ def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
 
 @functools.cache
 def _has_cudnn() -> bool:
-    """On NVIDIA's GPUs from Ampere (compute capability 8) on; AMD's name theirs by letters."""
+    """Whether the device is an NVIDIA GPU from Ampere (compute capability 8) on.
+
+    AMD's GPUs report a capability that starts with letters.
+    """
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     major = capability.partition(".")[0]
     return jax.default_backend() == "gpu" and major.isdigit() and int(major) >= 8
 
 
-def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules of one kind as one module whose parameters have a leading axis L."""
+def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> Any:
+    """`count` modules of one kind as one module whose parameters have a leading axis L.
+
+    Args:
+        build: makes one module.
+        count: L.
+        rngs: each module draws from a generator of its own.
+    """
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=(0,), out_axes=0)
-    def build_all(rngs):
+    def build_all(rngs: nnx.Rngs) -> nnx.Module:
         return build(rngs)
 
     return build_all(rngs)
 
 
-def scan_stack(module: nnx.Module, x, inputs, apply: Callable, *, remat: bool = False):
+def scan_stack(
+    module: nnx.Module, x: Any, inputs: Any, apply: Callable[..., Any], *, remat: bool = False
+) -> Any:
     """Runs stacked layers one after another: x -> apply(layer_0, x, inputs[0]) -> ...
 
     Args:
@@ -140,64 +201,68 @@ def scan_stack(module: nnx.Module, x, inputs, apply: Callable, *, remat: bool = 
     """
     graph, state = nnx.split(module)
 
-    def body(x, layer):
+    def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         state, inputs = layer
         return apply(nnx.merge(graph, all_gather_params(state)), x, inputs), None
 
-    return jax.lax.scan(remat_policy(body, remat), x, (state, inputs))[0]
+    return jax.lax.scan(apply_remat_policy(body, remat), x, (state, inputs))[0]
 
 
-def all_gather_params(weights):
-    """Weights as a layer computes with them: what FSDP cut over 'data' is gathered.
+def all_gather_params(params: Any) -> Any:
+    """All-gathers parameters that FSDP shards over 'data', for a layer to compute with.
 
-    Left to itself the compiler may multiply with the parts instead, and move activations about.
-    Experts stay where they are (parallel/partition.py), and so do stacked layers, which are
-    gathered one by one when their turn comes.
+    Without the constraint the compiler may multiply with the shards and move activations instead.
+    Experts stay sharded (parallel/partition.py), and so do stacked layers, which are gathered one
+    at a time inside the scan.
     """
-    if not _data_groups():
-        return weights
+    if not _shards_data():
+        return params
 
-    def gather(path, leaf):
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = tree_paths.names(path)
         if tree_paths.is_stacked(names):
             return leaf
-        place = PartitionSpec("expert" if "experts" in names else None)
-        return jax.lax.with_sharding_constraint(leaf, place)
+        spec = PartitionSpec("expert" if "experts" in names else None)
+        return jax.lax.with_sharding_constraint(leaf, spec)
 
-    return jax.tree_util.tree_map_with_path(gather, weights)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def remat_policy(body: Callable, remat: bool) -> Callable:
-    """`body` with what the backward pass finds of it in memory, and what it computes again.
+def apply_remat_policy(body: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+    """Applies the rematerialisation policy: what the backward pass reads from memory.
 
-    With `remat` it finds nothing. On a GPU or TPU, where a step waits for memory, it finds the
-    results of matrix products and of fused attention. On a CPU it finds everything but gathered
-    weights: those of all layers would be on every device at once.
+    With `remat` everything is recomputed. Without it, a GPU or TPU, where a step is bound by memory
+    traffic, keeps the results of matrix products and of fused attention. A CPU keeps everything
+    but gathered parameters: kept, those of all layers would be on every device at once.
+
+    Args:
+        body: the function to differentiate.
+        remat: recompute everything.
     """
     if remat:
         return jax.checkpoint(body)
     if jax.default_backend() != "cpu":
-        # Forward and backward are loops of their own: nothing could be shared among them anyway.
+        # Forward and backward pass are separate loops, so common subexpressions cannot be merged.
         return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
-    if _data_groups():
-        return jax.checkpoint(body, policy=_is_no_gathered_weight)
+    if _shards_data():
+        return jax.checkpoint(body, policy=_is_no_gathered_param)
     return body
 
 
-def _is_product(primitive, *arguments, **parameters) -> bool:
+def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     # jax has no public name for its fused attention.
     fused = primitive.name.startswith("dot_product_attention")
-    return fused or jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters)
+    return fused or bool(jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters))
 
 
-def _is_no_gathered_weight(primitive, *_, **parameters) -> bool:
-    # All that is put somewhere and not cut over 'data' is a weight.
+def _is_no_gathered_param(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    # Activations are constrained to shardings over 'data'; any other constraint is a gather.
     constrained = primitive.name == "sharding_constraint"
     return not constrained or "data" in str(parameters["sharding"].spec)
 
 
-def _data_groups() -> bool:
-    """Whether a mesh in context cuts the batch into groups, over which weights may be cut too."""
+def _shards_data() -> bool:
+    """Whether the mesh in context has more than one device along 'data'."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["data"] > 1
 
@@ -210,7 +275,16 @@ class Patches(nnx.Module):
     ordered (row, column, channel).
     """
 
-    def __init__(self, size: int, c: int, d: int, *, kernel_init, bias_init, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: int,
+        c: int,
+        d: int,
+        *,
+        kernel_init: Initialiser,
+        bias_init: Initialiser,
+        rngs: nnx.Rngs,
+    ):
         self.size = size
         self.linear = nnx.Linear(
             size * size * c, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
@@ -225,20 +299,29 @@ class Patches(nnx.Module):
 class DepthwiseConv(nnx.Module):
     """Depthwise convolution with odd kernel, stride 1, zero padding: (B, H, W, C) -> same shape."""
 
-    def __init__(self, c: int, size: int, *, kernel_init, rngs: nnx.Rngs):
+    def __init__(self, c: int, size: int, *, kernel_init: Initialiser, rngs: nnx.Rngs):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, c), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((c,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return depthwise_conv(x, self.kernel[...]) + self.bias[...]
+        return depthwise_conv(x, self.kernel[...]) + align_rank(self.bias[...], x)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -> jax.Array:
-    """x (B, H, W, C) convolved channel by channel with kernel (K, K, C), zero padded.
+    """Convolves channel by channel with zero padding.
 
     XLA's own depthwise convolution is 10 to 100 times slower than needed on a CPU
-    (benchmarks/RESULTS.md), so there it becomes a product with banded matrices: over all positions
-    where they are few ('positions'), else over the columns, one kernel row at a time ('columns').
+    (benchmarks/RESULTS.md), so there it is computed as a product with banded matrices.
+
+    Args:
+        x: (B, H, W, C).
+        kernel: (K, K, C) with K odd.
+        method: 'native', XLA's convolution; 'positions', one banded matrix over all positions;
+            'columns', banded matrices over the columns, one kernel row at a time; None chooses by
+            backend and image size.
+
+    Returns:
+        (B, H, W, C).
     """
     h, w = x.shape[1:3]
     if method is None:
@@ -260,17 +343,18 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
     if method == "columns":
         rows = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0)))
         rows = jnp.stack([rows[:, i : i + h] for i in range(size)], axis=-2)
-        band = kernel[:, across] * across_inside[None, :, :, None]
+        band = kernel[:, across] * across_inside[None, :, :, None].astype(kernel.dtype)
         return jnp.einsum("bhwkc,kuwc->bhuc", rows, band)
     down, down_inside = _band(h, size)
     band = kernel[down[:, None, :, None], across[None, :, None, :]]
-    band = band * (down_inside[:, None, :, None] & across_inside[None, :, None, :])[..., None]
+    inside = down_inside[:, None, :, None] & across_inside[None, :, None, :]
+    band = band * inside[..., None].astype(kernel.dtype)
     band = band.reshape(h * w, h * w, -1)
     return jnp.einsum("bvc,uvc->buc", x.reshape(x.shape[0], h * w, -1), band).reshape(x.shape)
 
 
 def _band(length: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """For each (output, input) position: which kernel entry joins them, and whether one does."""
+    """Index of the kernel entry for each (output, input) position, and whether there is one."""
     position = jnp.arange(length)
     offset = position[None, :] - position[:, None] + size // 2
     return jnp.clip(offset, 0, size - 1), (offset >= 0) & (offset < size)

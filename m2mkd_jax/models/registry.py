@@ -1,23 +1,27 @@
-"""From the description that is saved with weights to the stages that compute with them.
+"""All stage builders, and how a network is rebuilt from the description saved with its weights.
 
-A description (JSON, checkpoint/store.py) names the kind of network and its fields; its trees are
-named by stage:
+A description (JSON, see checkpoint/store.py) names the kind of network and its fields. The trees of
+weights beside it are named by stage, PREFIX_INDEX:
 
-    vit           meta_i, module_i         spec, depths [, module: the only stage there is]
-    vmoe          vmoe_i, student_i        spec, depths [, module] [, first, last: a lone student]
-    nac           nac                      spec
-    nac_student   student_i                spec, modules, stitch_dim, states [, module]
+    kind          trees                 further keys of the description
+    vit           meta_i, module_i      spec, depths [, module: the only stage there is]
+    vmoe          vmoe_i, student_i     spec, depths [, module] [, first, last: a single student]
+    nac           nac                   spec
+    nac_student   student_i             spec, modules, stitch_dim, states [, module]
+
+`register_kind` adds kinds of one's own.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.moe.vmoe import VMoEStage
@@ -27,23 +31,96 @@ from m2mkd_jax.models.nac.students import build_student
 from m2mkd_jax.models.vit import ViTStage
 from m2mkd_jax.models.vit_spec import ViTSpec
 
-KINDS = ("vit", "vmoe", "nac", "nac_student")
 Spec = ViTSpec | VMoESpec | NACSpec
 Builder = Callable[[nnx.Rngs], chain.Stage]
+Description = Mapping[str, Any]
 
 
-def spec_of(description: Mapping[str, Any]) -> Spec:
-    """The network's fields.
+@dataclass(frozen=True)
+class Interface:
+    """What a stage takes and gives.
+
+    Attributes:
+        image_size: side of the images that it takes; 0 if it takes tokens.
+        width: channels of the tokens that it takes; 0 if it takes images.
+        classes: number of logits that it gives; 0 if it gives tokens.
+        group: images that cannot be computed apart, so that a batch must be a multiple of them; 0
+            if every image is computed for itself.
+    """
+
+    image_size: int = 0
+    width: int = 0
+    classes: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network; see `register_kind`."""
+
+    builder: Callable[[Description, int], Builder]
+    interface: Callable[[Description, int], Interface]
+
+
+def register_kind(
+    kind: str,
+    builder: Callable[[Description, int], Builder],
+    interface: Callable[[Description, int], Interface],
+) -> None:
+    """Makes a kind of network known, so that `m2mkd_jax.load` can rebuild it from its weights.
+
+    Call it where the stages are defined, and import that module before loading: a file of weights
+    names its kind but never code to run.
+
+        registry.register_kind(
+            "my_student",
+            lambda description, index: my_builder(MySpec(**description["spec"]), index),
+            lambda description, index: registry.Interface(width=description["width"]),
+        )
+
+    Args:
+        kind: value of the description's key "kind".
+        builder: (description, index of a stage) -> function from nnx.Rngs to that stage. It should
+            return an equal function for equal stages (functools.cache), so that they are traced
+            once.
+        interface: (description, index of a stage) -> what that stage takes and gives.
 
     Raises:
-        UserError: the description is of no kind known here, or lacks fields.
+        ValueError: another kind has this name.
+    """
+    new = Kind(builder, interface)
+    if _KINDS.setdefault(kind, new) != new:
+        raise ValueError(f"there is a kind of network {kind!r} already")
+
+
+def kind_of(description: Description) -> Kind:
+    """The registered kind that a description names.
+
+    Raises:
+        UserError: it names none.
+    """
+    kind = description.get("kind")
+    if kind not in _KINDS:
+        raise UserError(
+            f'these weights do not describe their network: no kind "{kind}" is registered; '
+            + did_you_mean(str(kind), _KINDS)
+        )
+    return _KINDS[kind]
+
+
+def spec_of(description: Description) -> Spec:
+    """The hyperparameters of a network of the kinds in this package.
+
+    Raises:
+        UserError: the description is of another kind, or lacks fields.
     """
     try:
         kind, fields = description["kind"], _tuples(description["spec"])
         if kind == "vmoe":
             return VMoESpec(**{**fields, "vit": ViTSpec(**fields["vit"])})
-        types = {"vit": ViTSpec, "nac": NACSpec, "nac_student": NACSpec}
-        return types[kind](**fields)
+        if kind == "vit":
+            return ViTSpec(**fields)
+        return {"nac": NACSpec, "nac_student": NACSpec}[kind](**fields)
     except (KeyError, TypeError) as error:
         raise UserError(f"these weights do not describe their network ({error})") from None
 
@@ -58,7 +135,7 @@ def index_of(name: str) -> int:
     return int(last) if last.isdecimal() else 0
 
 
-def ends(description: Mapping[str, Any], index: int) -> tuple[bool, bool]:
+def ends(description: Description, index: int) -> tuple[bool, bool]:
     """Whether stage `index` takes images, and whether it gives logits."""
     if description["kind"] == "nac":
         return True, True
@@ -67,38 +144,42 @@ def ends(description: Mapping[str, Any], index: int) -> tuple[bool, bool]:
     return description.get("first", first), description.get("last", last)
 
 
-def builder(description: Mapping[str, Any], name: str) -> Builder:
-    """How the stage in tree `name` is built. Raises UserError as `spec_of` does."""
-    spec, index = spec_of(description), index_of(name)
-    first, last = ends(description, index)
-    kind = description["kind"]
-    if kind == "nac":
-        return nac_builder(spec)
-    if kind == "nac_student":
-        # All middle ones are alike.
-        like, modules = (index if first or last else 1), description["modules"]
-        return nac_student_builder(
-            spec, like, modules, description["stitch_dim"], description["states"]
-        )
-    depths = description["depths"]
-    if kind == "vit":
-        return vit_builder(spec, depths[index], first, last)
-    return vmoe_builder(spec, sum(depths[:index]), depths[index], first, last)
+def builder(description: Description, name: str) -> Builder:
+    """How the stage in tree `name` is built.
+
+    Raises:
+        UserError: the description is of no registered kind, or lacks fields.
+    """
+    return kind_of(description).builder(description, index_of(name))
 
 
-# Cached, so that chain.abstract traces equal stages once.
+def interface(description: Description, names: Sequence[str]) -> Interface:
+    """What a chain of the stages in trees `names` takes and gives.
+
+    Raises:
+        UserError: as for `builder`.
+    """
+    of_stage = kind_of(description).interface
+    first, last = (of_stage(description, index_of(names[i])) for i in (0, -1))
+    return Interface(first.image_size, first.width, last.classes, first.group)
+
+
+# The builders are cached, so that chain.abstract traces equal stages once.
 @functools.cache
 def vit_builder(spec: ViTSpec, depth: int, first: bool, last: bool) -> Builder:
+    """Builder of a `ViTStage`."""
     return lambda rngs: ViTStage(spec, depth, first=first, last=last, rngs=rngs)
 
 
 @functools.cache
 def vmoe_builder(spec: VMoESpec, start: int, depth: int, first: bool, last: bool) -> Builder:
+    """Builder of a `VMoEStage`."""
     return lambda rngs: VMoEStage(spec, start, depth, first=first, last=last, rngs=rngs)
 
 
 @functools.cache
 def nac_builder(spec: NACSpec) -> Builder:
+    """Builder of a whole `NAC`."""
     return lambda rngs: NAC(spec, rngs=rngs)
 
 
@@ -106,22 +187,84 @@ def nac_builder(spec: NACSpec) -> Builder:
 def nac_student_builder(
     spec: NACSpec, index: int, modules: int, width: int, states: int
 ) -> Builder:
+    """Builder of a NAC student; see `build_student`."""
     return lambda rngs: build_student(spec, index, modules, width, states, rngs=rngs)
 
 
-def tree_names(description: Mapping[str, Any]) -> list[str]:
-    """The trees of converted weights, in the order of the network."""
+def _vit_stage(description: Description, index: int) -> Builder:
+    spec = spec_of(description)
+    assert isinstance(spec, ViTSpec)
+    return vit_builder(spec, description["depths"][index], *ends(description, index))
+
+
+def _vmoe_stage(description: Description, index: int) -> Builder:
+    spec, depths = spec_of(description), description["depths"]
+    assert isinstance(spec, VMoESpec)
+    return vmoe_builder(spec, sum(depths[:index]), depths[index], *ends(description, index))
+
+
+def _nac_stage(description: Description, index: int) -> Builder:
+    del index
+    spec = spec_of(description)
+    assert isinstance(spec, NACSpec)
+    return nac_builder(spec)
+
+
+def _nac_student_stage(description: Description, index: int) -> Builder:
+    spec, modules = spec_of(description), description["modules"]
+    assert isinstance(spec, NACSpec)
+    # All mediators have the same structure.
+    same = index if any(ends(description, index)) else 1
+    return nac_student_builder(
+        spec, same, modules, description["stitch_dim"], description["states"]
+    )
+
+
+def _interface(description: Description, index: int) -> Interface:
+    spec = spec_of(description)
+    first, last = ends(description, index)
+    vit = spec.vit if isinstance(spec, VMoESpec) else spec
+    width = 0
+    if not first:
+        width = _token_width(spec, description, index)
+    return Interface(
+        image_size=vit.image_size if first else 0,
+        width=width,
+        classes=vit.classes if last else 0,
+        group=spec.group if isinstance(spec, VMoESpec) else 0,
+    )
+
+
+def _token_width(spec: Spec, description: Description, index: int) -> int:
+    if isinstance(spec, NACSpec):
+        return description["stitch_dim"]
+    if isinstance(spec, ViTSpec):
+        return spec.width
+    stitched = spec.kind(sum(description["depths"][:index])).pre
+    return spec.stitch_dim if stitched else spec.vit.width
+
+
+_KINDS: dict[str, Kind] = {
+    "vit": Kind(_vit_stage, _interface),
+    "vmoe": Kind(_vmoe_stage, _interface),
+    "nac": Kind(_nac_stage, _interface),
+    "nac_student": Kind(_nac_student_stage, _interface),
+}
+
+
+def tree_names(description: Description) -> list[str]:
+    """Names of the trees of converted weights, in the order of the network."""
     kind = description["kind"]
     if kind == "nac":
         return ["nac"]
     prefix = {"vit": "module", "vmoe": "vmoe", "nac_student": "student"}[kind]
     count = description.get("modules") or len(description["depths"])
-    if "first" in description:  # a lone student of a V-MoE
+    if "first" in description:  # a single student of a V-MoE
         prefix = "student"
     numbers = [description["module"]] if "module" in description else range(count)
     return [f"{prefix}_{i}" for i in numbers]
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Trees in the order of their stages."""
+    """Names of trees in the order of their stages."""
     return sorted(names, key=index_of)

@@ -1,10 +1,13 @@
-"""Staged vision transformers: teacher, meta model, and any cut of them.
+"""Staged vision transformers: teacher, meta model, and any division of them into stages.
 
 Axes: B batch, H height, W width, P patch side, N patches, D width, T tokens (N + 1), K classes,
 L blocks.
 
-Pre-norm ViT as published (reference section 1; Deep Incubation): class token first, learned
-position embedding, exact GELU, final norm and linear head on token 0.
+Pre-norm ViT: class token first, learned position embedding, exact GELU, final norm and linear head
+on token 0.
+
+Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), section 3.1; docs/reference.md#vit-block,
+docs/reference.md#vit-stages.
 """
 
 from __future__ import annotations
@@ -58,14 +61,25 @@ class Block(nnx.Module):
         self.norm2 = layers.layer_norm(spec.width, spec.eps, rngs=rngs)
         self.mlp = Mlp(spec.width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rate=None, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        rate: jax.Array | float | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens (B, T, D) -> tokens (B, T, D); `rate` and `key` are of drop-path."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = x + layers.drop_path(self.attn(self.norm1(x)), rate, keys[0])
         return x + layers.drop_path(self.mlp(self.norm2(x)), rate, keys[1])
 
 
 class ViTStage(chain.Stage):
-    """`depth` consecutive blocks; the first stage of a network embeds, the last one classifies."""
+    """`depth` consecutive blocks of a vision transformer.
+
+    The first stage has the embedding before its blocks, the last one norm and head after them.
+
+    Source: docs/reference.md#vit-stages.
+    """
 
     def __init__(self, spec: ViTSpec, depth: int, *, first: bool, last: bool, rngs: nnx.Rngs):
         self.spec, self.depth, self.first, self.last = spec, depth, first, last
@@ -90,7 +104,7 @@ class ViTStage(chain.Stage):
             self.head = nnx.Linear(d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs)
 
     def join(self, after: chain.Stage) -> ViTStage | None:
-        """This stage and the next one as one loop over all their blocks."""
+        """Joins this stage and the next one into one loop over the blocks of both."""
         if self.last or not isinstance(after, ViTStage) or after.first or after.spec != self.spec:
             return None
         mine, theirs = chain.split(self).params, chain.split(after).params
@@ -109,10 +123,18 @@ class ViTStage(chain.Stage):
         return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
 
     def features(self, tokens: jax.Array) -> jax.Array:
-        """Tokens (B, T, D) -> normalised class token (B, D), what the head sees."""
+        """Tokens (B, T, D) -> normalised class token (B, D), the head's input."""
         return self.norm(tokens)[:, 0]
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Images (B, H, W, 3) or tokens (B, T, D) -> tokens (B, T, D) or logits (B, K)."""
         if self.first:
             x = self.embed(x)
         if self.depth:
@@ -133,14 +155,20 @@ class ViTStage(chain.Stage):
 
 @functools.cache
 def _graph(spec: ViTSpec, depth: int, first: bool, last: bool) -> nnx.GraphDef:
-    """Structure of a stage, traced once."""
+    """Structure of a stage; cached, since tracing is slow."""
     return chain.abstract(
         lambda rngs: ViTStage(spec, depth, first=first, last=last, rngs=rngs)
     ).graph
 
 
 def build(spec: ViTSpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[ViTStage]:
-    """The network as stages of the given depths; (1, 1, ..., 1) is the meta model."""
+    """The network as stages of the given depths; (1, 1, ..., 1) is the meta model.
+
+    Args:
+        spec: hyperparameters of the network.
+        depths: blocks of every stage.
+        rngs: source of the initial values.
+    """
     last = len(depths) - 1
     return [
         ViTStage(spec, depth, first=i == 0, last=i == last, rngs=rngs)
@@ -149,7 +177,11 @@ def build(spec: ViTSpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[ViTSt
 
 
 def cut(stages: Sequence[ViTStage], depths: Sequence[int]) -> list[ViTStage]:
-    """The same network, weights shared, cut into stages of other depths.
+    """Divides the same network, with the same weights, into stages of other depths.
+
+    Args:
+        stages: the whole network, in order.
+        depths: blocks of every new stage.
 
     Raises:
         UserError: the depths do not sum to the network's.

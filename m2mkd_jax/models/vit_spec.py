@@ -1,4 +1,7 @@
-"""Fields of a vision transformer."""
+"""Hyperparameters of a vision transformer.
+
+Source: docs/reference.md#vit-variants.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,18 @@ from m2mkd_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """Fields of a vision transformer; `variants.py` has the published ones."""
+    """Hyperparameters of a vision transformer; `variants.py` has the published ones.
+
+    Attributes:
+        image_size: side of the (square) images.
+        patch: side of a patch.
+        width: channels of the tokens.
+        heads: attention heads.
+        classes: how many logits the head gives.
+        qkv_bias: whether queries, keys and values have a bias.
+        eps: of the LayerNorms.
+        remat: recompute activations in the backward pass.
+    """
 
     image_size: int
     patch: int
@@ -20,7 +34,7 @@ class ViTSpec:
     eps: float = 1e-6
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch:
             raise UserError(
                 f"vit: image size {self.image_size} is not a multiple of the patch {self.patch}"
@@ -30,4 +44,5 @@ class ViTSpec:
 
     @property
     def tokens(self) -> int:
+        """Length of the token sequence, the class token included."""
         return (self.image_size // self.patch) ** 2 + 1

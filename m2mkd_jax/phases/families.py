@@ -8,15 +8,16 @@ docs/your-own-modules.md shows how to write one.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, import_family
-from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.config.family_sections import SECTIONS, import_class
+from m2mkd_jax.errors import UserError, did_you_mean, require
 from m2mkd_jax.phases.phase import Regulariser, StageSpec, WeightsFrom
 
 
@@ -100,14 +101,17 @@ class StudentFamily(Protocol):
             UserError: one line that names the key.
         """
 
+    @abc.abstractmethod
     def student(self, index: int) -> Student:
         """Student module `index`, counted from 0."""
         ...
 
+    @abc.abstractmethod
     def network(self, weights: WeightsFrom) -> Network:
         """The network that is trained end to end, its stages' weights from `weights`."""
         ...
 
+    @abc.abstractmethod
     def assemble(
         self, network: Mapping[str, dict], taught: Sequence[dict]
     ) -> tuple[dict[str, dict], dict[str, str]]:
@@ -123,6 +127,7 @@ class StudentFamily(Protocol):
         ...
 
     @property
+    @abc.abstractmethod
     def head(self) -> tuple[str, tuple[str, ...]]:
         """The stage with the layer that gives the logits, and the path of that layer in it.
 
@@ -172,6 +177,7 @@ class Teacher(Protocol):
     def __init__(self, config: ConfigDict): ...
 
     @property
+    @abc.abstractmethod
     def width(self) -> int:
         """Channels of the tokens between two modules.
 
@@ -187,14 +193,17 @@ class Teacher(Protocol):
             UserError: one line that names the key.
         """
 
+    @abc.abstractmethod
     def meta(self, index: int, weights: WeightsFrom) -> StageSpec:
         """Module `index` of the meta model."""
         ...
 
+    @abc.abstractmethod
     def module(self, index: int, weights: WeightsFrom) -> StageSpec:
         """Module `index` of the teacher; takes and gives what the meta model's takes and gives."""
         ...
 
+    @abc.abstractmethod
     def describe(self, depths: Sequence[int]) -> dict[str, Any]:
         """What is saved with the weights, of the meta model (its depths) or the teacher."""
         ...
@@ -208,7 +217,7 @@ _FAMILIES: dict[str, type[StudentFamily] | str] = {
 
 
 def register_family(name: str, family: type[StudentFamily]) -> None:
-    """Makes a family known as config.family = `name`; its section is in every config from now on.
+    """Makes a family known as config.family = `name`, and its section a part of every config.
 
     Raises:
         ValueError: the name is taken.
@@ -216,7 +225,25 @@ def register_family(name: str, family: type[StudentFamily]) -> None:
     if _FAMILIES.get(name, family) is not family:
         raise ValueError(f"there is a family {name!r} already: {_FAMILIES[name]}")
     _FAMILIES[name] = family
-    SECTIONS.setdefault(family.section, family.defaults)
+    if family.section:
+        SECTIONS.setdefault(family.section, family.defaults)
+
+
+Interface = TypeVar("Interface", StudentFamily, Teacher)
+
+
+def _instance(found: Any, interface: type[Interface], config: ConfigDict, key: str) -> Interface:
+    """An object of the class `found`, which config.`key` names.
+
+    Raises:
+        UserError: it is not derived from the interface, or lacks a part of it.
+    """
+    derived = isinstance(found, type) and interface in found.__mro__
+    name, parent = getattr(found, "__name__", repr(found)), interface.__name__
+    require(derived, f"config.{key}: {name} is not derived from m2mkd_jax.{parent}")
+    missing = sorted(found.__abstractmethods__)
+    require(not missing, f"config.{key}: {name} lacks {', '.join(missing)} of m2mkd_jax.{parent}")
+    return found(config)
 
 
 def students(config: ConfigDict) -> StudentFamily:
@@ -233,14 +260,15 @@ def students(config: ConfigDict) -> StudentFamily:
             '"package.module:Class"'
         )
     family = _FAMILIES.get(name, name)
-    return (import_family(family) if isinstance(family, str) else family)(config)
+    found = import_class(family, "family") if isinstance(family, str) else family
+    return _instance(found, StudentFamily, config, "family")
 
 
 def teacher(config: ConfigDict) -> Teacher:
     """The config's meta model and teacher.
 
     Raises:
-        UserError: config.teacher.family names no class.
+        UserError: config.teacher.family names no such class.
     """
     name = config.teacher.family or "m2mkd_jax.phases.vit_teacher:ViTTeacher"
-    return import_family(name)(config)
+    return _instance(import_class(name, "teacher.family"), Teacher, config, "teacher.family")

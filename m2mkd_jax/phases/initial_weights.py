@@ -16,14 +16,14 @@ import jax
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.trees import match_tree
-from m2mkd_jax.conversion.arch_flag import job_fields
+from m2mkd_jax.conversion.arch_flag import job_fields, vit_fields
 from m2mkd_jax.conversion.open_weights import HUB, Weights, local_path, open_weights
 from m2mkd_jax.conversion.torch_layouts import has_weights
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.phase import Phase, StageSpec, WeightsFrom
+from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
 
 # Which `config.init` field stands for the weights of which job.
 INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students", "e2e": "network"}
@@ -53,7 +53,9 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     if given and not (job == "e2e" and path.is_dir()):
         return _given_weights(job, field, given)
     if not path.is_dir():
-        hint = f", or set config.init.{field}" if field else ""
+        phase = job.partition("/")[0]
+        listed = "" if phase in config.phases else f' ("{phase}" in config.phases)'
+        hint = listed + (f", or set config.init.{field}" if field else "")
         raise UserError(f"{workdir}: job {job} is not done; run it first{hint}")
     return path
 
@@ -84,6 +86,34 @@ def _from_torch(path: Path, fields: str) -> Weights:
         raise UserError(str(error).replace("--arch", "the config")) from None
 
 
+def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
+    """What the config says about the network whose weights, in a torch file, stand for `job`.
+
+    Raises:
+        UserError: it is one of the user's own, whose parameters have no names in torch.
+    """
+    phase, _, index = job.partition("/")
+    if phase in ("pt", "ft"):
+        key, own = "teacher.family", bool(config.teacher.family)
+    else:
+        key, own = "family", config.family not in ("nac", "vmoe")
+    if not own:
+        return job_fields(config, job)
+    if phase in ("pt", "ft"):
+        whole = teacher(config)
+        describe = whole.describe(whole.meta_depths if phase == "pt" else whole.depths)
+    elif phase == "m2mkd":
+        describe = students(config).student(int(index)).describe
+    else:
+        describe = students(config).network(FRESH).describe
+    if describe.get("kind") != "vit" or "module" in describe:
+        raise UserError(
+            f"config.init.{INIT_FIELD[phase]}: torch files cannot be read into the networks of "
+            f"config.{key}; give a directory of weights that a run has made"
+        )
+    return vit_fields(registry.spec_of(describe)) | {"depths": list(describe["depths"])}
+
+
 def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[dict, str]:
     """The tree that `weights` (a job's, or given by config.init) names, and where it is from.
 
@@ -102,7 +132,7 @@ def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[
     if (path / "description.json").is_file():
         found = open_weights(path)
     else:
-        found = _from_torch(path, json.dumps(job_fields(config, job)))
+        found = _from_torch(path, json.dumps(_torch_fields(config, job)))
     names = list(found.trees)
     same = [n for n in names if registry.index_of(n) == registry.index_of(name)]
     chosen = [name] if name in names else same if len(same) == 1 else names
@@ -176,11 +206,14 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
                 weights.kind == "job" and init_path(config, weights.job)[1]
             )
             if given and weights not in read:
-                load_stage(config, workdir, weights, chain.abstract(spec.build))
+                field = "network" if weights.kind == "init" else init_path(config, weights.job)[0]
+                with located(f"config.init.{field}"):
+                    load_stage(config, workdir, weights, chain.abstract(spec.build))
                 read.add(weights)
         if phase.assembled and not assembled:
             network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
-            jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
+            with located("config.init.students"):
+                jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
             assembled = True
 
 

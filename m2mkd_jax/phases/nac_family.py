@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, module_recipe, teaching_data
+from m2mkd_jax.config.defaults import module_recipe, teaching_data
+from m2mkd_jax.config.family_sections import SECTIONS
 from m2mkd_jax.config.networks import nac_spec
-from m2mkd_jax.errors import require
+from m2mkd_jax.errors import located, require
 from m2mkd_jax.losses import graph
 from m2mkd_jax.models import registry
 from m2mkd_jax.models.nac import kernels, priors
@@ -57,7 +58,8 @@ class NACFamily(StudentFamily):
             "config.nac: m2mKD teaches every propagator apart; switch share_propagators and "
             "share_ffn off or drop the m2mkd phase",
         )
-        priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
+        with located("config.nac.prior"):
+            priors.build_graph(nac.prior, nac.mediator_latents, dict(nac.options), config.seed)
         for name in ("m2mkd", "e2e"):
             recipe = config.recipes[name]
             require(
@@ -71,7 +73,8 @@ class NACFamily(StudentFamily):
         """Refuses a config.regulariser that the latents do not allow."""
         wanted, nac = self.config.regulariser, self.config.nac
         if wanted.kind == "stochastic_block":
-            graph.block_matrix(nac.mediator_latents, wanted.clusters, wanted.p_in, wanted.p_out)
+            with located("config.regulariser"):
+                graph.block_matrix(nac.mediator_latents, wanted.clusters, wanted.p_in, wanted.p_out)
         latents = nac.input_latents + nac.mediator_latents + nac.output_latents
         require(
             wanted.kind != "gaussian_mixture" or wanted.components <= math.comb(latents, 2),

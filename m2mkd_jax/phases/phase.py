@@ -96,7 +96,7 @@ class Phase:
 
     def trained(self, params: dict[str, dict]) -> dict[str, dict]:
         """What is trained of the parameters (or shapes) of all stages, by stage."""
-        return {name: chain.part(params[name], self.head) for name in self.trainable}
+        return {name: chain.subtree(params[name], self.head) for name in self.trainable}
 
     @property
     def assembled(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Program:
         teacher: names of the chain whose logits are imitated; empty without distillation.
         kind, alpha, temperature: see losses/distillation.py.
         regulariser: (stages by name) -> scalar to add to the loss, or None.
-        balance: what of `Stage.observed` is added to the loss, summed over layers, and its weight.
+        balance: what of `Stage.with_aux` is added to the loss, summed over layers, and its weight.
         dtype: compute type of activations and parameters; logits and losses are float32.
         sampled_evaluation: draw the noise that the published evaluation draws.
     """
@@ -65,10 +65,10 @@ class Program:
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Runs the stages `names` in the compute type; see `observe`."""
-        return self.observe(names, trainable, frozen, x, rates, key, train)[0]
+        """Runs the stages `names` in the compute type; see `run_with_aux`."""
+        return self.run_with_aux(names, trainable, frozen, x, rates, key, train)[0]
 
-    def observe(
+    def run_with_aux(
         self,
         names: Sequence[str],
         trainable: dict,
@@ -97,7 +97,7 @@ class Program:
             trained = name in self.trainable
             params = frozen[name].get("params", {})
             if trained:  # the whole stage, or a part of it
-                params = chain.overlaid(params, trainable[name])
+                params = chain.deep_update(params, trainable[name])
             params = layers.all_gather_params(chain.cast_compute(params, self.dtype))
             stage = chain.merge(self.graphs[name], params, frozen[name]["fixed"])
             # Neighbours are merged only if both are trainable or both frozen: a merged stage has
@@ -111,7 +111,7 @@ class Program:
             merged, merged_rates = chain.join(members, their_rates)
             stages += merged
             ramps += merged_rates or []
-        x, seen = chain.run_observed(stages, x, rates=ramps, key=key, train=train)
+        x, seen = chain.run_with_aux(stages, x, rates=ramps, key=key, train=train)
         seen = [observed for observed in seen if observed]
         return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
 
@@ -146,7 +146,9 @@ class Program:
         x = self.run(self.student[:shared], trainable, frozen, x)
         rates = self.rates[shared:] or None
         names = self.student[shared:]
-        logits, seen = self.observe(names, trainable, frozen, x, rates, key, train=key is not None)
+        logits, seen = self.run_with_aux(
+            names, trainable, frozen, x, rates, key, train=key is not None
+        )
         loss = classification.soft_cross_entropy(logits, batch["target"])
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}

@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, module_recipe, recipe_name, teaching_data
+from m2mkd_jax.config.defaults import module_recipe, recipe_name, teaching_data
+from m2mkd_jax.config.family_sections import SECTIONS
 from m2mkd_jax.config.networks import teacher_spec, vmoe_spec
 from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.models import chain, registry, vit
 from m2mkd_jax.models.moe import assembly, dispatch
 from m2mkd_jax.models.moe.spec import VMoESpec
+from m2mkd_jax.phases import families
 from m2mkd_jax.phases.families import Network, Student, StudentFamily
 from m2mkd_jax.phases.phase import FRESH, StageSpec, WeightsFrom
+from m2mkd_jax.phases.vit_teacher import ViTTeacher
 
 
 class VMoEFamily(StudentFamily):
@@ -36,7 +39,7 @@ class VMoEFamily(StudentFamily):
     @property
     def group(self) -> int:
         """Images that share expert capacity; 0: none do. Raises UserError: no such network."""
-        return vmoe_spec(self.config, self.config.data, stitches=False)[0].group
+        return vmoe_spec(self.config, self.config.data)[0].group
 
     def check(self, teaching: bool, devices: int) -> None:
         """Raises UserError where config.vmoe does not fit the rest of the config."""
@@ -46,7 +49,7 @@ class VMoEFamily(StudentFamily):
             f"config.vmoe.depths is {self.depths}; it must name at least two modules of one block "
             "or more",
         )
-        spec, depth = vmoe_spec(config, config.data, stitches=False)
+        spec, depth = vmoe_spec(config, config.data)
         require(
             depth is None or sum(self.depths) == depth,
             f"config.vmoe.depths sum to {sum(self.depths)}; {config.vmoe.variant} has {depth}",
@@ -105,7 +108,7 @@ class VMoEFamily(StudentFamily):
     def student(self, index: int) -> Student:
         """Stage `index`, with stitches where it meets its neighbours."""
         config = self.config
-        spec, _ = vmoe_spec(config, teaching_data(config), stitches=True)
+        spec, _ = vmoe_spec(config, teaching_data(config), families.teacher(config).width)
         rate = module_recipe(config, "m2mkd", index).drop_path
         # The published ramp runs over the student's own blocks.
         rates = chain.linear_rates((self.depths[index],), rate)[0] if rate else None
@@ -115,7 +118,8 @@ class VMoEFamily(StudentFamily):
     def network(self, weights: WeightsFrom) -> Network:
         """All stages in a row."""
         config = self.config
-        spec, _ = vmoe_spec(config, config.data, stitches=config.vmoe.keep_stitches)
+        stitch_dim = families.teacher(config).width if config.vmoe.keep_stitches else 0
+        spec, _ = vmoe_spec(config, config.data, stitch_dim)
         rate = module_recipe(config, "e2e").drop_path
         return Network(
             stages={f"vmoe_{i}": self._stage(spec, i, weights) for i in range(self.modules)},
@@ -140,10 +144,14 @@ class VMoEFamily(StudentFamily):
     def check_upcycling(self) -> None:
         """Refuses a teacher whose weights have no place in the network. Raises UserError."""
         config = self.config
-        spec, _ = vmoe_spec(config, config.data, stitches=False)
+        spec, _ = vmoe_spec(config, config.data)
         require(
             not config.vmoe.keep_stitches,
             "config.vmoe.keep_stitches: the dense teacher of e2e_upcycled has no stitches",
+        )
+        require(
+            isinstance(families.teacher(config), ViTTeacher),
+            'config.teacher.family: e2e_upcycled needs the vision transformer as teacher, ""',
         )
         dense, _ = teacher_spec(config)
         fields = ("width", "heads", "patch", "qkv_bias", "eps")

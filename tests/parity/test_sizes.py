@@ -6,7 +6,8 @@ tables of checkpoint/names.py join them.
 
 import pytest
 
-from m2mkd_jax.conversion.names import nac_names, nac_student_names, vit_stage_names
+from m2mkd_jax.conversion.names import vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
 from m2mkd_jax.models import chain, variants, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE, NACSpec
@@ -100,8 +101,8 @@ def test_vision_transformers(name):
             table = vit_stage_names(depth, **ends, qkv_bias=spec.qkv_bias, offset=start)
             shapes = torch_shapes(table, params, spec.patch)
             ours |= {prefix + key: shape for key, shape in shapes.items()}
-        assert total(shapes) == chain.count(params)
-        counted += chain.count(params)
+        assert total(shapes) == chain.count_parameters(params)
+        counted += chain.count_parameters(params)
         offset += depth
     assert ours == manifest
     assert counted == parameters
@@ -113,7 +114,7 @@ def test_circuits(name):
     params = chain.abstract(lambda rngs: NAC(spec, rngs=rngs)).params
     manifest = facts(f"manifests/nac_scale_{name}.json")
     assert torch_shapes(nac_names(spec), params) == manifest
-    assert chain.count(params) == total(manifest) == parameters
+    assert chain.count_parameters(params) == total(manifest) == parameters
 
 
 @pytest.mark.parametrize("config, kind", STUDENTS)
@@ -128,4 +129,4 @@ def test_students(config, kind):
     ).params
     manifest = facts(f"manifests/nac_student_{config}.{kind}.stitch1280.json")
     assert torch_shapes(nac_student_names(spec, kind), params) == manifest
-    assert chain.count(params) == total(manifest) == STUDENTS[config, kind]
+    assert chain.count_parameters(params) == total(manifest) == STUDENTS[config, kind]

@@ -24,7 +24,7 @@ def names(spec, index, prefix: str, offset: int) -> dict[str, list[int]]:
     params, ends, start = stage(spec, index)
     table = vmoe_stage_names(spec, start, DEPTHS[index], **ends, offset=offset)
     shapes = torch_shapes(table, params, spec.vit.patch)
-    assert len(shapes) == len(table) and total(shapes) == chain.count(params)
+    assert len(shapes) == len(table) and total(shapes) == chain.count_parameters(params)
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
@@ -41,7 +41,7 @@ def test_networks(name, spec, parameters):
         # A checkpoint holds every tensor under its stage and under the whole network.
         ours |= names(spec, i, f"stages.{i}.", 0) | names(spec, i, "", sum(DEPTHS[:i]))
     assert ours == facts(f"manifests/{name}.json")
-    assert sum(chain.count(stage(spec, i)[0]) for i in range(len(DEPTHS))) == parameters
+    assert sum(chain.count_parameters(stage(spec, i)[0]) for i in range(len(DEPTHS))) == parameters
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_students(name, index, parameters):
     """Students count their blocks from 0."""
     ours = names(STITCHED, index, "", 0) | names(STITCHED, index, "stages.0.", 0)
     assert ours == facts(f"manifests/vmoe_student_base.{name}.json")
-    assert chain.count(stage(STITCHED, index)[0]) == parameters
+    assert chain.count_parameters(stage(STITCHED, index)[0]) == parameters
     built = chain.abstract(
         lambda rngs: vmoe.build_student(BASE, index, DEPTHS, 1024, rngs=rngs)
     ).params

@@ -2,14 +2,18 @@
 
 Axes: L stacked blocks, E experts.
 
-Works on plain nested dicts of arrays. Those of a stage are the ends (embedding, norm and head) and
-`segment_0`, `segment_1`, ..., each with `blocks` stacked along L; which blocks share a segment
-depends on their stitches, so weights move from block to block.
+Works on plain nested dicts of arrays. A stage has its ends (embedding, norm and head) and
+`segment_0`, `segment_1`, ..., each with `blocks` stacked along L. Which blocks share a segment
+depends on their stitches, so weights are carried over block by block.
+
+Source: arXiv 2402.16918, section 3, and Komatsuzaki et al. 2023 (arXiv 2212.05055);
+docs/reference.md#vmoe-assembly, docs/reference.md#vmoe-upcycling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +21,28 @@ import jax.numpy as jnp
 from m2mkd_jax.errors import UserError
 
 STITCHES = ("pre_stitch", "post_stitch")
+Params = dict[str, Any]
 
 
 def assemble(
-    network: Sequence[dict], students: Sequence[dict], *, keep_stitches: bool
-) -> tuple[list[dict], dict[str, str]]:
+    network: Sequence[Params], students: Sequence[Params], *, keep_stitches: bool
+) -> tuple[list[Params], dict[str, str]]:
     """Puts the students' weights into the network's stages.
 
+    The head keeps its initial values where network and students differ in the number of classes.
+
+    Source: arXiv 2402.16918, section 3; docs/reference.md#vmoe-assembly.
+
     Args:
-        network: parameters of the network's freshly initialised stages, cut like the students.
+        network: parameters of the network's freshly initialised stages, divided like the students.
         students: parameters of the students, in order.
-        keep_stitches: take the stitches along (the network must have them) or leave them out. The
-            head stays fresh where the network has other classes than the students.
+        keep_stitches: keep the students' stitches (the network must have them) or drop them.
 
     Returns:
-        The stages' new parameters, and for every stage, by its number, where it came from.
+        The stages' new parameters, and the origin of every stage, by its number.
 
     Raises:
-        UserError: numbers of modules or blocks, or a shape, do not fit.
+        UserError: the number of modules or blocks, or a shape, does not fit.
     """
     if len(network) != len(students):
         raise UserError(f"assemble: {len(students)} students for {len(network)} stages")
@@ -51,18 +59,23 @@ def assemble(
     return result, origin
 
 
-def upcycle(network: Sequence[dict], dense: Sequence[dict]) -> list[dict]:
-    """A V-MoE that starts from a dense ViT (sparse upcycling, Komatsuzaki et al. 2023).
+def upcycle(network: Sequence[Params], dense: Sequence[Params]) -> list[Params]:
+    """Initialises a V-MoE from a dense ViT (sparse upcycling).
 
-    Every expert starts as a copy of its block's MLP, everything else is copied too; the routers
-    stay fresh, and so does the head where the number of classes differs.
+    Every expert is a copy of its block's MLP, and everything else is copied. The routers keep their
+    initial values, and so does the head where the number of classes differs.
+
+    Source: Komatsuzaki et al. 2023 (arXiv 2212.05055); docs/reference.md#vmoe-upcycling.
 
     Args:
         network: parameters of the network's freshly initialised stages, without stitches.
-        dense: parameters of the ViT's stages, cut alike.
+        dense: parameters of the ViT's stages, divided alike.
+
+    Returns:
+        The stages' new parameters.
 
     Raises:
-        UserError: numbers of stages or blocks, or a shape, do not fit.
+        UserError: the number of stages or blocks, or a shape, does not fit.
     """
     if len(network) != len(dense):
         raise UserError(f"upcycle: {len(dense)} dense stages for {len(network)} stages")
@@ -77,8 +90,8 @@ def upcycle(network: Sequence[dict], dense: Sequence[dict]) -> list[dict]:
     return result
 
 
-def _upcycled(block: dict, dense: dict) -> dict:
-    """A dense block's parameters, its MLP as every expert where `block` has experts."""
+def _upcycled(block: Params, dense: Params) -> Params:
+    """A dense block's parameters, with a copy of its MLP for every expert that `block` has."""
     if "moe" not in block:
         return dense
     count = block["moe"]["experts"]["fc1"]["bias"].shape[0]
@@ -87,35 +100,37 @@ def _upcycled(block: dict, dense: dict) -> dict:
     return rest | {"moe": {"router": block["moe"]["router"], "experts": copies}}
 
 
-def ends(params: dict) -> dict:
-    """What is not in a block."""
+def ends(params: Params) -> Params:
+    """A stage's parameters outside its blocks: embedding, norm, head."""
     return {k: v for k, v in params.items() if not k.startswith("segment_")}
 
 
-def stacks(params: dict) -> list[dict]:
+def stacks(params: Params) -> list[Params]:
     """The stacked blocks of every segment, in order."""
     return [params[f"segment_{i}"]["blocks"] for i in range(len(params) - len(ends(params)))]
 
 
-def segments(stacked: Sequence[dict]) -> dict:
-    """The other way round."""
+def segments(stacked: Sequence[Params]) -> Params:
+    """The inverse of `stacks`: entries segment_0, segment_1, ... of a stage."""
     return {f"segment_{i}": {"blocks": blocks} for i, blocks in enumerate(stacked)}
 
 
-def unstacked(stack: dict) -> list[dict]:
-    """Stacked blocks one by one."""
+def unstacked(stack: Params) -> list[Params]:
+    """Stacked blocks, each without the axis L."""
     leaves = jax.tree.leaves(stack)
     count = leaves[0].shape[0] if leaves else 0
     return [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)]
 
 
-def blocks(params: dict) -> list[dict]:
-    """A stage's blocks one by one."""
+def blocks(params: Params) -> list[Params]:
+    """A stage's blocks, each without the axis L."""
     return [block for stack in stacks(params) for block in unstacked(stack)]
 
 
-def _filled(stage: dict, given: Sequence[dict], its_ends: dict, where: str) -> tuple[dict, str]:
-    """A stage with other blocks and ends, and a note on what stayed fresh."""
+def _filled(
+    stage: Params, given: Sequence[Params], its_ends: Params, where: str
+) -> tuple[Params, str]:
+    """A stage with the given blocks and ends, and a note where the head keeps its own values."""
     own, counts = blocks(stage), [jax.tree.leaves(s)[0].shape[0] for s in stacks(stage)]
     _check_number(own, given, where)
     for i, (target, source) in enumerate(zip(own, given, strict=True)):
@@ -133,12 +148,12 @@ def _filled(stage: dict, given: Sequence[dict], its_ends: dict, where: str) -> t
     return {**its_ends, **segments(stacked)}, note
 
 
-def _check_number(own: Sequence[dict], given: Sequence[dict], where: str) -> None:
+def _check_number(own: Sequence[Params], given: Sequence[Params], where: str) -> None:
     if len(own) != len(given):
         raise UserError(f"{where} has {len(own)} blocks, its source has {len(given)}")
 
 
-def _check(target: dict, source: dict, where: str) -> None:
+def _check(target: Params, source: Params, where: str) -> None:
     """Raises UserError at the first array that only one of them has or that differs in shape."""
     shapes = [
         {

@@ -1,7 +1,10 @@
-"""Blocks of a V-MoE: attention, then an MLP or a mixture of experts, perhaps between stitches.
+"""Blocks of a V-MoE: attention, then an MLP or a mixture of experts, optionally between stitches.
 
 Axes: B images, T tokens of an image, G groups of whole images, S tokens of a group, D width,
 X stitch width, E experts.
+
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe,
+docs/reference.md#vmoe-stitches.
 """
 
 from __future__ import annotations
@@ -38,17 +41,24 @@ class MoE(nnx.Module):
         self.router = router.Router(spec.router_spec(), spec.vit.width, rngs=rngs)
         self.experts = experts.Experts(spec.experts, spec.vit.width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, dict]:
-        """(B, T, D) -> the same, and what happened.
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Routes tokens to experts and sums the experts' outputs.
 
-        key: of the router's noise, or None. What happened: the router's scalars, 'load' (E,), the
-        share of all assignments that each expert got before any was dropped, 'dead', how many
-        experts got none, and 'dropped' (see dispatch.py).
+        Args:
+            x: (B, T, D).
+            key: of the router's noise; None for no noise.
+
+        Returns:
+            (B, T, D), and auxiliary outputs: the router's scalars (`Router.__call__`); 'load' (E,),
+            the share of all assignments per expert before any is dropped; 'dead', the number of
+            experts without any; 'dropped' (see dispatch.py).
         """
         spec = self.spec
         groups = dispatch.groups(x.shape[0], spec.group)
         tokens = rearrange(x, "(g b) t d -> g (b t) d", g=groups)
-        routing, seen = self.router(tokens, key)
+        routing, aux = self.router(tokens, key)
         arguments = (tokens, routing, self.experts.weights(), experts.mlp)
         if spec.dispatch == "dropless":
             y, dropped = dispatch.dropless(*arguments)
@@ -56,12 +66,15 @@ class MoE(nnx.Module):
             slots = spec.router_spec().capacity(tokens.shape[1])
             y, dropped = dispatch.capacity(*arguments, slots)
         load = router.load(routing, spec.experts)
-        seen |= {"load": load, "dead": jnp.sum(load == 0.0, dtype=jnp.float32), "dropped": dropped}
-        return rearrange(y, "g (b t) d -> (g b) t d", t=x.shape[1]), seen
+        aux |= {"load": load, "dead": jnp.sum(load == 0.0, dtype=jnp.float32), "dropped": dropped}
+        return rearrange(y, "g (b t) d -> (g b) t d", t=x.shape[1]), aux
 
 
 class Block(nnx.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)), each under drop-path, between stitches."""
+    """x += attention(norm(x)); x += mlp(norm(x)), each under drop-path, between stitches.
+
+    Source: docs/reference.md#vit-block, docs/reference.md#vmoe-stitches.
+    """
 
     def __init__(self, spec: VMoESpec, kind: BlockKind, *, rngs: nnx.Rngs):
         vit, self.kind = spec.vit, kind
@@ -77,20 +90,33 @@ class Block(nnx.Module):
         if kind.post:
             self.post_stitch = Stitch(vit.width, spec.stitch_dim, rngs=rngs)
 
-    def __call__(self, x, rate=None, key=None) -> tuple[jax.Array, dict]:
-        """Tokens (B, T, D or X) -> tokens (B, T, D or X), and what the experts saw.
+    def __call__(
+        self,
+        x: jax.Array,
+        rate: jax.Array | float | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the block.
 
-        rate: of drop-path, or None. key: of drop-path and the router's noise, or None for neither.
+        Args:
+            x: tokens (B, T, D), or (B, T, X) where the block starts with a stitch.
+            rate: of drop-path; None for no drop-path.
+            key: of drop-path and the router's noise; None for neither.
+
+        Returns:
+            Tokens (B, T, D), or (B, T, X) where the block ends with a stitch, and the auxiliary
+            outputs of `MoE`, if it has experts.
         """
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         drop_keys = keys[:2] if rate is not None else (None, None)
         if self.kind.pre:
             x = self.pre_stitch(x)
         x = x + layers.drop_path(self.attn(self.norm1(x)), rate, drop_keys[0])
-        y, seen = self.norm2(x), {}
+        y = self.norm2(x)
+        aux: dict[str, jax.Array] = {}
         if self.kind.moe:
-            y, seen = self.moe(y, keys[2])
+            y, aux = self.moe(y, keys[2])
         else:
             y = self.mlp(y)
         x = x + layers.drop_path(y, rate, drop_keys[1])
-        return (self.post_stitch(x) if self.kind.post else x), seen
+        return (self.post_stitch(x) if self.kind.post else x), aux

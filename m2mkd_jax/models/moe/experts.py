@@ -1,11 +1,14 @@
-"""Experts: E multilayer perceptrons with their weights along one axis.
+"""Experts: E multilayer perceptrons whose weights are stacked along one axis.
 
 Axes: E experts, C channels in, D channels out, R rows (tokens).
+
+Source: FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-experts, docs/reference.md#vmoe-init.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,15 @@ from flax import nnx
 
 from m2mkd_jax.models import layers
 
+# (rows, layer) -> rows, where layer is {"kernel": (E, C, D), "bias": (E, D)}.
+Linear = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
-def expert_init(key, shape, dtype=jnp.float32):
-    """Uniform within 1/sqrt(in * out): the published layer counts in * out inputs (section 2)."""
+
+def expert_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform within 1/sqrt(C * D): the published layer takes C * D for its fan-in.
+
+    Source: docs/reference.md#vmoe-init.
+    """
     bound = (shape[-1] * shape[-2]) ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -28,6 +37,7 @@ class ExpertLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((experts, d)))
 
     def weights(self) -> dict[str, jax.Array]:
+        """Kernel and bias as plain arrays."""
         return {"kernel": self.kernel[...], "bias": self.bias[...]}
 
 
@@ -39,9 +49,19 @@ class Experts(nnx.Module):
         self.fc2 = ExpertLinear(experts, 4 * width, width, rngs=rngs)
 
     def weights(self) -> dict[str, dict[str, jax.Array]]:
+        """Both layers' kernels and biases as plain arrays."""
         return {"fc1": self.fc1.weights(), "fc2": self.fc2.weights()}
 
 
-def mlp(weights: dict, rows: jax.Array, linear: Callable) -> jax.Array:
-    """Every row through its own expert; `linear(rows, layer)` knows which that is."""
+def mlp(weights: dict[str, dict[str, jax.Array]], rows: jax.Array, linear: Linear) -> jax.Array:
+    """Applies each row's own expert to it.
+
+    Args:
+        weights: as `Experts.weights` returns them.
+        rows: (..., D) in the dispatch's layout.
+        linear: applies to each row the given layer of its own expert.
+
+    Returns:
+        (..., D).
+    """
     return linear(layers.gelu(linear(rows, weights["fc1"])), weights["fc2"])

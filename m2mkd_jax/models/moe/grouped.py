@@ -1,6 +1,8 @@
-"""A linear layer in which consecutive rows belong to consecutive experts.
+"""Grouped linear layer: rows sorted by expert, each multiplied by its own expert's weights.
 
 Axes: N rows sorted by expert, E experts, C channels in, D channels out, T rows of a tile.
+
+Source: FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-experts.
 """
 
 from __future__ import annotations
@@ -19,17 +21,26 @@ def grouped_linear(
     sizes: jax.Array,
     method: str | None = None,
 ) -> jax.Array:
-    """rows (N, C), kernel (E, C, D), bias (E, D) -> (N, D), each row by its own expert.
+    """Multiplies each row by its own expert's kernel and adds its bias.
 
-    The first sizes[0] rows belong to expert 0, the next sizes[1] to expert 1, and so on; sizes (E,)
-    sum to N. Three methods compute the same:
+    Three methods compute the same:
 
-        ragged      XLA's grouped matrix product, a kernel of its own on a TPU. On a CPU it computes
-                    every row with every expert, and on an H100 it takes 3.6 times as long as
-                    'batched' (benchmarks/RESULTS.md)
-        tiles       for a CPU: the experts take turns, tile by tile, on the rows as they lie
-        batched     for a GPU: rows are laid out in tiles of one expert each, padded, and every tile
-                    gets a copy of its expert's weights: one batched product, no loop
+        ragged      XLA's grouped matrix product, one kernel on a TPU. On a CPU it computes every
+                    row with every expert, and on an H100 it takes 3.6 times as long as 'batched'
+                    (benchmarks/RESULTS.md)
+        tiles       for a CPU: a loop over experts and tiles of their rows, in place
+        batched     for a GPU: rows are padded to tiles of one expert each, and every tile gets a
+                    copy of its expert's weights: one batched product, no loop
+
+    Args:
+        rows: (N, C), sorted by expert.
+        kernel: (E, C, D).
+        bias: (E, D).
+        sizes: (E,), rows per expert; they sum to N.
+        method: one of METHODS; None chooses by backend.
+
+    Returns:
+        (N, D).
     """
     if method is None:
         method = {"cpu": "tiles", "tpu": "ragged"}.get(jax.default_backend(), "batched")
@@ -38,7 +49,7 @@ def grouped_linear(
     if method == "batched":
         return _batched(rows, kernel, bias, sizes)
     owner = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(rows))
-    # A product, exact at this precision: the gradient of an index would be a scatter of N rows.
+    # A product, exact at this precision: the gradient of indexing would be a scatter of N rows.
     own_bias = jnp.matmul(
         jax.nn.one_hot(owner, len(sizes), dtype=bias.dtype), bias, precision="highest"
     )
@@ -46,20 +57,21 @@ def grouped_linear(
 
 
 def _tile(rows: int, experts: int, method: str) -> int:
-    """Rows per tile: a few tiles for an expert's even share, since its last one is part waste.
+    """Rows per tile: a few tiles for an expert's even share, since its last one is part padding.
 
-    Fewer where each tile gets a copy of the weights.
+    Larger tiles, hence fewer, where each tile gets a copy of the weights.
     """
     share = max(rows // ((2 if method == "batched" else 4) * experts), 1)
     return min(max(1 << (share.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE[method])
 
 
 def _count(size: jax.Array, tile: int) -> jax.Array:
+    """Number of tiles that `size` rows need."""
     return (size + tile - 1) // tile
 
 
 def _padded(rows: jax.Array, tile: int) -> jax.Array:
-    """Room for the last tile to reach over the end."""
+    """Rows padded so that the last tile may reach beyond the end."""
     return jnp.pad(rows, ((0, tile), (0, 0)))
 
 
@@ -71,8 +83,11 @@ def _write(rows: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, values.astype(rows.dtype), at, 0)
 
 
-# How many tiles a loop has is known at run time alone, and padding is no work done: FLOPs per row
-# and weight of the functions below, by which evaluate/flops.py counts them.
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Gradients = tuple[jax.Array, jax.Array, jax.Array, None]
+
+# The number of tiles is known only at run time, and padding is not useful work. So
+# evaluate/flops.py counts these functions by their FLOPs per row and weight.
 LOOP_FLOPS = {
     "_tiles_forward": 2,
     "_tiles_backward": 4,
@@ -82,22 +97,24 @@ LOOP_FLOPS = {
 
 
 @jax.custom_vjp
-def _tiles(rows, kernel, bias, sizes):
+def _tiles(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
     return _tiles_forward(rows, kernel, bias, sizes)[0]
 
 
 @jax.jit
-def _tiles_forward(rows, kernel, bias, sizes):
+def _tiles_forward(
+    rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, Residuals]:
     n, tile = len(rows), _tile(len(rows), len(sizes), "tiles")
     padded, ends = _padded(rows, tile), jnp.cumsum(sizes)
 
-    def expert(e, out):
+    def expert(e: jax.Array, out: jax.Array) -> jax.Array:
         weight, own_bias, start = kernel[e], bias[e], ends[e] - sizes[e]
 
-        def one(i, out):
+        def one(i: jax.Array, out: jax.Array) -> jax.Array:
             at = start + i * tile
-            # Where it reaches into later experts' rows, these are overwritten in their turn.
-            return _write(out, _read(padded, at, tile) @ weight + own_bias, at)
+            # Rows of later experts that the tile reaches into are overwritten by their own tiles.
+            return _write(out, _read(padded, at, tile) @ weight + own_bias[None], at)
 
         return jax.lax.fori_loop(0, _count(sizes[e], tile), one, out)
 
@@ -107,16 +124,16 @@ def _tiles_forward(rows, kernel, bias, sizes):
 
 
 @jax.jit
-def _tiles_backward(residuals, grad):
+def _tiles_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     rows, kernel, bias, sizes = residuals
     n, tile = len(rows), _tile(len(rows), len(sizes), "tiles")
     padded, grad, ends = _padded(rows, tile), _padded(grad, tile), jnp.cumsum(sizes)
 
-    def expert(e, carry):
+    def expert(e: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_rows, d_kernel, d_bias = carry
         weight, start = kernel[e].T, ends[e] - sizes[e]
 
-        def one(i, carry):
+        def one(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_rows, d_weight, d_own_bias = carry
             at = start + i * tile
             inside = jnp.arange(tile)[:, None] < ends[e] - at
@@ -138,17 +155,23 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 def _layout(sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tiles of one expert each, as many as the worst case needs.
+    """Layout of rows in tiles of one expert each, as many as the worst case needs.
 
-    Returns the expert of each tile, (tiles,); the row in each place of each tile, (tiles, T), N for
-    none; and the place of each row, (N,).
+    Args:
+        sizes: (E,), rows per expert.
+        rows: N.
+        tile: T.
+
+    Returns:
+        The expert of each tile, (tiles,); the row in each place of each tile, (tiles, T), N for an
+        empty place; and the place of each row, (N,).
     """
     ends, needed = jnp.cumsum(sizes), _count(sizes, tile)
     tile_ends = jnp.cumsum(needed)
     number = jnp.arange((rows + len(sizes) * (tile - 1)) // tile)
     owner = jnp.searchsorted(tile_ends, number, side="right").clip(max=len(sizes) - 1)
-    # Of an expert's rows, counted from its first.
-    inside = (number - (tile_ends - needed)[owner])[:, None] * tile + jnp.arange(tile)
+    # Place within the expert's rows, counted from its first.
+    inside = (number - (tile_ends - needed)[owner])[:, None] * tile + jnp.arange(tile)[None]
     starts = ends - sizes
     source = jnp.where(inside < sizes[owner, None], starts[owner, None] + inside, rows)
     row = jnp.arange(rows)
@@ -157,16 +180,19 @@ def _layout(sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Arra
 
 
 def _rows_at(rows: jax.Array, source: jax.Array) -> jax.Array:
+    """Rows (N, C) by index, zeros where the index is N."""
     return jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def _batched(rows, kernel, bias, sizes):
+def _batched(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
     return _batched_forward(rows, kernel, bias, sizes)[0]
 
 
 @jax.jit
-def _batched_forward(rows, kernel, bias, sizes):
+def _batched_forward(
+    rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, Residuals]:
     n, d = len(rows), kernel.shape[-1]
     owner, source, place = _layout(sizes, n, _tile(n, len(sizes), "batched"))
     out = jnp.matmul(_rows_at(rows, source), kernel[owner]) + bias[owner, None]
@@ -174,16 +200,19 @@ def _batched_forward(rows, kernel, bias, sizes):
 
 
 @jax.jit
-def _batched_backward(residuals, grad):
+def _batched_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     rows, kernel, bias, sizes = residuals
     n, c = rows.shape
     owner, source, place = _layout(sizes, n, _tile(n, len(sizes), "batched"))
     x, g = _rows_at(rows, source), _rows_at(grad, source)
     d_rows = jnp.einsum("tnd,tcd->tnc", g, kernel[owner]).reshape(-1, c)[place]
     parts = jnp.einsum("tnc,tnd->tcd", x, g, preferred_element_type=jnp.float32)
-    # Sums over an expert's tiles, as products: no scatter, and the same order every time.
+    # Sums over an expert's tiles, as products: no scatter, and a fixed order of summation.
     hot = jax.nn.one_hot(owner, len(sizes), axis=0)
-    total = lambda parts: jnp.tensordot(hot, parts, 1, precision="highest")  # noqa: E731
+
+    def total(parts: jax.Array) -> jax.Array:
+        return jnp.tensordot(hot, parts, 1, precision="highest")
+
     d_kernel, d_bias = total(parts), total(g.sum(1, dtype=jnp.float32))
     return d_rows, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), None
 

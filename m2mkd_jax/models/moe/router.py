@@ -3,16 +3,20 @@
 Axes: G groups of tokens, S tokens of a group, D channels, E experts, K choices per token,
 C slots per expert and group.
 
-A router is a linear layer and one of three decisions, pure functions of its logits:
+A router is a linear layer followed by one of three assignments, pure functions of its logits:
 
-    published       the K best experts, weighted by a softmax over their K logits alone (FastMoE's
-                    NaiveGate; reference section 2)
-    vmoe            a softmax over all experts of noisy logits, the K best kept as they are, tokens
-                    served in the order of their largest weight (Riquelme et al. 2021, 2.2, C.1)
-    expert_choice   every expert takes its C best tokens (Zhou et al. 2022, 3.1)
+    published       the K best experts, weighted by a softmax over their K logits alone (the
+                    NaiveGate of FastMoE, arXiv 2103.13262)
+    vmoe            a softmax over all experts of noisy logits, the K best weights unchanged, tokens
+                    served in the order of their largest weight (batch-priority routing; Riquelme
+                    et al. 2021, arXiv 2106.05974, section 2.2 and appendix C.1)
+    expert_choice   every expert takes its C best tokens (Zhou et al. 2022, arXiv 2202.09368,
+                    section 3)
 
-Expert choice looks at all tokens of a group: what one image gives depends on the others of its
-batch, in evaluation too.
+With expert choice the result for one image depends on the other images of its group, in evaluation
+too.
+
+Source: the papers above; docs/reference.md#vmoe-router.
 """
 
 from __future__ import annotations
@@ -31,11 +35,13 @@ from m2mkd_jax.models.moe.spec import RouterSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenChoice:
-    """Every token chose K experts.
+    """Every token chooses K experts.
 
-    experts: (G, S, K) int32, best first. weights: (G, S, K) float32. order: (G, S) int32, the
-    tokens in the order in which they are served where slots are scarce; None: as they come. First
-    choices of all tokens always go before second ones.
+    Attributes:
+        experts: (G, S, K) int32, best first.
+        weights: (G, S, K) float32.
+        order: (G, S) int32, the order in which tokens are served where slots are scarce; None for
+            the order of the sequence. First choices of all tokens go before second ones.
     """
 
     experts: jax.Array
@@ -46,7 +52,12 @@ class TokenChoice:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Every expert chose C tokens. tokens: (G, E, C) int32. weights: (G, E, C) float32."""
+    """Every expert chooses C tokens.
+
+    Attributes:
+        tokens: (G, E, C) int32, best first.
+        weights: (G, E, C) float32.
+    """
 
     tokens: jax.Array
     weights: jax.Array
@@ -56,11 +67,20 @@ Routing = TokenChoice | ExpertChoice
 
 
 def best(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest along the last axis and their places, as jax.lax.top_k finds them.
+    """The `count` largest values along the last axis and their indices, as jax.lax.top_k.
 
-    For few of few. XLA gathers the input of top_k from all devices; these are sums and maxima.
+    Meant for a short axis and a small count. XLA gathers the input of top_k from all devices; sums
+    and maxima stay local.
+
+    Args:
+        values: (..., E).
+        count: K.
+
+    Returns:
+        Values and indices, (..., K) each.
     """
-    columns, rest, found, places = jnp.arange(values.shape[-1]), values, [], []
+    columns = layers.align_rank(jnp.arange(values.shape[-1]), values)
+    rest, found, places = values, [], []
     for _ in range(count):
         places.append(jnp.argmax(rest, axis=-1))
         chosen = columns == places[-1][..., None]
@@ -70,27 +90,49 @@ def best(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def published(logits: jax.Array, top_k: int) -> TokenChoice:
-    """(G, S, E) -> the best K; their weights sum to one."""
+    """The K best experts of each token, weighted by a softmax over their K logits.
+
+    Source: docs/reference.md#vmoe-router.
+
+    Args:
+        logits: (G, S, E).
+        top_k: K.
+    """
     values, experts = best(logits, top_k)
     return TokenChoice(experts, jax.nn.softmax(values, axis=-1))
 
 
 def vmoe(logits: jax.Array, top_k: int) -> TokenChoice:
-    """(G, S, E), noise included -> the best K of a softmax over E, in batch-priority order."""
+    """The K largest weights of a softmax over all experts, in batch-priority order.
+
+    Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2.2 and appendix C.1;
+    docs/reference.md#vmoe-router.
+
+    Args:
+        logits: (G, S, E), noise included.
+        top_k: K.
+    """
     weights, experts = best(jax.nn.softmax(logits, axis=-1), top_k)
     order = jnp.argsort(-jax.lax.stop_gradient(weights[..., 0]), axis=-1, stable=True)
     return TokenChoice(experts, weights, order)
 
 
 def expert_choice(logits: jax.Array, capacity: int) -> ExpertChoice:
-    """(G, S, E) -> every expert's best C tokens, by a softmax over the experts."""
+    """Every expert's C best tokens, by a softmax over the experts.
+
+    Source: Zhou et al. 2022 (arXiv 2202.09368), section 3; docs/reference.md#vmoe-router.
+
+    Args:
+        logits: (G, S, E).
+        capacity: C.
+    """
     gates = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), 1, 2)
     tokens = jnp.argsort(-jax.lax.stop_gradient(gates), axis=-1, stable=True)[..., :capacity]
     return ExpertChoice(tokens, jnp.take_along_axis(gates, tokens, axis=-1))
 
 
 class Router(nnx.Module):
-    """Linear D -> E with bias and a decision, in float32 whatever the compute type."""
+    """Linear layer D -> E with bias and an assignment, in float32 whatever the compute dtype."""
 
     def __init__(self, spec: RouterSpec, width: int, *, rngs: nnx.Rngs):
         self.spec = spec
@@ -106,13 +148,21 @@ class Router(nnx.Module):
         """(..., D) -> (..., E), float32."""
         return self.linear(x.astype(jnp.float32))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[Routing, dict]:
-        """Tokens (G, S, D) -> who goes where, and scalars about it.
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None
+    ) -> tuple[Routing, dict[str, jax.Array]]:
+        """Assigns tokens to experts.
 
-        key: of the noise; None: no noise. The scalars: 'entropy' of the softmax over all experts
-        without noise (mean over the tokens, nats) and the two balance losses of
-        objectives/balance.py, over all groups together (the paper's code: group by group), so that
-        they do not depend on the devices. The load loss is about the noise: 0 without it.
+        Args:
+            x: tokens (G, S, D).
+            key: of the noise; None for no noise.
+
+        Returns:
+            The routing, and scalars: 'entropy' of the softmax over all experts without noise (mean
+            over the tokens, in nats), 'importance_loss' and 'load_loss' (losses/balance.py). These
+            losses are over all groups together, so that they do not depend on the number of
+            devices; the code of Riquelme et al. takes them group by group. The load loss is defined by
+            the noise and is 0 without it.
         """
         spec = self.spec
         logits = noisy = self.logits(x)
@@ -122,6 +172,7 @@ class Router(nnx.Module):
             noisy = logits + spec.noise_std * jax.random.normal(key, logits.shape)
             threshold = best(noisy, spec.top_k)[0][..., -1:]
             load_loss = balance.load_loss(logits, threshold, spec.noise_std)
+        routing: Routing
         if spec.kind == "published":
             routing = published(noisy, spec.top_k)
         elif spec.kind == "vmoe":
@@ -136,8 +187,8 @@ class Router(nnx.Module):
 
 
 def load(routing: Routing, experts: int) -> jax.Array:
-    """(E,): the share of all assignments that each expert got; sums to one."""
+    """The share of all assignments per expert, (E,); sums to one."""
     if isinstance(routing, ExpertChoice):
         return jnp.full((experts,), 1 / experts)
-    chosen = routing.experts[..., None] == jnp.arange(experts)
+    chosen = routing.experts[..., None] == jnp.arange(experts)[None, None, None]
     return jnp.mean(chosen, axis=(0, 1, 2), dtype=jnp.float32)

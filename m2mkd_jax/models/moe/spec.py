@@ -1,4 +1,8 @@
-"""Fields of a V-MoE, and which of its blocks are alike."""
+"""Hyperparameters of a V-MoE, and which of its blocks have the same structure.
+
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe,
+docs/reference.md#vmoe-stitches.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,15 @@ DISPATCHES = ("dropless", "capacity")  # dispatch.py
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """kind: see router.py. noise: of 'vmoe' in training, in units of 1 / experts (std)."""
+    """Hyperparameters of a router.
+
+    Attributes:
+        kind: one of ROUTERS, see router.py.
+        experts: number of experts E.
+        top_k: experts per token K.
+        noise: standard deviation of the 'vmoe' router's training noise, in units of 1 / E.
+        capacity_factor: slots per expert over its even share of the tokens.
+    """
 
     kind: str
     experts: int
@@ -27,12 +39,15 @@ class RouterSpec:
 
     @property
     def noise_std(self) -> float:
+        """Standard deviation of the noise on the logits; 0 for routers without noise."""
         return self.noise / self.experts if self.kind == "vmoe" else 0.0
 
     def capacity(self, tokens: int) -> int:
-        """Slots per expert for a group of `tokens`: its even share times the factor.
+        """Slots per expert for a group of `tokens`: its even share times the capacity factor.
 
-        A token chooses an expert at most once, so that more slots than tokens are never used.
+        A token chooses an expert at most once, so more slots than tokens are never used.
+
+        Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2; docs/reference.md#vmoe.
         """
         share = self.capacity_factor * tokens * self.top_k / self.experts
         return min(math.ceil(share), tokens)
@@ -40,20 +55,22 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class VMoESpec:
-    """Fields of a V-MoE. Block numbers count through the whole network.
+    """Hyperparameters of a V-MoE. Block numbers count through the whole network.
 
     Attributes:
-        vit: the transformer around the experts.
+        vit: the vision transformer around the experts.
         moe_pos: blocks whose MLP is a mixture of experts.
-        experts, top_k: how many there are, and how many a token goes to.
-        router, noise: see models/moe/router.py.
-        dispatch: 'dropless' or 'capacity' (models/moe/dispatch.py).
+        experts: experts per block.
+        top_k: experts per token.
+        router: one of ROUTERS (models/moe/router.py).
+        noise: of the router, see `RouterSpec`.
+        dispatch: one of DISPATCHES (models/moe/dispatch.py).
         capacity_factor: slots per expert over its even share; 'capacity' and expert choice only.
-        group_images: images that share these slots; 0: those that lie on one device.
-            Without meaning where no slots are shared.
-        stitch_dim: width between stitches: the meta model's.
-        pre_stitch_pos, post_stitch_pos: blocks that start with a map from that width, and that end
-            with one to it.
+        group_images: images that share these slots; 0 for all images of a device. Ignored where no
+            slots are shared.
+        stitch_dim: width of the meta model, which the stitches map from and to.
+        pre_stitch_pos: blocks that start with a stitch.
+        post_stitch_pos: blocks that end with a stitch.
     """
 
     vit: ViTSpec
@@ -69,7 +86,7 @@ class VMoESpec:
     pre_stitch_pos: tuple[int, ...] = ()
     post_stitch_pos: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, value, known in (
             ("router", self.router, ROUTERS),
             ("dispatch", self.dispatch, DISPATCHES),
@@ -96,14 +113,16 @@ class VMoESpec:
 
     @property
     def group(self) -> int:
-        """Images whose tokens compete for slots; 0: those of one device, or none do."""
+        """Images whose tokens compete for slots; 0 for those of one device, or where none do."""
         shared = self.dispatch == "capacity" or self.router == "expert_choice"
         return self.group_images if shared else 0
 
     def router_spec(self) -> RouterSpec:
+        """Hyperparameters of every block's router."""
         return RouterSpec(self.router, self.experts, self.top_k, self.noise, self.capacity_factor)
 
     def kind(self, block: int) -> BlockKind:
+        """Structure of a block, by its number in the network."""
         return BlockKind(
             block in self.moe_pos, block in self.pre_stitch_pos, block in self.post_stitch_pos
         )
@@ -111,7 +130,13 @@ class VMoESpec:
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What tells one block from another: experts, a stitch at its start, one at its end."""
+    """Structure of a block; blocks of one kind can be stacked.
+
+    Attributes:
+        moe: it has experts in place of an MLP.
+        pre: it starts with a stitch.
+        post: it ends with a stitch.
+    """
 
     moe: bool
     pre: bool
@@ -119,13 +144,30 @@ class BlockKind:
 
 
 def segments(spec: VMoESpec, start: int, depth: int) -> list[tuple[BlockKind, int]]:
-    """Runs of equal neighbours among blocks start .. start + depth, and their lengths."""
+    """Runs of neighbouring blocks of one kind among blocks [start, start + depth).
+
+    Args:
+        spec: hyperparameters of the network.
+        start: number of the first block.
+        depth: number of blocks.
+
+    Returns:
+        Kind and length of every run.
+    """
     kinds = [spec.kind(block) for block in range(start, start + depth)]
     return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
 
 
 def student_spec(spec: VMoESpec, depths: Sequence[int], stitch_dim: int) -> VMoESpec:
-    """The network cut open: stitches of the meta model's width wherever two modules meet."""
+    """The network with stitches of the meta model's width at every boundary between modules.
+
+    Source: docs/reference.md#vmoe-students.
+
+    Args:
+        spec: hyperparameters of the network.
+        depths: blocks of every module.
+        stitch_dim: width of the meta model.
+    """
     ends = tuple(itertools.accumulate(depths))[:-1]
     return dataclasses.replace(
         spec,

@@ -2,15 +2,19 @@
 
 Axes: B images, T tokens of an image, D width, X stitch width, L blocks, E experts.
 
-A network is cut into stages like a ViT. A student module is a stage of the same network with
-stitches where it is cut open: the assembled network with its stitches kept is exactly the chain of
-the students (reference section 2).
+A network is divided into stages like a ViT. A student is a stage of the same network with a stitch
+at each boundary to another module: the assembled network with its stitches kept is exactly the
+chain of the students.
+
+Source: Riquelme et al. 2021 (arXiv 2106.05974), section 2, and arXiv 2402.16918, section 3;
+docs/reference.md#vmoe, docs/reference.md#vmoe-students.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,25 +47,41 @@ class Segment(nnx.Module):
         self.count, self.remat = count, spec.vit.remat
         self.blocks = layers.stack(lambda rngs: Block(spec, kind, rngs=rngs), count, rngs=rngs)
 
-    def __call__(self, x, rates=None, keys=None) -> tuple[jax.Array, dict]:
-        """rates (L,), keys (L,): see Block. Returns what the blocks saw with a leading axis L."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rates: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs the blocks one after another.
+
+        Args:
+            x: tokens (B, T, D or X).
+            rates: (L,), of drop-path; None for no drop-path.
+            keys: (L,), one per block; None for no noise.
+
+        Returns:
+            Tokens (B, T, D or X), and the blocks' auxiliary outputs with a leading axis L.
+        """
         graph, state = nnx.split(self.blocks)
 
-        def body(x, layer):
+        def body(x: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
             state, rate, key = layer
             return nnx.merge(graph, layers.all_gather_params(state))(x, rate, key)
 
-        body = layers.remat_policy(body, self.remat)
+        step = layers.apply_remat_policy(body, self.remat)
         layer = (state, rates, keys)
         if self.count > 1:
-            return jax.lax.scan(body, x, layer)
-        # A single block needs no loop, and with one stitch could not be in one: shapes change.
-        x, seen = body(x, jax.tree.map(lambda a: a[0], layer))
-        return x, jax.tree.map(lambda a: a[None], seen)
+            return jax.lax.scan(step, x, layer)
+        # A single block needs no loop, and with one stitch cannot be in one: the width changes.
+        x, aux = step(x, jax.tree.map(lambda a: a[0], layer))
+        return x, jax.tree.map(lambda a: a[None], aux)
 
 
 class VMoEStage(chain.Stage):
-    """Blocks start .. start + depth; the first stage of a network embeds, the last classifies.
+    """Blocks [start, start + depth) of a V-MoE.
+
+    The first stage has the embedding before its blocks, the last one norm and head after them.
 
     Raises:
         UserError: a stitch without its counterpart, within the stage or at the network's ends.
@@ -101,37 +121,57 @@ class VMoEStage(chain.Stage):
         return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
 
     def features(self, tokens: jax.Array) -> jax.Array:
-        """Tokens (B, T, D) -> normalised class token (B, D), what the head sees."""
+        """Tokens (B, T, D) -> normalised class token (B, D), the head's input."""
         return self.norm(tokens)[:, 0]
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
-        return self.observed(x, rates=rates, key=key, train=train)[0]
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Images (B, H, W, 3) or tokens (B, T, D or X) -> tokens (B, T, D or X) or logits."""
+        return self.with_aux(x, rates=rates, key=key, train=train)[0]
 
-    def observed(self, x, *, rates=None, key=None, train=False) -> tuple[jax.Array, dict]:
-        """The stage's output, and what its M blocks with experts saw, in their order.
+    def with_aux(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the stage's output and also returns auxiliary outputs.
 
-        'load' (M, E), 'dropped', 'dead', 'entropy', 'importance_loss', 'load_loss' (M,): see
-        blocks.MoE and router.Router. Nothing without such blocks.
+        Args:
+            x, rates, key, train: as for `chain.Stage.__call__`.
+
+        Returns:
+            The output, and of the M blocks with experts, in their order, 'load' (M, E), 'dropped',
+            'dead', 'entropy', 'importance_loss' and 'load_loss' (M,): see blocks.MoE and
+            router.Router. Empty without such blocks.
         """
         keys = jax.random.split(key, self.depth) if train and key is not None else None
         dropping = keys is not None and rates is not None and any(rates)
-        rates = jnp.asarray(rates) if dropping else None
+        block_rates = jnp.asarray(rates) if dropping else None
         if self.first:
             x = self.embed(x)
-        seen, at = [], 0
+        auxiliary, at = [], 0
         for i, (kind, count) in enumerate(segments(self.spec, self.start, self.depth)):
-            mine = slice(at, at + count)
-            x, of_segment = getattr(self, f"segment_{i}")(
-                x, *(None if a is None else a[mine] for a in (rates, keys))
+            own = slice(at, at + count)
+            x, aux = getattr(self, f"segment_{i}")(
+                x, *(None if a is None else a[own] for a in (block_rates, keys))
             )
-            seen += [of_segment] if kind.moe else []
+            auxiliary += [aux] if kind.moe else []
             at += count
         if self.last:
             x = self.head(self.features(x)).astype(jnp.float32)
-        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *seen) if seen else {}
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *auxiliary) if auxiliary else {}
 
     def join(self, after: chain.Stage) -> VMoEStage | None:
-        """This stage and the next one as one, equal segments at the seam as one loop."""
+        """Joins this stage and the next one; equal segments at the seam become one loop."""
         if self.last or not isinstance(after, VMoEStage) or after.first or after.spec != self.spec:
             return None
         if after.start != self.start + self.depth:
@@ -163,7 +203,7 @@ def _check_stitches(spec: VMoESpec, start: int, depth: int, first: bool, last: b
 
 @functools.cache
 def _graph(spec: VMoESpec, start: int, depth: int, first: bool, last: bool) -> nnx.GraphDef:
-    """Structure of a stage, traced once."""
+    """Structure of a stage; cached, since tracing is slow."""
     return chain.abstract(
         lambda rngs: VMoEStage(spec, start, depth, first=first, last=last, rngs=rngs)
     ).graph
@@ -175,7 +215,14 @@ def build(spec: VMoESpec, depths: Sequence[int], *, rngs: nnx.Rngs) -> list[VMoE
 
 
 def build_stage(spec: VMoESpec, index: int, depths: Sequence[int], *, rngs: nnx.Rngs) -> VMoEStage:
-    """Stage `index` of the network: with `student_spec` the student module of that number."""
+    """Stage `index` of the network; with a `student_spec`, the student of that number.
+
+    Args:
+        spec: hyperparameters of the whole network.
+        index: number of the stage.
+        depths: blocks of every stage.
+        rngs: source of the initial values.
+    """
     first, last = index == 0, index == len(depths) - 1
     start = sum(depths[:index])
     return VMoEStage(spec, start, depths[index], first=first, last=last, rngs=rngs)
@@ -184,7 +231,16 @@ def build_stage(spec: VMoESpec, index: int, depths: Sequence[int], *, rngs: nnx.
 def build_student(
     spec: VMoESpec, index: int, depths: Sequence[int], stitch_dim: int, *, rngs: nnx.Rngs
 ) -> VMoEStage:
-    """Student `index`: the first embeds, the last classifies, open ends have stitches.
+    """Student `index`: embedding in the first, head in the last, stitches at every other end.
+
+    Source: docs/reference.md#vmoe-students.
+
+    Args:
+        spec: hyperparameters of the whole network, without stitches.
+        index: number of the student.
+        depths: blocks of every student.
+        stitch_dim: width of the meta model.
+        rngs: source of the initial values.
 
     Raises:
         UserError: the index is out of range.

@@ -1,6 +1,9 @@
 """Attention between latents, with or without a kernel on their signatures.
 
 Axes: B batch, U receivers, V senders, D state, H heads, C head channels, S code.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-propagator, docs/reference.md#nac-kernel.
 """
 
 from __future__ import annotations
@@ -16,23 +19,34 @@ from m2mkd_jax.models import layers
 from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS, ModulatedFFN, ModulatedLinear
 from m2mkd_jax.models.nac.spec import NACSpec
 
-EXCLUDED = -(2.0**14)  # a bias that leaves no weight, and that float16 can hold
+EXCLUDED = -(2.0**14)  # a bias that gives weight 0 and that float16 can represent
 
 
-def attend(q, k, v, log_kernel=None):
-    """q (B, U, H, C), k and v (B, V, H, C), log kernel (U, V) or (B, U, V) -> (B, U, H, C).
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_kernel: jax.Array | None = None
+) -> jax.Array:
+    """Attention with a log kernel added to the scores of all heads.
 
-    The kernel is added to the scores of all heads alike. -inf entries take no part; a receiver
-    with nothing but -inf receives zeros (value and gradient finite).
+    Entries of -inf are excluded; a receiver with only -inf receives zeros, with finite gradients.
+
+    Source: docs/reference.md#nac-kernel.
+
+    Args:
+        q: (B, U, H, C).
+        k, v: (B, V, H, C).
+        log_kernel: (U, V) or (B, U, V); None for plain attention.
+
+    Returns:
+        (B, U, H, C).
     """
     if log_kernel is None:
-        equally_long = q.shape[1] == k.shape[1]
-        attention = layers.self_attention if equally_long else jax.nn.dot_product_attention
-        return attention(q, k, v)
-    # With a bias cuDNN's backward pass takes even lengths alone.
+        if q.shape[1] == k.shape[1]:
+            return layers.self_attention(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v)
+    # With a bias cuDNN's backward pass requires even lengths.
     if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
-        return by_library(q, k, v, log_kernel, "cudnn")
-    log_kernel = log_kernel[..., None, :, :]
+        return library_attention(q, k, v, log_kernel, "cudnn")
+    log_kernel = _with_batch(log_kernel)[:, None]
     inside = ~jnp.isneginf(log_kernel)
     scores = jnp.einsum("buhc,bvhc->bhuv", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1]) + jnp.where(inside, log_kernel, 0.0)
@@ -44,32 +58,56 @@ def attend(q, k, v, log_kernel=None):
     return jnp.einsum("bhuv,bvhc->buhc", weights.astype(v.dtype), v)
 
 
-def by_library(q, k, v, log_kernel, implementation: str):
-    """`attend` by jax.nn.dot_product_attention; its 'cudnn' never keeps the weights of all heads.
+def _with_batch(log_kernel: jax.Array) -> jax.Array:
+    """Log kernel (U, V) or (B, U, V) -> (1 or B, U, V)."""
+    return log_kernel[None] if log_kernel.ndim == 2 else log_kernel
 
-    On an H100 that is 1.7 to 1.8 times as fast (benchmarks/RESULTS.md).
+
+def library_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_kernel: jax.Array,
+    implementation: layers.AttentionImplementation,
+) -> jax.Array:
+    """`attend` by jax.nn.dot_product_attention.
+
+    Its 'cudnn' never stores the weights of all heads; on an H100 that is 1.7 to 1.8 times as fast
+    (benchmarks/RESULTS.md).
+
+    Args:
+        q, k, v, log_kernel: as for `attend`.
+        implementation: of jax.nn.dot_product_attention.
+
+    Returns:
+        (B, U, H, C).
     """
-    log_kernel = log_kernel[..., None, :, :]
+    log_kernel = _with_batch(log_kernel)[:, None]
     inside = ~jnp.isneginf(log_kernel)
-    # What is the same for a whole row drops out of the softmax: near zero, where the weight is,
-    # 16 bit lose the least. cuDNN cannot subtract infinities.
+    # A constant added to a row cancels in the softmax: with the row's largest entry at zero, 16-bit
+    # floats are most precise where the weights are largest. cuDNN cannot subtract infinities.
     bias = jnp.where(inside, log_kernel - _highest(log_kernel, inside), EXCLUDED)
-    # cuDNN gives gradients for a bias of every image and head alone.
+    # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
-    message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
-    heard = rearrange(inside.any(-1), "... h u -> ... u h 1")
-    return jnp.where(heard, message, 0)
+    # jax itself adds the 16-bit bias to float32 scores, which relies on implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")
+    return jnp.where(has_sender, message, 0)
 
 
-def _highest(scores, inside):
-    """The largest of every row (..., U, V) -> (..., U, 1), without gradient; 0 of an empty one."""
+def _highest(scores: jax.Array, inside: jax.Array) -> jax.Array:
+    """Largest entry of every row, (..., U, V) -> (..., U, 1), without gradient; 0 if excluded."""
     highest = jnp.where(inside, scores, -jnp.inf).max(-1, keepdims=True)
     return jax.lax.stop_gradient(jnp.where(jnp.isneginf(highest), 0.0, highest))
 
 
 class LatentAttention(nnx.Module):
-    """Receivers listen to senders; queries, keys, values and exit are modulated by codes."""
+    """Attention of receivers to senders, with all four projections modulated by codes.
+
+    Source: docs/reference.md#nac-propagator.
+    """
 
     def __init__(
         self,
@@ -95,20 +133,39 @@ class LatentAttention(nnx.Module):
         self.gamma = nnx.Param(jnp.full((d,), scale))
 
     def __call__(
-        self, receivers, receiver_codes, senders, sender_codes, log_kernel=None, rate=None, key=None
-    ):
-        """Receivers (B, U, D), senders (B, V, D), codes (U, S) and (V, S) -> (B, U, D)."""
+        self,
+        receivers: jax.Array,
+        receiver_codes: jax.Array,
+        senders: jax.Array,
+        sender_codes: jax.Array,
+        log_kernel: jax.Array | None = None,
+        rate: jax.Array | float | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes the attention.
+
+        Args:
+            receivers: states (B, U, D).
+            receiver_codes: (U, S), or (1, S) for one code of all.
+            senders: states (B, V, D).
+            sender_codes: (V, S) or (1, S).
+            log_kernel: (U, V) or (B, U, V); None for none.
+            rate, key: of drop-path; None for no drop-path.
+
+        Returns:
+            States (B, U, D).
+        """
         u = self.receiver_norm(receivers)
         v = (self.sender_norm or self.receiver_norm)(senders)
-        heads = lambda x: rearrange(x, "b u (h c) -> b u h c", h=self.heads)  # noqa: E731
-        message = attend(
-            heads(self.query(u, receiver_codes)),
-            heads(self.key(v, sender_codes)),
-            heads(self.value(v, sender_codes)),
-            log_kernel,
+        projections = (
+            self.query(u, receiver_codes),
+            self.key(v, sender_codes),
+            self.value(v, sender_codes),
         )
+        q, k, v = (rearrange(x, "b u (h c) -> b u h c", h=self.heads) for x in projections)
+        message = attend(q, k, v, log_kernel)
         message = self.exit(rearrange(message, "b u h c -> b u (h c)"), receiver_codes)
-        message = self.gamma[...] * message
+        message = self.gamma[...][None, None] * message
         if not self.residual:
             return message
         return receivers + layers.drop_path(message, rate, key)
@@ -117,11 +174,22 @@ class LatentAttention(nnx.Module):
 class LatentLayer(nnx.Module):
     """Latent attention followed by a modulated feed-forward network.
 
-    A propagator (one norm for receivers and senders, residual), a read-out (two norms, no
-    residual) or, without kernel, what students of both are made of.
+    A propagator shares one norm between receivers and senders and has a residual; a read-out has
+    two norms and no residual. The students of both have no kernel.
+
+    Source: docs/reference.md#nac-propagator, docs/reference.md#nac-read-out.
     """
 
-    def __init__(self, spec: NACSpec, *, share_norm, residual, kernel, ffn=True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: NACSpec,
+        *,
+        share_norm: bool,
+        residual: bool,
+        kernel: bool,
+        ffn: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.attention = LatentAttention(
             spec, share_norm=share_norm, residual=residual, kernel=kernel, rngs=rngs
         )
@@ -129,18 +197,29 @@ class LatentLayer(nnx.Module):
 
     def __call__(
         self,
-        receivers,
-        receiver_codes,
-        senders,
-        sender_codes,
-        log_kernel=None,
-        rate=None,
-        key=None,
-        ffn=None,
-    ):
-        """As LatentAttention; `ffn` replaces an own feed-forward network (shared ones)."""
+        receivers: jax.Array,
+        receiver_codes: jax.Array,
+        senders: jax.Array,
+        sender_codes: jax.Array,
+        log_kernel: jax.Array | None = None,
+        rate: jax.Array | float | None = None,
+        key: jax.Array | None = None,
+        ffn: ModulatedFFN | None = None,
+    ) -> jax.Array:
+        """Computes attention and feed-forward network.
+
+        Args:
+            receivers, receiver_codes, senders, sender_codes: as for `LatentAttention`.
+            log_kernel, rate, key: as for `LatentAttention`.
+            ffn: a feed-forward network shared between layers, in place of the layer's own.
+
+        Returns:
+            States (B, U, D).
+        """
         keys = (None, None) if key is None else jax.random.split(key)
         states = self.attention(
             receivers, receiver_codes, senders, sender_codes, log_kernel, rate, keys[0]
         )
-        return (ffn or self.ffn)(states, receiver_codes, rate, keys[1])
+        ffn = ffn or self.ffn
+        assert ffn is not None, "a layer without a feed-forward network needs a shared one"
+        return ffn(states, receiver_codes, rate, keys[1])

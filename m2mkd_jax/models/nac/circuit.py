@@ -1,12 +1,18 @@
-"""The Neural Attentive Circuit: read-in, propagators, read-out (reference section 3).
+"""The Neural Attentive Circuit: read-in, propagators, read-out.
 
 Axes: B batch, H height, W width, V tokens, U latents, D state, S code, K classes, I iterations.
 
-Input latents read the image; mediators then listen to [input latents, mediators] I times, along
-the links that their signatures allow; output latents listen to all and are pooled to logits.
+Input latents attend to the image. Mediators then receive I times from [input latents, mediators]
+along the links that their signatures allow. Output latents receive from input latents and mediators
+and are pooled to logits.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac, docs/reference.md#nac-iterations.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +28,12 @@ from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.nac.tokenizers import OutputPooling, Tokenizer
 
 GROUPS = ("input", "mediator", "output")
+Noise = Mapping[str, jax.Array]
+
+
+def _split(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
+    """`count` keys from one, or as many None from None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 class NAC(chain.Stage):
@@ -52,12 +64,22 @@ class NAC(chain.Stage):
             self.pooling = OutputPooling(spec.state_dim, spec.classes, rngs=rngs)
 
     def mediator_codes(self, iteration: int) -> jax.Array:
+        """Codes (U, S) of the mediators in an iteration."""
         codes = self.mediator_latents.codes[...]
         return codes[iteration] if self.spec.codes_per_iteration else codes
 
     def draw_noise(self, key: jax.Array, batch: int) -> dict[str, jax.Array]:
-        """Seeder noise (B, U, D) per group and Gumbel noise (B, U): also drawn by the published
-        evaluation."""
+        """Draws the noise that is also drawn by the published evaluation.
+
+        Source: docs/reference.md#nac-evaluation-noise.
+
+        Args:
+            key: of the draw.
+            batch: B.
+
+        Returns:
+            Seeder noise (B, U, D) by group of latents, and 'gumbel' (B, U).
+        """
         spec, keys = self.spec, jax.random.split(key, 4)
         counts = (spec.input_latents, spec.mediator_latents, spec.output_latents)
         noise = {
@@ -68,11 +90,21 @@ class NAC(chain.Stage):
             noise["gumbel"] = jax.random.gumbel(keys[3], (batch, spec.output_latents))
         return noise
 
-    def initial_states(self, batch: int, noise: dict, keys) -> list[jax.Array]:
-        """States (B, U, D) of input, mediator and output latents before anything is read."""
+    def initial_states(
+        self, batch: int, noise: Noise, keys: Sequence[jax.Array | None]
+    ) -> list[jax.Array]:
+        """Initial states (B, U, D) of input, mediator and output latents.
+
+        Source: docs/reference.md#nac-seeder.
+
+        Args:
+            batch: B.
+            noise: made by `draw_noise`; empty for the mean.
+            keys: of each group's code noise; None for no code noise.
+        """
         if self.seeder is None:
             groups = (self.input_latents, self.mediator_latents, self.output_latents)
-            return [jnp.broadcast_to(g.states[...], (batch, *g.states.shape)) for g in groups]
+            return [group.initial_states(batch) for group in groups]
         codes = (
             self.input_latents.codes[...],
             self.mediator_codes(0),
@@ -83,9 +115,20 @@ class NAC(chain.Stage):
             for group, c, k in zip(GROUPS, codes, keys, strict=True)
         ]
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
-        """`key` without `train` samples seeder and pooling as the published evaluation does."""
-        noise, train_key = {}, None
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Images (B, H, W, 3) -> logits (B, K).
+
+        A key without `train` samples seeder and pooling as the published evaluation does.
+        """
+        noise: dict[str, jax.Array] = {}
+        train_key: jax.Array | None = None
         if key is not None:
             noise_key, train_key = jax.random.split(key)
             noise = self.draw_noise(noise_key, x.shape[0])
@@ -94,15 +137,31 @@ class NAC(chain.Stage):
             return states["output"][:, 0].astype(jnp.float32)
         return self.pooling(states["output"], noise.get("gumbel"))
 
-    def forward(self, images, noise: dict, *, rates=None, key=None) -> dict[str, jax.Array]:
-        """All groups' final states, and the tokens. `key` turns the training noise on."""
+    def forward(
+        self,
+        images: jax.Array,
+        noise: Noise,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Computes the final states of all latents.
+
+        Args:
+            images: (B, H, W, 3).
+            noise: made by `draw_noise`; empty for a deterministic evaluation.
+            rates: drop-path rates of the propagators; None for no drop-path.
+            key: of the training noise; None for no training noise.
+
+        Returns:
+            'tokens' (B, V, T), and the final states 'input', 'mediator' and 'output' (B, U, D).
+        """
         spec = self.spec
-        keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
+        keys = _split(key, 7)
         tokens = self.tokenizer(images)
         inputs, mediators, outputs = self.initial_states(tokens.shape[0], noise, keys[:3])
         input_codes = self.input_latents.codes[...]
         inputs = self.read_in(inputs, jitter(input_codes, spec.code_noise, keys[3]), tokens)
-        read_in = inputs
         mediators = self.propagate(inputs, mediators, rates, keys[4])
         # The read-out's kernel has neither truncation nor sampling.
         senders, codes, signatures = self._senders(
@@ -117,28 +176,53 @@ class NAC(chain.Stage):
             jitter(codes, spec.code_noise, keys[6]),
             kernels.log_kernel(distance, bandwidth, None),
         )
-        return {"tokens": tokens, "input": read_in, "mediator": mediators, "output": outputs}
+        return {"tokens": tokens, "input": inputs, "mediator": mediators, "output": outputs}
 
-    def propagate(self, inputs, mediators, rates=None, key=None, trace: list | None = None):
-        """Mediator states (B, U, D) after all iterations; `trace` collects each one's (tests)."""
+    def propagate(
+        self,
+        inputs: jax.Array,
+        mediators: jax.Array,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        trace: list[jax.Array] | None = None,
+    ) -> jax.Array:
+        """Computes the mediator states after all iterations.
+
+        Source: docs/reference.md#nac-iterations.
+
+        Args:
+            inputs: states of the input latents (B, U, D).
+            mediators: initial states of the mediators (B, U, D).
+            rates: drop-path rates of the propagators; None for no drop-path.
+            key: of the training noise; None for no training noise.
+            trace: a list to which the states after each iteration are appended.
+
+        Returns:
+            (B, U, D).
+        """
         spec = self.spec
         signatures = self.mediator_latents.signatures[...]
         noisy_paths = key is not None and rates is not None and any(rates)
-        steps = {"codes": self.mediator_latents.codes[...]} if spec.codes_per_iteration else {}
+        steps: dict[str, jax.Array] = {}
+        if spec.codes_per_iteration:
+            steps["codes"] = self.mediator_latents.codes[...]
         if key is not None:
             steps["key"] = jax.random.split(key, spec.iterations)
         if noisy_paths:
             steps["rate"] = jnp.asarray(rates)
 
-        def step(layer, states, step, *, hear_inputs=True):
-            codes = step.get("codes", None)
-            codes = self.mediator_codes(0) if codes is None else codes
+        def step(
+            layer: LatentLayer,
+            states: jax.Array,
+            step: dict[str, jax.Array],
+            *,
+            with_inputs: bool = True,
+        ) -> jax.Array:
+            codes = step["codes"] if "codes" in step else self.mediator_codes(0)
             senders, sender_codes, sender_signatures = self._senders(
-                inputs, states, codes, hear_inputs
+                inputs, states, codes, with_inputs
             )
-            keys = [None] * 4
-            if key is not None:
-                keys = jax.random.split(step["key"], 4)
+            keys = _split(step.get("key"), 4)
             log_kernel = self.propagator_kernel(
                 kernels.distance(signatures, sender_signatures),
                 layer.attention.bandwidth[...],
@@ -162,15 +246,33 @@ class NAC(chain.Stage):
         for i in range(spec.iterations):
             index = 0 if spec.share_propagators else i
             layer = nnx.merge(graph, jax.tree.map(lambda a, index=index: a[index], state))
-            this = jax.tree.map(lambda a, i=i: a[i], steps)
-            hear = i == 0 or spec.persistent_inputs
-            mediators = step(layer, mediators, this, hear_inputs=hear)
+            own = jax.tree.map(lambda a, i=i: a[i], steps)
+            with_inputs = i == 0 or spec.persistent_inputs
+            mediators = step(layer, mediators, own, with_inputs=with_inputs)
             if trace is not None:
                 trace.append(mediators)
         return mediators
 
-    def propagator_kernel(self, distance, bandwidth, batch: int, key=None) -> jax.Array:
-        """Log kernel (U, V), or (B, U, V) when sampled in training."""
+    def propagator_kernel(
+        self,
+        distance: jax.Array,
+        bandwidth: jax.Array,
+        batch: int,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes a propagator's log kernel.
+
+        Source: docs/reference.md#nac-kernel.
+
+        Args:
+            distance: (U, V).
+            bandwidth: scalar.
+            batch: B.
+            key: of the stochastic kernel; None for no sampling.
+
+        Returns:
+            (U, V), or (B, U, V) when sampled.
+        """
         spec = self.spec
         log = kernels.log_kernel(
             distance, bandwidth, spec.truncation, spec.truncation_implementation
@@ -180,7 +282,10 @@ class NAC(chain.Stage):
             log = kernels.sample(log, uniform, spec.kernel_temperature)
         return log
 
-    def _senders(self, inputs, mediators, codes, with_inputs: bool):
+    def _senders(
+        self, inputs: jax.Array, mediators: jax.Array, codes: jax.Array, with_inputs: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """States (B, V, D), codes (V, S) and signatures (V, C) of all senders."""
         signatures = self.mediator_latents.signatures[...]
         if not with_inputs:
             return mediators, codes, signatures

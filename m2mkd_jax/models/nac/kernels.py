@@ -1,13 +1,15 @@
-"""Kernels on signatures: which latent may listen to which (reference section 3).
+"""Kernels on signatures: which latents receive from which.
 
 Axes: B batch, U receivers, V senders, C signature.
 
-A distance of 0 means the same direction. Distances beyond the truncation become +inf, so the link
-does not exist. A receiver all of whose senders are truncated has a row of -inf in the log kernel:
-its attention weights are defined as zero (attention.py), where the original gives NaN.
+A distance of 0 means the same direction. Distances beyond the truncation become +inf, which removes
+the link. A receiver whose senders are all truncated has a row of -inf in the log kernel: its
+attention weights are defined as zero (attention.py), where the published code gives NaN.
 
-The original divides a kernel by its sum over senders before it is added to the attention scores.
-That shifts all scores of a receiver alike and drops out of the softmax: it is left out.
+The published code divides a kernel by its sum over senders before it is added to the attention
+scores. That shifts all scores of a receiver equally and cancels in the softmax, so it is omitted.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.models import layers
 from m2mkd_jax.models.nac.modulation import l2_normalise
 
 # torch.distributions clamps probabilities to [eps, 1 - eps] with the float32 eps.
@@ -22,7 +25,10 @@ PROBABILITY_EPS = 1.1920929e-07
 
 
 def distance(receivers: jax.Array, senders: jax.Array) -> jax.Array:
-    """1 - cosine: signatures (..., U, C) and (..., V, C) -> (..., U, V)."""
+    """1 - cosine: signatures (..., U, C) and (..., V, C) -> (..., U, V).
+
+    Source: docs/reference.md#nac-kernel.
+    """
     return 1.0 - jnp.einsum("...uc,...vc->...uv", l2_normalise(receivers), l2_normalise(senders))
 
 
@@ -32,10 +38,19 @@ def log_kernel(
     truncation: float | None,
     implementation: str = "direct",
 ) -> jax.Array:
-    """-distance / bandwidth, -inf beyond the truncation; same shape as `distance`.
+    """-distance / bandwidth, and -inf beyond the truncation.
 
-    'direct' compares the scaled distance with truncation / bandwidth (the bandwidth in that
-    comparison without gradient), 'masked' the plain distance with the truncation.
+    Source: docs/reference.md#nac-kernel.
+
+    Args:
+        distance: (..., U, V).
+        bandwidth: scalar.
+        truncation: largest distance of a link; None for no truncation.
+        implementation: 'direct' compares the scaled distance with truncation / bandwidth, without
+            a gradient through that bandwidth; 'masked' compares the unscaled distance.
+
+    Returns:
+        (..., U, V).
     """
     log = -distance / bandwidth
     if truncation is None:
@@ -53,9 +68,17 @@ def affinity(
     truncation: float | None,
     implementation: str = "direct",
 ) -> jax.Array:
-    """exp of the log kernel, 0 beyond the truncation.
+    """exp of the log kernel, and 0 beyond the truncation.
 
     With 'masked' the gradient passes straight through the truncation, as published.
+
+    Source: docs/reference.md#nac-kernel.
+
+    Args:
+        distance, bandwidth, truncation, implementation: as for `log_kernel`.
+
+    Returns:
+        (..., U, V).
     """
     log = log_kernel(distance, bandwidth, truncation, implementation)
     if implementation == "masked" and truncation is not None:
@@ -66,20 +89,31 @@ def affinity(
 
 
 def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax.Array:
-    """Log of a relaxed Bernoulli sample per batch element: (U, V) and (B, U, V) -> (B, U, V).
+    """Log of a relaxed Bernoulli sample per image.
 
     The probability is exp(log kernel) clipped to [0, 1] with a straight-through gradient, then
     clamped as torch.distributions does, so that truncated links leak a little in training.
+
+    Source: docs/reference.md#nac-kernel.
+
+    Args:
+        log_kernel: (U, V).
+        uniform: uniform noise (B, U, V).
+        temperature: of the relaxation.
+
+    Returns:
+        (B, U, V).
     """
     inside = ~jnp.isneginf(log_kernel)
     p = jnp.where(inside, jnp.exp(jnp.where(inside, log_kernel, 0.0)), 0.0)
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
     p, u = _clamp(p), _clamp(uniform)
     logits = jnp.log(p) - jnp.log1p(-p)
-    return jax.nn.log_sigmoid((jnp.log(u) - jnp.log1p(-u) + logits) / temperature)
+    noise = jnp.log(u) - jnp.log1p(-u)
+    return jax.nn.log_sigmoid((noise + layers.align_rank(logits, noise)) / temperature)
 
 
 def _clamp(p: jax.Array) -> jax.Array:
-    # jnp.clip would give half the gradient where p sits exactly on a bound; torch gives all of it.
+    # jnp.clip halves the gradient where p is exactly at a bound; torch passes all of it.
     low, high = PROBABILITY_EPS, 1.0 - PROBABILITY_EPS
     return jnp.where(p < low, low, jnp.where(p > high, high, p))

@@ -1,9 +1,14 @@
 """Linear layers and feed-forward networks modulated by a latent's code.
 
 Axes: B batch, U latents, C channels in, D channels out, S code.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-modulated-linear, docs/reference.md#nac-ffn.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +22,29 @@ L2_EPS = 1e-12
 
 
 def normalise_scale(scale: jax.Array, kind: str) -> jax.Array:
-    """The published ways to normalise a modulation (U, C) over its channels."""
+    """Normalises a modulation over its channels.
+
+    Source: docs/reference.md#nac-modulated-linear.
+
+    Args:
+        scale: (U, C).
+        kind: 'layer_norm', 'l2', 'none', 'sigmoid' or 'tanh'.
+
+    Returns:
+        (U, C).
+    """
     if kind == "layer_norm":
         centred = scale - scale.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
     if kind == "l2":
         return l2_normalise(scale)
-    return {"none": lambda s: s, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}[kind](scale)
+    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "none": lambda scale: scale,
+        "sigmoid": jax.nn.sigmoid,
+        "tanh": jnp.tanh,
+    }
+    return functions[kind](scale)
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
@@ -35,9 +55,11 @@ def l2_normalise(x: jax.Array) -> jax.Array:
 
 
 class ModulatedLinear(nnx.Module):
-    """y = W (x * m) + b with m = g * normalise(S c) [+ 1] (reference section 3).
+    """y = W (x * m) + b with m = g * normalise(S c) [+ 1].
 
     The code belongs to a latent, so m (U, C) is the same for every image of the batch.
+
+    Source: docs/reference.md#nac-modulated-linear.
     """
 
     def __init__(self, c: int, d: int, spec: NACSpec, *, bias: bool = True, rngs: nnx.Rngs):
@@ -57,12 +79,16 @@ class ModulatedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, codes: jax.Array) -> jax.Array:
         """x (..., U, C), codes (U, S) or (1, S) -> (..., U, D)."""
-        y = (x * self.modulation(codes).astype(x.dtype)) @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        modulation = self.modulation(codes).astype(x.dtype)
+        y = (x * layers.align_rank(modulation, x)) @ self.kernel[...]
+        return y if self.bias is None else y + layers.align_rank(self.bias[...], y)
 
 
 class ModulatedFFN(nnx.Module):
-    """x + drop_path(gamma * W2(act(W1(norm x)))), both layers modulated; act is GEGLU or GELU."""
+    """x + drop_path(gamma * W2(act(W1(norm x)))), both layers modulated; act is GEGLU or GELU.
+
+    Source: docs/reference.md#nac-ffn.
+    """
 
     def __init__(self, spec: NACSpec, layer_scale: float, *, rngs: nnx.Rngs):
         self.geglu = spec.geglu
@@ -72,12 +98,19 @@ class ModulatedFFN(nnx.Module):
         self.fc2 = ModulatedLinear(hidden, d, spec, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((d,), layer_scale))
 
-    def __call__(self, states, codes, rate=None, key=None):
-        """States (B, U, D), codes (U, S) -> (B, U, D)."""
+    def __call__(
+        self,
+        states: jax.Array,
+        codes: jax.Array,
+        rate: jax.Array | float | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """States (B, U, D), codes (U, S) -> (B, U, D); `rate` and `key` are of drop-path."""
         x = self.fc1(self.norm(states), codes)
         if self.geglu:
             x, gate = jnp.split(x, 2, axis=-1)
             x = x * layers.gelu(gate)
         else:
             x = layers.gelu(x)
-        return states + layers.drop_path(self.gamma[...] * self.fc2(x, codes), rate, key)
+        y = self.fc2(x, codes)
+        return states + layers.drop_path(layers.align_rank(self.gamma[...], y) * y, rate, key)

@@ -1,7 +1,11 @@
-"""Graph priors: a random graph, and signatures whose kernel gives that graph (reference section 3).
+"""Graph priors: a random graph, and signatures whose kernel reproduces that graph.
 
-Axes: U latents (nodes), C signature. Done once before training, on the host's seed alone.
+Axes: U latents (nodes), C signature. Computed once before training, from a seed.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-priors.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -16,7 +20,7 @@ import optax
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models.nac.kernels import distance
 
-SLACK = 0.01  # how far the polishing steps push distances past the margin
+SLACK = 0.01  # how far beyond the margin the polishing steps push distances
 
 
 def _balanced_tree(latents: int, seed: int, r: int, h: int) -> networkx.Graph:
@@ -40,7 +44,7 @@ def _barbell(latents: int, seed: int, m1: int | None = None, m2: int = 0) -> net
 
 
 def _hypercube(latents: int, seed: int) -> networkx.Graph:
-    # The published code always builds the one of dimension 8, whatever the number of latents.
+    # The published code always builds dimension 8, whatever the number of latents.
     return networkx.hypercube_graph(max(latents.bit_length() - 1, 0))
 
 
@@ -71,13 +75,25 @@ GENERATORS: dict[str, Callable[..., networkx.Graph]] = {
 
 
 def build_graph(prior: str, latents: int, options: dict[str, Any], seed: int) -> np.ndarray:
-    """The adjacency matrix (U, U) float32 of 0 and 1, symmetric with a zero diagonal.
+    """Draws a graph.
 
-    prior and its options: 'barabasi-albert' m; 'erdos-renyi' p; 'planted-partition' l, k (clusters,
-    their size), p_in, p_out; 'ring-of-cliques' num_cliques, clique_size; 'watts-strogatz' [k =
-    latents / 10, p = 0.4]; 'grid' dim [periodic]; 'balanced-tree' r, h; 'barbell' [m1, m2];
-    'hypercube'; 'complete'; 'none' (no edge). The same seed gives the same graph. Raises UserError
-    on an unknown prior, on options it does not take, and when it does not have `latents` nodes.
+    Source: docs/reference.md#nac-priors.
+
+    Args:
+        prior: a key of GENERATORS.
+        latents: U.
+        options: of the prior (optional ones in brackets): 'barabasi-albert' m; 'erdos-renyi' p;
+            'planted-partition' l clusters of size k, p_in, p_out; 'ring-of-cliques' num_cliques,
+            clique_size; 'watts-strogatz' [k = latents / 10, p = 0.4]; 'grid' dim [periodic];
+            'balanced-tree' r, h; 'barbell' [m1, m2]; 'hypercube'; 'complete'; 'none', no edges.
+        seed: the same seed gives the same graph.
+
+    Returns:
+        The adjacency matrix (U, U), float32 of 0 and 1, symmetric with a zero diagonal.
+
+    Raises:
+        UserError: an unknown prior, options that it does not take, or a graph without exactly
+            `latents` nodes.
     """
     if prior not in GENERATORS:
         raise UserError(f"graph prior {prior!r} is unknown: use one of {', '.join(GENERATORS)}")
@@ -96,26 +112,49 @@ def build_graph(prior: str, latents: int, options: dict[str, Any], seed: int) ->
 
 
 def hinge_loss(signatures: jax.Array, adjacency: jax.Array, margin: float = 0.8) -> jax.Array:
-    """Mean over all (u, v) of max(margin, d) on edges, max(-margin, -d) elsewhere; scalar.
+    """Mean over all (u, v) of max(margin, d) on edges and max(-margin, -d) elsewhere.
 
-    signatures: (U, C); adjacency: (U, U). The diagonal counts as non-edges, as published.
+    The diagonal counts as non-edges, as published.
+
+    Source: docs/reference.md#nac-priors.
+
+    Args:
+        signatures: (U, C).
+        adjacency: (U, U).
+        margin: of the distance d.
+
+    Returns:
+        A scalar.
     """
     return _loss_and_score(signatures, adjacency, margin)[0]
 
 
 def score(signatures: jax.Array, adjacency: jax.Array, margin: float = 0.8) -> jax.Array:
-    """Share of the (U, U) entries where d < margin, the diagonal apart, is not the graph; scalar.
+    """Share of the (U, U) entries where the links d < margin differ from the graph's edges.
 
-    0 is a perfect fit.
+    Self-links on the diagonal are not counted. 0 is a perfect fit.
+
+    Args:
+        signatures, adjacency, margin: as for `hinge_loss`.
+
+    Returns:
+        A scalar.
     """
     return _loss_and_score(signatures, adjacency, margin)[1]
 
 
-def _loss_and_score(signatures, adjacency, margin, slack=0.0):
+def _loss_and_score(
+    signatures: jax.Array,
+    adjacency: jax.Array,
+    margin: float,
+    slack: jax.Array | float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """`hinge_loss`, with the margin widened by `slack` on both sides, and `score`."""
     d = distance(signatures, signatures)
     edges, others = jnp.maximum(margin - slack, d), jnp.maximum(-margin - slack, -d)
     loss = jnp.where(adjacency == 1, edges, others).mean()
-    return loss, jnp.abs((d < margin) - jnp.eye(len(adjacency)) - adjacency).mean()
+    links = (d < margin).astype(jnp.float32)
+    return loss, jnp.abs(links - jnp.eye(len(adjacency)) - adjacency).mean()
 
 
 def fit_signatures(
@@ -128,37 +167,58 @@ def fit_signatures(
     polish: int = 3000,
     init: jax.Array | None = None,
 ) -> tuple[jax.Array, float]:
-    """Signatures (U, C = dim) float32 whose neighbours are exactly those closer than `margin`.
+    """Fits signatures so that the neighbours of each latent are those closer than `margin`.
 
-    adjacency: (U, U) of 0 and 1. As published: `steps` of Adam on `hinge_loss` from a random
-    orthogonal matrix drawn by `seed`, or from `init` (U, C). That loss is content at the margin
-    itself, where Adam's steps carry links to and fro across it; so a fit with wrong links goes on
-    for at most `polish` steps with a falling rate and a margin widened by SLACK on both sides, and
-    ends when no link is wrong. polish = 0 does the published steps only. Returns the last of the
-    signatures with the best `score` on the way, and that score.
+    As published: `steps` steps of Adam on `hinge_loss` from a random orthogonal matrix. That loss
+    is minimal at the margin itself, where Adam's steps move links back and forth across it. So a
+    fit with wrong links continues for at most `polish` steps with a decaying learning rate and a
+    margin widened by SLACK on both sides, until no link is wrong.
+
+    Source: docs/reference.md#nac-priors.
+
+    Args:
+        adjacency: (U, U) of 0 and 1.
+        dim: C.
+        seed: of the start.
+        steps: published number of steps.
+        learning_rate: of Adam.
+        margin: of the distance.
+        polish: largest number of further steps; 0 for the published steps only.
+        init: the start (U, C), in place of a random one.
+
+    Returns:
+        Signatures (U, C), float32: the last ones with the best `score`; and that score.
     """
     adjacency = jnp.asarray(adjacency, jnp.float32)
     if init is None:
         shape = (len(adjacency), dim)
         init = jax.nn.initializers.orthogonal()(jax.random.key(seed), shape, jnp.float32)
-    # Many distances end within 1e-3 of the margin: TF32 or bfloat16 products would blur the fit.
+    # Many distances end within 1e-3 of the margin: TF32 or bfloat16 products are too coarse.
     with jax.default_matmul_precision("highest"):
         fitted, best = _fit(jnp.asarray(init), adjacency, steps, polish, learning_rate, margin)
     return fitted, float(best)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _fit(init, adjacency, steps: int, polish: int, learning_rate: float, margin: float):
-    falling = optax.cosine_decay_schedule(learning_rate, max(polish, 1))
-    rate = optax.join_schedules([optax.constant_schedule(learning_rate), falling], [steps])
+def _fit(
+    init: jax.Array,
+    adjacency: jax.Array,
+    steps: int,
+    polish: int,
+    learning_rate: float,
+    margin: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The loop of `fit_signatures`."""
+    decaying = optax.cosine_decay_schedule(learning_rate, max(polish, 1))
+    rate = optax.join_schedules([optax.constant_schedule(learning_rate), decaying], [steps])
     adam = optax.adam(rate)
     gradient_of = jax.grad(_loss_and_score, has_aux=True)
 
-    def goes_on(carry):
+    def is_unfinished(carry: tuple[Any, ...]) -> jax.Array:
         i, _, _, _, best_score = carry
         return (i < steps) | ((i < steps + polish) & (best_score > 0))
 
-    def step(carry):
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, signatures, state, best, best_score = carry
         slack = jnp.where(i < steps, 0.0, SLACK)
         gradient, now = gradient_of(signatures, adjacency, margin, slack)
@@ -168,7 +228,7 @@ def _fit(init, adjacency, steps: int, polish: int, learning_rate: float, margin:
         return i + 1, signatures, state, best, jnp.minimum(now, best_score)
 
     start = (0, init, adam.init(init), init, jnp.inf)
-    _, signatures, _, best, best_score = jax.lax.while_loop(goes_on, step, start)
+    _, signatures, _, best, best_score = jax.lax.while_loop(is_unfinished, step, start)
     last = score(signatures, adjacency, margin)
     return jnp.where(last <= best_score, signatures, best), jnp.minimum(last, best_score)
 
@@ -176,10 +236,22 @@ def _fit(init, adjacency, steps: int, polish: int, learning_rate: float, margin:
 def prior_signatures(
     prior: str, latents: int, dim: int, options: dict[str, Any], seed: int
 ) -> jax.Array:
-    """The signatures (U, C = dim) float32 that latents start from under a graph prior.
+    """Initial signatures under a graph prior.
 
-    'none': standard normal numbers. 'complete': all the same unit vector, as published. Otherwise
-    `build_graph` and `fit_signatures`. Raises UserError as `build_graph` does.
+    'none' gives standard normal numbers, 'complete' the same unit vector for all latents, as
+    published; any other prior `build_graph` and `fit_signatures`.
+
+    Source: docs/reference.md#nac-priors.
+
+    Args:
+        prior, latents, options, seed: as for `build_graph`.
+        dim: C.
+
+    Returns:
+        (U, C), float32.
+
+    Raises:
+        UserError: as for `build_graph`.
     """
     adjacency = build_graph(prior, latents, options, seed)
     if prior == "none":

@@ -1,19 +1,21 @@
-"""Read-in attention: input latents listen to image tokens, each with its own projections.
+"""Read-in attention: input latents attend to image tokens, each with its own projections.
 
 Axes: B batch, U input latents, V tokens, T token channels, D state, H heads, C head channels,
 S code.
 
 As published, input latent u modulates every token before the key and value projections:
-k_uv = W_k (m_u * x_v). Nothing there depends on u and v together beyond a product of channels, so
+k_uv = W_k (m_u * x_v). The modulation and the projections are linear, so
 
     q_u . k_uv            = (m_u * W_k^T q_u) . x_v
     sum_v a_uv W_v (m_u * x_v) = W_v (m_u * sum_v a_uv x_v)
 
-and keys and values never need to exist for each pair (u, v). The numbers are the same; at the
-ImageNet shape the FLOPs and the memory are less by a factor of over fifty (benchmarks/RESULTS.md).
-A bias on the keys shifts all scores of a query alike and drops out of the softmax; one on the
+and keys and values need not be computed for each pair (u, v). The numbers are the same; at the
+ImageNet shape FLOPs and memory are lower by a factor of over fifty (benchmarks/RESULTS.md).
+A bias on the keys shifts all scores of a query equally and cancels in the softmax; one on the
 values passes through, since the weights sum to one. Modulated layers here have no activation and
-no normalisation after the scale, which would break the identity.
+no normalisation after the scale, either of which would break the identity.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-read-in.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from m2mkd_jax.models.nac.spec import NACSpec
 
 
 class ReadInAttention(nnx.Module):
-    """Cross-attention from tokens to input latents (reference section 3)."""
+    """Cross-attention of input latents to tokens.
+
+    Source: docs/reference.md#nac-read-in.
+    """
 
     def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
         self.spec = spec
@@ -51,9 +56,9 @@ class ReadInAttention(nnx.Module):
         q = rearrange(self.query(self.receiver_norm(receivers), codes), "b u (h c) -> b u h c", h=h)
         k = rearrange(self.key.kernel[...], "t (h c) -> t h c", h=h)
         v = rearrange(self.value.kernel[...], "t (h c) -> t h c", h=h)
-        # (U, T) -> (U, 1, T): every head shares the latent's modulation.
-        key_scale = self.key.modulation(codes).astype(x.dtype)[:, None]
-        value_scale = self.value.modulation(codes).astype(x.dtype)[:, None]
+        # (U, T) -> (1, U, 1, T): all heads share the latent's modulation.
+        key_scale = self.key.modulation(codes).astype(x.dtype)[None, :, None]
+        value_scale = self.value.modulation(codes).astype(x.dtype)[None, :, None]
         folded = jnp.einsum("buhc,thc->buht", q, k) * key_scale
         scores = jnp.einsum("buht,bvt->buhv", folded, x, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores / math.sqrt(self.spec.head_dim)).astype(x.dtype)
@@ -61,8 +66,8 @@ class ReadInAttention(nnx.Module):
         message = jnp.einsum("buht,thc->buhc", mean_token, v)
         message = rearrange(message, "b u h c -> b u (h c)")
         if self.value.bias is not None:
-            message = message + self.value.bias[...]
-        message = self.gamma[...] * self.exit(message, codes)
+            message = message + self.value.bias[...][None, None]
+        message = self.gamma[...][None, None] * self.exit(message, codes)
         return receivers + message if self.spec.read_in_residual else message
 
 
@@ -73,5 +78,6 @@ class ReadIn(nnx.Module):
         self.attention = ReadInAttention(spec, rngs=rngs)
         self.ffn = ModulatedFFN(spec, ffn_layer_scale, rngs=rngs)
 
-    def __call__(self, receivers, codes, tokens):
+    def __call__(self, receivers: jax.Array, codes: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Receivers (B, U, D), codes (U, S), tokens (B, V, T) -> (B, U, D)."""
         return self.ffn(self.attention(receivers, codes, tokens), codes)

@@ -1,4 +1,8 @@
-"""Fields of a Neural Attentive Circuit."""
+"""Hyperparameters of a Neural Attentive Circuit.
+
+Source: Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-configs, docs/reference.md#nac-options.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ STAGE_STRIDE = 2  # each further stage of the tokenizer halves the grid
 
 @dataclass(frozen=True)
 class NACSpec:
-    """A NAC as published (reference section 3); the names of the published options in brackets."""
+    """Hyperparameters of a NAC; in brackets the names of the published code's options.
+
+    Source: docs/reference.md#nac-options.
+    """
 
     image_size: int
     classes: int
@@ -40,7 +47,7 @@ class NACSpec:
     stochastic_kernel: bool = True
     kernel_temperature: float = 0.5  # [stochastic_sampling_temperature]
     # Graph
-    seeder: bool = True  # [use_latent_seeder]; off: initial states are parameters
+    seeder: bool = True  # [use_latent_seeder]; False: initial states are parameters
     read_in_residual: bool = True
     share_propagators: bool = False  # [share_propagator_weights]
     share_ffn: bool = False  # [share_ffn_between_propagators]
@@ -54,7 +61,7 @@ class NACSpec:
     pooling: str = "gumbel"  # or "vanilla" [softmax_type]
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= len(self.tokenizer_depths) <= 3 or self.state_dim < 4:
             raise UserError(
                 f"nac: a tokenizer of {len(self.tokenizer_depths)} stages (tokenizer_depths) for "
@@ -86,6 +93,7 @@ class NACSpec:
 
     @property
     def stride(self) -> int:
+        """Pixels per token along each side."""
         return STEM_STRIDE * STAGE_STRIDE ** (len(self.tokenizer_depths) - 1)
 
     @property
@@ -95,16 +103,20 @@ class NACSpec:
 
     @property
     def tokenizer_widths(self) -> tuple[int, ...]:
+        """Channels of every stage of the tokenizer."""
         return tuple(self.state_dim // 2 ** (2 - i) for i in range(len(self.tokenizer_depths)))
 
     @property
     def token_dim(self) -> int:
+        """Channels of a token: features and position."""
         return self.tokenizer_widths[-1] + self.position_dim
 
     @property
     def inner_dim(self) -> int:
+        """Channels of all attention heads together."""
         return self.heads * self.head_dim
 
     @property
     def hidden_dim(self) -> int:
+        """Channels between the two layers of a feed-forward network."""
         return round(self.ffn_capacity * self.state_dim)

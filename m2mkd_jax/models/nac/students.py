@@ -1,13 +1,17 @@
-"""NAC students for the m2mKD phase, and their assembly into a NAC (reference section 4).
+"""NAC students for the m2mKD phase, and their assembly into a NAC.
 
 Axes: B batch, H height, W width, N tokens of the meta model, X meta width (stitch), U latents,
 D state, S code, R stored states, K classes.
 
 A student replaces one module of the meta model: tokens of width X in, tokens of width X out. Its
-code (and the initial state of read-in and read-out) is random, fixed, and saved with it.
+code, and in read-in and read-out its initial states, are random, fixed, and saved with it.
+
+Source: arXiv 2402.16918, section 3; docs/reference.md#nac-students.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,8 @@ from m2mkd_jax.models.nac.read_in import ReadIn
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.nac.tokenizers import OutputPooling, Tokenizer
 
-READ_IN_FFN_LAYER_SCALE = 1e-6  # the published read-in student does not pass the configured one on
+READ_IN_FFN_LAYER_SCALE = 1e-6  # the published read-in student ignores the configured layer scale
+Params = dict[str, Any]
 
 
 def _random_states(count: int, latents: int, spec: NACSpec, rngs: nnx.Rngs) -> chain.Fixed:
@@ -28,28 +33,44 @@ def _random_states(count: int, latents: int, spec: NACSpec, rngs: nnx.Rngs) -> c
 
 
 def _tile(states: jax.Array, batch: int) -> jax.Array:
-    """States (R, U, D) for a batch: row b takes state b modulo R."""
+    """States (R, U, D) -> (B, U, D): image b takes state b modulo R."""
     return states[jnp.arange(batch) % states.shape[0]]
 
 
 class ReadInStudent(chain.Stage):
-    """Tokenizer, read-in of one latent, linear to the meta width: (B, H, W, 3) -> (B, U, X)."""
+    """Tokenizer, read-in of one latent, linear to the meta width: (B, H, W, 3) -> (B, U, X).
 
-    def __init__(self, spec: NACSpec, stitch_dim: int, states: int, latents=1, *, rngs: nnx.Rngs):
+    Source: docs/reference.md#nac-student-read-in.
+    """
+
+    def __init__(
+        self, spec: NACSpec, stitch_dim: int, states: int, latents: int = 1, *, rngs: nnx.Rngs
+    ):
         self.tokenizer = Tokenizer(spec, rngs=rngs)
         self.read_in = ReadIn(spec, READ_IN_FFN_LAYER_SCALE, rngs=rngs)
         self.post_stitch = layers.torch_linear(spec.state_dim, stitch_dim, rngs=rngs)
         self.codes = chain.Fixed(jax.random.normal(rngs.params(), (latents, spec.code_dim)))
         self.states = _random_states(states, latents, spec, rngs)
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Images (B, H, W, 3) -> tokens (B, U, X)."""
         tokens = self.tokenizer(x)
         states = _tile(self.states[...], x.shape[0]).astype(tokens.dtype)
         return self.post_stitch(self.read_in(states, self.codes[...], tokens))
 
 
 class MediatorStudent(chain.Stage):
-    """Linear, attention of all tokens to all without kernel, FFN, linear: (B, N, X) -> same."""
+    """Linear, attention of all tokens to all without kernel, FFN, linear: (B, N, X) -> same.
+
+    Source: docs/reference.md#nac-student-mediator.
+    """
 
     depth = 1
 
@@ -59,19 +80,30 @@ class MediatorStudent(chain.Stage):
         self.post_stitch = layers.torch_linear(spec.state_dim, stitch_dim, rngs=rngs)
         self.codes = chain.Fixed(jax.random.normal(rngs.params(), (1, spec.code_dim)))
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Tokens (B, N, X) -> tokens (B, N, X)."""
         x, codes = self.pre_stitch(x), self.codes[...]
-        noisy = train and key is not None and rates is not None and any(rates)
-        x = self.layer(
-            x, codes, x, codes, None, rates[0] if noisy else None, key if noisy else None
-        )
+        rate = rates[0] if train and key is not None and rates else 0.0
+        x = self.layer(x, codes, x, codes, None, rate or None, key if rate else None)
         return self.post_stitch(x)
 
 
 class ReadOutStudent(chain.Stage):
-    """Linear on the senders, one receiver, pooling: (B, N, X) -> logits (B, K)."""
+    """Linear on the senders, one receiver, pooling: (B, N, X) -> logits (B, K).
 
-    def __init__(self, spec: NACSpec, stitch_dim: int, states: int, latents=1, *, rngs: nnx.Rngs):
+    Source: docs/reference.md#nac-student-read-out.
+    """
+
+    def __init__(
+        self, spec: NACSpec, stitch_dim: int, states: int, latents: int = 1, *, rngs: nnx.Rngs
+    ):
         self.gumbel = spec.pooling == "gumbel"
         self.pre_stitch = layers.torch_linear(stitch_dim, spec.state_dim, rngs=rngs)
         self.layer = LatentLayer(spec, share_norm=False, residual=False, kernel=False, rngs=rngs)
@@ -82,11 +114,20 @@ class ReadOutStudent(chain.Stage):
     def output_states(self, x: jax.Array) -> jax.Array:
         """Tokens (B, N, X) -> output latent states (B, U, D)."""
         states = _tile(self.states[...], x.shape[0]).astype(x.dtype)
-        # One broadcast code serves the senders, as published.
+        # All senders share one code, as published.
         return self.layer(states, self.codes[...], self.pre_stitch(x), self.codes[:1])
 
-    def __call__(self, x, *, rates=None, key=None, train=False):
-        states, gumbel = self.output_states(x), None
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rates: chain.Rates = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Tokens (B, N, X) -> logits (B, K); with a key the pooling is sampled."""
+        states = self.output_states(x)
+        gumbel: jax.Array | None = None
         if key is not None and self.gumbel:
             gumbel = jax.random.gumbel(key, states.shape[:2])
         return self.pooling(states, gumbel)
@@ -95,7 +136,17 @@ class ReadOutStudent(chain.Stage):
 def build_student(
     spec: NACSpec, index: int, modules: int, stitch_dim: int, states: int, *, rngs: nnx.Rngs
 ) -> chain.Stage:
-    """Student `index` of `modules`: 0 reads in, the last one reads out, the rest are mediators.
+    """Student `index`: the first is a read-in, the last a read-out, all others are mediators.
+
+    Source: docs/reference.md#nac-students.
+
+    Args:
+        spec: hyperparameters of the NAC.
+        index: number of the student.
+        modules: number of students.
+        stitch_dim: width of the meta model.
+        states: number of stored initial states R of read-in and read-out.
+        rngs: source of the initial values.
 
     Raises:
         UserError: the index is out of range.
@@ -110,26 +161,29 @@ def build_student(
 
 
 def assemble(
-    nac: dict,
-    students: list[dict],
+    nac: Params,
+    students: list[Params],
     *,
     carry_grid: bool | None = None,
     carry_pooling: bool | None = None,
-) -> tuple[dict, dict[str, str]]:
+) -> tuple[Params, dict[str, str]]:
     """Puts the students' weights into a NAC's parameters.
 
     Tokenizer and read-in come from the first student, propagator i from mediator i, the read-out
-    from the last. The positional grid and the output pooling come along where their shapes fit
-    (`None`), always (True: a misfit is an error) or never (False). Codes, signatures, seeder and
-    bandwidths keep their own values; stitches are left out.
+    from the last. Codes, signatures, seeder and bandwidths keep their own values; stitches are
+    dropped.
+
+    Source: docs/reference.md#nac-assembly.
 
     Args:
         nac: parameters of a freshly initialised NAC.
         students: parameters of the students, in order.
+        carry_grid: carry the positional grid over; None means where its shape fits.
+        carry_pooling: carry the output pooling over; None means where its shapes fit.
 
     Returns:
-        The new parameters, and for every top-level part of the NAC where it came from
-        ("m2mkd/0", ..., or "fresh").
+        The new parameters, and the origin of every top-level entry of the NAC ("m2mkd/0", ..., or
+        "fresh").
 
     Raises:
         UserError: the number of students or a shape does not fit.
@@ -143,42 +197,44 @@ def assemble(
         )
     result = jax.tree.map(lambda a: a, nac)
     origin = dict.fromkeys(nac, "fresh")
-
-    def take(target: dict, source: dict, where: str) -> dict:
-        for name, value in source.items():
-            if isinstance(value, dict):
-                take(target[name], value, f"{where}/{name}")
-            elif target[name].shape != value.shape:
-                raise UserError(
-                    f"assemble: {where}/{name} has shape {value.shape} in the student and "
-                    f"{target[name].shape} in the NAC"
-                )
-            else:
-                target[name] = value
-        return target
-
-    def wanted(choice, target, source):
-        return (
-            jax.tree.map(jnp.shape, target) == jax.tree.map(jnp.shape, source)
-            if choice is None
-            else choice
-        )
-
     tokenizer = dict(first["tokenizer"])
     grid = tokenizer.pop("grid")
-    take(result["tokenizer"], tokenizer, "tokenizer")
-    if wanted(carry_grid, nac["tokenizer"]["grid"], grid):
-        take(result["tokenizer"], {"grid": grid}, "tokenizer")
+    _copy(result["tokenizer"], tokenizer, "tokenizer")
+    if _same_shapes(nac["tokenizer"]["grid"], grid) if carry_grid is None else carry_grid:
+        _copy(result["tokenizer"], {"grid": grid}, "tokenizer")
         origin["tokenizer"] = "m2mkd/0"
     else:
         origin["tokenizer"] = "m2mkd/0, positional grid fresh"
-    take(result["read_in"], first["read_in"], "read_in")
+    _copy(result["read_in"], first["read_in"], "read_in")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[m["layer"] for m in mediators])
-    take(result["propagators"], stacked, "propagators")
-    take(result["read_out"], last["layer"], "read_out")
+    _copy(result["propagators"], stacked, "propagators")
+    _copy(result["read_out"], last["layer"], "read_out")
     origin |= {"read_in": "m2mkd/0", "read_out": f"m2mkd/{count + 1}"}
     origin["propagators"] = f"m2mkd/1..{count}, bandwidths fresh"
-    if wanted(carry_pooling, nac.get("pooling"), last["pooling"]):
-        take(result["pooling"], last["pooling"], "pooling")
+    pooling = last["pooling"]
+    if _same_shapes(nac.get("pooling"), pooling) if carry_pooling is None else carry_pooling:
+        _copy(result["pooling"], pooling, "pooling")
         origin["pooling"] = f"m2mkd/{count + 1}"
     return result, origin
+
+
+def _copy(target: Params, source: Params, where: str) -> None:
+    """Overwrites entries of `target` with those of `source`.
+
+    Raises:
+        UserError: an array has another shape.
+    """
+    for name, value in source.items():
+        if isinstance(value, dict):
+            _copy(target[name], value, f"{where}/{name}")
+        elif target[name].shape != value.shape:
+            raise UserError(
+                f"assemble: {where}/{name} has shape {value.shape} in the student and "
+                f"{target[name].shape} in the NAC"
+            )
+        else:
+            target[name] = value
+
+
+def _same_shapes(a: Any, b: Any) -> bool:
+    return jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)

@@ -1,6 +1,9 @@
 """Images to tokens (ConvNeXt) and output states to logits.
 
 Axes: B batch, H height, W width, T token channels, V tokens, U output latents, D state, K classes.
+
+Source: Liu et al. 2022 (ConvNeXt, arXiv 2201.03545) and Weiss et al. 2022 (arXiv 2210.08031);
+docs/reference.md#nac-tokenizer, docs/reference.md#nac-output.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ CONVNEXT_KERNEL = 7
 
 
 class ConvNeXtBlock(nnx.Module):
-    """x + gamma * linear(gelu(linear(norm(depthwise x)))): (B, H, W, T) -> same shape."""
+    """x + gamma * linear(gelu(linear(norm(depthwise x)))): (B, H, W, T) -> same shape.
+
+    Source: docs/reference.md#nac-tokenizer.
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         init = {"kernel_init": layers.transformer_init, "rngs": rngs}
@@ -31,11 +37,14 @@ class ConvNeXtBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.fc2(layers.gelu(self.fc1(self.norm(self.depthwise(x)))))
-        return x + self.gamma[...] * y
+        return x + layers.align_rank(self.gamma[...], y) * y
 
 
 class ConvNeXtStage(nnx.Module):
-    """Downsampling and blocks. The first stage downsamples then normalises, later ones reverse."""
+    """Downsampling and blocks: (B, H, W, C) -> (B, H', W', D).
+
+    The first stage downsamples, then normalises; later stages normalise first.
+    """
 
     def __init__(self, c: int, d: int, depth: int, *, first: bool, rngs: nnx.Rngs):
         self.first = first
@@ -62,13 +71,16 @@ class ConvNeXtStage(nnx.Module):
 
 
 class Tokenizer(nnx.Module):
-    """ConvNeXt features with a learned positional grid beside them: (B, H, W, 3) -> (B, V, T)."""
+    """ConvNeXt features concatenated with a learned positional grid: (B, H, W, 3) -> (B, V, T).
+
+    Source: docs/reference.md#nac-tokenizer.
+    """
 
     def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
         widths = (3, *spec.tokenizer_widths)
         self.count = len(spec.tokenizer_depths)
         for i, depth in enumerate(spec.tokenizer_depths):
-            # Named one by one: a list would put integers among the names of a checkpoint.
+            # Separate attributes: a list would put integers among the names of a checkpoint.
             stage = ConvNeXtStage(widths[i], widths[i + 1], depth, first=i == 0, rngs=rngs)
             setattr(self, f"stage_{i}", stage)
         shape = (spec.grid, spec.grid, spec.position_dim)
@@ -87,6 +99,8 @@ class OutputPooling(nnx.Module):
     """Softmax over the output latents' confidences, then a linear layer to the logits.
 
     The confidence bias cancels in the softmax; with one latent the whole scorer gets no gradient.
+
+    Source: docs/reference.md#nac-output.
     """
 
     def __init__(self, state_dim: int, classes: int, *, rngs: nnx.Rngs):
@@ -94,7 +108,15 @@ class OutputPooling(nnx.Module):
         self.to_logits = layers.torch_linear(state_dim, classes, rngs=rngs)
 
     def __call__(self, states: jax.Array, gumbel: jax.Array | None = None) -> jax.Array:
-        """States (B, U, D), Gumbel noise (B, U) or None for a plain softmax -> logits (B, K)."""
+        """Pools output latents.
+
+        Args:
+            states: (B, U, D).
+            gumbel: Gumbel noise (B, U); None for a plain softmax.
+
+        Returns:
+            Logits (B, K), float32.
+        """
         confidence = self.confidence(states)[..., 0].astype(jnp.float32)
         if gumbel is not None:
             confidence = confidence + gumbel

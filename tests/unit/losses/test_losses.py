@@ -1,4 +1,4 @@
-"""Objectives on numbers worked out by hand, and where the published code gives NaN.
+"""Losses on numbers worked out by hand, and where the published code gives NaN.
 
 Axes: U latents, P kernels.
 """

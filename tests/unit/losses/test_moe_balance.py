@@ -47,7 +47,7 @@ def test_going_downhill_evens_out(loss):
     logits = jnp.asarray(draw.normal(size=(64, 4)) + np.array([1.0, 0, 0, 0]), jnp.float32)
 
     def value(bias):
-        shifted = logits + bias
+        shifted = logits + bias[None]
         if loss == "importance":
             return balance.importance_loss(jax.nn.softmax(shifted))
         # The threshold stands: the second largest of each token's logits.

@@ -117,9 +117,12 @@ def every_expert_on_every_token(x, gates, weights):
     """The dense loop: gates (G, S, E), zero where a token does not go."""
     y = jnp.zeros_like(x)
     for e in range(EXPERTS):
-        own = jax.tree.map(lambda a, e=e: a[e], weights)
-        h = jax.nn.gelu(x @ own["fc1"]["kernel"] + own["fc1"]["bias"], approximate=False)
-        y += gates[..., e, None] * (h @ own["fc2"]["kernel"] + own["fc2"]["bias"])
+        fc1, fc2 = (
+            {"kernel": layer["kernel"][e], "bias": layer["bias"][e][None, None]}
+            for layer in (weights["fc1"], weights["fc2"])
+        )
+        h = jax.nn.gelu(x @ fc1["kernel"] + fc1["bias"], approximate=False)
+        y += gates[..., e, None] * (h @ fc2["kernel"] + fc2["bias"])
     return y
 
 
@@ -148,7 +151,7 @@ def test_all_dispatches_are_the_dense_loop(kind, groups):
     logits[..., 2] -= 100.0 if kind == "published" else 0.0
     decide = DECISIONS[kind]
     if kind == "expert_choice":
-        decide = lambda logits: router.expert_choice(logits, 7 // groups + 1)  # noqa: E731
+        decide = lambda logits: router.expert_choice(logits, 7 // groups + 1)
 
     def loop(x, routing, weights):
         return every_expert_on_every_token(x, spread(routing, x.shape[1]), weights), 0.0

@@ -102,7 +102,7 @@ def test_any_blocks_can_have_experts(moe_pos, depths, lengths):
     assert counts == lengths
     dense = dense_params(depths)
     upcycled = vmoe.upcycle(params, dense)
-    logits, seen = jax.jit(lambda x: chain.run_observed(merged(graphs, upcycled), x))(IMAGES)
+    logits, seen = jax.jit(lambda x: chain.run_with_aux(merged(graphs, upcycled), x))(IMAGES)
     assert_close(logits, dense_logits(depths), OUTPUT_TOLERANCE)
     starts = np.cumsum([0, *depths])
     for i, observed in enumerate(seen):
@@ -219,7 +219,7 @@ def joined_and_apart(spec, depths, remat):
         if join:
             stages, _ = chain.join(stages, None)
             assert len(stages) == 1
-        y, seen = chain.run_observed(stages, IMAGES)
+        y, seen = chain.run_with_aux(stages, IMAGES)
         seen = [s for s in seen if s]
         return jnp.square(y).sum(), jax.tree.map(lambda *a: jnp.concatenate(a), *seen)
 
@@ -268,7 +268,7 @@ def test_drop_path_and_noise_act_in_training_alone():
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(key, dropping, train):
-        return stage.observed(IMAGES, rates=rates if dropping else None, key=key, train=train)
+        return stage.with_aux(IMAGES, rates=rates if dropping else None, key=key, train=train)
 
     key, other = jax.random.key(0), jax.random.key(1)
     quiet, seen = run(key, True, False)
@@ -304,7 +304,7 @@ def test_only_the_router_stays_in_float32():
     assert kept == {f"{router}/kernel", f"{router}/bias"}
     graphs, params = stages_of(SPEC, (5,))
     out, seen = jax.eval_shape(
-        lambda p, x: chain.merge(graphs[0], chain.cast_compute(p, jnp.bfloat16), {}).observed(x),
+        lambda p, x: chain.merge(graphs[0], chain.cast_compute(p, jnp.bfloat16), {}).with_aux(x),
         params[0],
         IMAGES.astype(jnp.bfloat16),
     )
@@ -317,7 +317,7 @@ def test_capacity_drops_and_says_so():
         SPEC, moe_pos=(0,), dispatch="capacity", capacity_factor=0.5, group_images=1
     )
     graphs, params = stages_of(spec, (1,))
-    _, seen = jax.jit(merged(graphs, params)[0].observed)(IMAGES)
+    _, seen = jax.jit(merged(graphs, params)[0].with_aux)(IMAGES)
     # 5 tokens x 2 choices of 3 experts with ceil(0.5 * 10 / 3) = 2 slots: at most 6 of 10 stay.
     assert 0.4 <= float(seen["dropped"][0]) < 1.0
     # In steps of one assignment out of 3 images x 10.

@@ -12,16 +12,16 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.models.vit import ViTStage
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.program import Program
-from tests.unit.config.test_config import ROOT, change, digits, load
+from tests.shipped import change, digits, load
 
 
 def test_parts_of_nested_dicts():
     tree = {"a": {"b": {"w": 1, "v": 2}, "c": 3}, "d": 4}
-    assert chain.part(tree, ("a", "b")) == {"a": {"b": {"w": 1, "v": 2}}}
-    assert chain.part(tree, ()) is tree
+    assert chain.subtree(tree, ("a", "b")) == {"a": {"b": {"w": 1, "v": 2}}}
+    assert chain.subtree(tree, ()) is tree
     changed = {"a": {"b": {"w": 5, "v": 6}}}
-    assert chain.overlaid(tree, changed) == {"a": {"b": {"w": 5, "v": 6}, "c": 3}, "d": 4}
-    assert chain.overlaid({}, changed) == changed and tree["a"]["b"]["w"] == 1
+    assert chain.deep_update(tree, changed) == {"a": {"b": {"w": 5, "v": 6}, "c": 3}, "d": 4}
+    assert chain.deep_update({}, changed) == changed and tree["a"]["b"]["w"] == 1
 
 
 def test_the_gradient_of_a_head_alone_is_its_part_of_the_whole():
@@ -41,7 +41,7 @@ def test_the_gradient_of_a_head_alone_is_its_part_of_the_whole():
 
     both = jax.jit(jax.value_and_grad(loss))
     whole, grads = both({"vit": params}, fixed)
-    part, its = both({"vit": chain.part(params, ("head",))}, frozen)
+    part, its = both({"vit": chain.subtree(params, ("head",))}, frozen)
     assert its.keys() == {"vit"} and its["vit"].keys() == {"head"}
     np.testing.assert_allclose(part, whole, rtol=1e-6)
     for name in ("kernel", "bias"):
@@ -100,7 +100,7 @@ def test_the_dry_run_counts_the_head_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "optimizer"), [("nac_imnet", "sgd"), ("vmoe_imnet", "adamw")])
 def test_the_published_few_shot_recipes_pass_the_checks(name, optimizer):
-    config = load(ROOT / "configs" / f"{name}.py")
+    config = load(name)
     config.phases = ("e2e", "fewshot")
     config.init.network = "somewhere"
     checks.check_config(config)

@@ -17,7 +17,8 @@ PACKAGE = "m2mkd_jax"
 # is the package's own __init__.py) imports from lower floors only.
 FLOORS = (
     ("main", "convert", "predict", "__main__"),
-    ("command_line", PACKAGE),
+    ("command_line",),
+    (PACKAGE,),
     ("inference", "jobs"),
     ("phases",),
     ("conversion",),
