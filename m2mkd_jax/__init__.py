@@ -8,7 +8,6 @@ __version__ = "0.1.0"
 
 def load(path, module=None, *, arch="", seed=0):
     """A network with its weights: `load(CHECKPOINT)(images)`; see m2mkd_jax/inference.py."""
-    # The package itself stays free of jax, so that importing it costs nothing.
-    from m2mkd_jax import inference  # noqa: PLC0415
+    from m2mkd_jax import inference  # noqa: PLC0415 (importing the package loads no jax)
 
     return inference.load(path, module, arch=arch, seed=seed)

@@ -30,8 +30,10 @@ def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | No
     Raises:
         UserError: the three variables are incomplete or make no sense.
     """
-    given = {name: environment.get(f"M2MKD_{name}", "")
-             for name in ("COORDINATOR", "PROCESSES", "PROCESS")}  # fmt: skip
+    given = {
+        name: environment.get(f"M2MKD_{name}", "")
+        for name in ("COORDINATOR", "PROCESSES", "PROCESS")
+    }
     if given["PROCESSES"] == "1":
         return None
     if given["PROCESSES"] == "auto":
@@ -114,6 +116,7 @@ def _nobody_comes() -> None:
         f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
         f"are at {state.coordinator_address}; look at what the others say, and whether they can "
         "reach it",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(2)

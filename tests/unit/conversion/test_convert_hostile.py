@@ -53,25 +53,6 @@ def tiny_state() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-@pytest.fixture
-def refused(tmp_path, capfd):
-    """Runs the command on a file; checks that it ends as it should, and returns its line."""
-
-    def check(source, arch=TINY, code=2) -> str:
-        target = tmp_path / "out" / "weights"
-        target.parent.mkdir(exist_ok=True)
-        capfd.readouterr()
-        flags = [arch_flag(arch, tmp_path)] if arch else []
-        assert convert.main([str(source), str(target), *flags]) == code
-        error = capfd.readouterr().err
-        assert error.count("\n") == 1 and "Traceback" not in error, error
-        assert "weights_only" not in error  # torch's advice is to load it all the same
-        assert not list(target.parent.iterdir())
-        return error
-
-    return check
-
-
 def test_the_good_file_is_good(tmp_path):
     torch.save({"model": tiny_state()}, tmp_path / "good.pth")
     target = str(tmp_path / "weights")

@@ -19,12 +19,12 @@ from m2mkd_jax.conversion.from_torch import read_converted
 from m2mkd_jax.errors import UserError
 from tests.published_files import ARCH, arch_flag, assert_same_tensors, converted, load, run
 from tests.support import FIXTURES
-from tests.unit.conversion.test_convert_hostile import TINY, refused, saved, tiny_state  # noqa: F401
+from tests.unit.conversion.test_convert_hostile import TINY, saved, tiny_state
 
 WHOLE = FIXTURES / "a_vit_large/finished_checkpoint.pth"
 
 
-def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):  # noqa: F811
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):
     """Strides of 0 claim a gigabyte of positions; lists that hold each other, 10 ** 15 entries."""
     huge = torch.zeros(1).expand(1, 1 + 2**28, 4)
     line = refused(saved(tmp_path, {"model": tiny_state() | {"pos_embed": huge}}))
@@ -36,7 +36,7 @@ def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["vit", "vmoe"])
-def test_odd_names(kind, tmp_path, refused):  # noqa: F811
+def test_odd_names(kind, tmp_path, refused):
     """Numbers too long to be numbers, stitches outside blocks, control characters, a megabyte."""
     arch, tensor = {"kind": kind, "heads": 1}, torch.zeros(4, 4)
     names = [
@@ -67,7 +67,7 @@ def test_odd_names_of_what_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["model", "stages", "model_stages"])
-def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):  # noqa: F811
+def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):
     """A finished checkpoint has every tensor three times; one is not enough."""
     content = load(WHOLE)
     names = {"model": "blocks.3.norm1.bias", "stages": "stages.1.blocks.1.norm1.bias"}
@@ -79,7 +79,7 @@ def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):  # no
     assert 'tensor "blocks.3.norm1.bias" is missing beside' in line
 
 
-def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
+def test_paths_that_are_no_paths(tmp_path, refused, capfd):
     assert "File name too long" in refused("x" * 5000 + ".pth")
     os.symlink("loop.pth", tmp_path / "loop.pth")
     assert "does not exist" in refused(tmp_path / "loop.pth")
@@ -96,7 +96,7 @@ def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_full_disk(tmp_path, refused, monkeypatch):  # noqa: F811
+def test_a_full_disk(tmp_path, refused, monkeypatch):
     """Orbax tells it by a ValueError with the text of its writer."""
 
     def full(*_):
