@@ -1,7 +1,7 @@
 """m2mKD for a small V-MoE on 10,000 images of Fashion-MNIST, with scratch, logit KD and upcycling.
 
 Command:  python -m m2mkd_jax.main --config=configs/vmoe_fashion.py --workdir=runs/vmoe_fashion
-Hardware: meant for two CPU cores.
+Hardware: not run in full.
 Time:     not run in full.
 Result:   not run in full; the job eval measures on all 10,000 test images.
 

@@ -1,7 +1,6 @@
 """Files that claim more than they hold, odd names and places, and fields of --arch that say little.
 
-The refusals of broken files are in test_convert_hostile.py, the usual layouts in
-test_convert_layouts.py.
+Damaged and hostile files are in test_damaged_files.py, the usual layouts in test_torch_layouts.py.
 """
 
 import io
@@ -15,11 +14,20 @@ import torch
 
 from m2mkd_jax import convert, predict
 from m2mkd_jax.conversion.arch_flag import read_arch
-from m2mkd_jax.conversion.from_torch import read_converted
+from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.errors import UserError
-from tests.published_files import ARCH, arch_flag, assert_same_tensors, converted, load, run
+from tests.published_files import (
+    ARCH,
+    TINY,
+    arch_flag,
+    assert_same_tensors,
+    converted,
+    load,
+    run,
+    saved,
+    tiny_state,
+)
 from tests.support import FIXTURES
-from tests.unit.conversion.test_convert_hostile import TINY, saved, tiny_state
 
 WHOLE = FIXTURES / "a_vit_large/finished_checkpoint.pth"
 
@@ -128,7 +136,12 @@ def test_fields_of_null_are_not_said(tmp_path):
     )
     fields = read_arch(str(tmp_path / "arch.json"), "vit", 6)
     assert fields == ARCH["a"] | {"experts": 0}
-    assert read_converted(WHOLE, str(tmp_path / "arch.json")).description["depths"] == [2, 2, 1, 1]
+    assert convert_from_torch(WHOLE, str(tmp_path / "arch.json")).description["depths"] == [
+        2,
+        2,
+        1,
+        1,
+    ]
     (tmp_path / "arch.json").write_text('{"kind": "nac", "heads": 3, "truncation": null}')
     assert read_arch(str(tmp_path / "arch.json"), "nac", None)["truncation"] is None
     (tmp_path / "arch.json").write_text('{"head": null}')
@@ -166,7 +179,7 @@ def test_a_student_that_its_network_does_not_have(tmp_path):
     ):
         flag = arch_flag(ARCH["vmoe"] | {"idx": 1} | fields, tmp_path).removeprefix("--arch=")
         with pytest.raises(UserError, match=words):
-            read_converted(file, flag)
+            convert_from_torch(file, flag)
 
 
 def set_at(content: dict, path: tuple, value) -> None:
