@@ -12,6 +12,7 @@ docs/reference.md#nac, docs/reference.md#nac-iterations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -201,45 +202,14 @@ class NAC(chain.Stage):
             (B, U, D).
         """
         spec = self.spec
-        signatures = self.mediator_latents.signatures[...]
-        noisy_paths = key is not None and rates is not None and any(rates)
         steps: dict[str, jax.Array] = {}
         if spec.codes_per_iteration:
             steps["codes"] = self.mediator_latents.codes[...]
         if key is not None:
             steps["key"] = jax.random.split(key, spec.iterations)
-        if noisy_paths:
+        if key is not None and rates is not None and any(rates):
             steps["rate"] = jnp.asarray(rates)
-
-        def step(
-            layer: LatentLayer,
-            states: jax.Array,
-            step: dict[str, jax.Array],
-            *,
-            with_inputs: bool = True,
-        ) -> jax.Array:
-            codes = step["codes"] if "codes" in step else self.mediator_codes(0)
-            senders, sender_codes, sender_signatures = self._senders(
-                inputs, states, codes, with_inputs
-            )
-            keys = _split(step.get("key"), 4)
-            log_kernel = self.propagator_kernel(
-                kernels.distance(signatures, sender_signatures),
-                layer.attention.bandwidth[...],
-                states.shape[0],
-                keys[0],
-            )
-            return layer(
-                states,
-                jitter(codes, spec.code_noise, keys[1]),
-                senders,
-                jitter(sender_codes, spec.code_noise, keys[2]),
-                log_kernel,
-                step.get("rate"),
-                keys[3] if noisy_paths else None,
-                self.shared_ffn,
-            )
-
+        step = functools.partial(self._iterate, inputs)
         if trace is None and spec.persistent_inputs and not spec.share_propagators:
             return layers.scan_stack(self.propagators, mediators, steps, step, remat=spec.remat)
         graph, state = nnx.split(self.propagators)
@@ -252,6 +222,48 @@ class NAC(chain.Stage):
             if trace is not None:
                 trace.append(mediators)
         return mediators
+
+    def _iterate(
+        self,
+        inputs: jax.Array,
+        layer: LatentLayer,
+        states: jax.Array,
+        step: dict[str, jax.Array],
+        *,
+        with_inputs: bool = True,
+    ) -> jax.Array:
+        """Computes the mediator states after one iteration.
+
+        Args:
+            inputs: states of the input latents (B, U, D).
+            layer: the propagator.
+            states: of the mediators, before the iteration (B, U, D).
+            step: what belongs to this iteration: its codes, its key, its drop-path rate.
+            with_inputs: whether mediators also receive from the input latents.
+
+        Returns:
+            (B, U, D).
+        """
+        spec = self.spec
+        codes = step["codes"] if "codes" in step else self.mediator_codes(0)
+        senders, sender_codes, sender_signatures = self._senders(inputs, states, codes, with_inputs)
+        keys = _split(step.get("key"), 4)
+        log_kernel = self.propagator_kernel(
+            kernels.distance(self.mediator_latents.signatures[...], sender_signatures),
+            layer.attention.bandwidth[...],
+            states.shape[0],
+            keys[0],
+        )
+        return layer(
+            states,
+            jitter(codes, spec.code_noise, keys[1]),
+            senders,
+            jitter(sender_codes, spec.code_noise, keys[2]),
+            log_kernel,
+            step.get("rate"),
+            keys[3] if "rate" in step else None,
+            self.shared_ffn,
+        )
 
     def propagator_kernel(
         self,
