@@ -207,7 +207,7 @@ def _digits(split, size):
     The first fifth of a fixed class-balanced order is the test split; enlarged by bicubic.
     """
     # scikit-learn takes a second to import and only this data set needs it.
-    from sklearn.datasets import load_digits  # noqa: PLC0415 (slow to import, rarely used)
+    from sklearn.datasets import load_digits  # noqa: PLC0415
 
     digits = load_digits()
     order = class_balanced_order(digits.target)
