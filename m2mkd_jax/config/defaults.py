@@ -76,7 +76,7 @@ DATA: Keys = {
     ),
     "repeated_augmentation": Key(
         1,
-        "how often an epoch has an image, augmented anew each time; an epoch of n copies has one n-th "
+        "copies of an image in an epoch, each augmented anew; an epoch of n copies has one n-th "
         "of the images; 1: off; 3 as published",
         ABOVE_0,
     ),
