@@ -1,8 +1,6 @@
 """m2mKD for a plain vision transformer: a small one's modules are students of a larger one's.
 
 python -m m2mkd_jax.main --config=examples/dense_students.py --workdir=runs/dense_digits
-
-First a student family of one's own, then the config of a run on scikit-learn's digits.
 docs/your-own-modules.md walks through this file.
 """
 
@@ -12,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
+from jax import Array
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import base, module_recipe, teaching_data
@@ -33,7 +31,7 @@ class Stitched(chain.Stage):
         self.pre_stitch = None if self.vit.first else nnx.Linear(x, d, rngs=rngs)
         self.post_stitch = None if self.vit.last else nnx.Linear(d, x, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, rates=None, key=None, train=False) -> jax.Array:
+    def __call__(self, x: Array, *, rates=None, key=None, train=False) -> Array:
         x = x if self.pre_stitch is None else self.pre_stitch(x)
         x = self.vit(x, rates=rates, key=key, train=train)
         return x if self.post_stitch is None else self.post_stitch(x)
@@ -64,19 +62,16 @@ class DenseStudents(StudentFamily):
         super().__init__(config)
         self.depths = tuple(config.dense.depths)
         self.modules = len(self.depths)
-        self.parts = f"config.dense.depths is {self.depths}"
 
     def check(self, teaching: bool, devices: int) -> None:
         require(self.modules >= 2, "config.dense.depths must name at least two modules")
-        require(min(self._sizes()) > 0, "config.dense needs patch, width and heads")
         with located("config.dense"):
             self._describe(self.config.data)
 
-    def _sizes(self) -> list[int]:
-        return [self.config.dense[key] for key in ("patch", "width", "heads")]
-
     def _describe(self, data: ConfigDict) -> dict[str, Any]:
-        spec = dataclasses.asdict(ViTSpec(data.image_size, *self._sizes(), data.classes))
+        sizes = [self.config.dense[key] for key in ("patch", "width", "heads")]
+        require(min(sizes) > 0, "config.dense needs patch, width and heads")
+        spec = dataclasses.asdict(ViTSpec(data.image_size, *sizes, data.classes))
         return {"kind": "vit", "spec": spec, "depths": list(self.depths)}
 
     def student(self, index: int) -> Student:
@@ -84,8 +79,8 @@ class DenseStudents(StudentFamily):
         describe |= {"kind": "dense_student", "stitch_dim": teacher(self.config).width}
         rate = module_recipe(self.config, "m2mkd", index).drop_path
         rates = chain.linear_rates((self.depths[index],), rate)[0]
-        build = build_student(describe, index)
-        return Student(StageSpec(build, FRESH, "stitched ViT blocks"), rates, describe)
+        stage = StageSpec(build_student(describe, index), FRESH, "stitched ViT blocks")
+        return Student(stage, rates, describe)
 
     def network(self, weights: WeightsFrom) -> Network:
         describe = self._describe(self.config.data)
@@ -94,9 +89,7 @@ class DenseStudents(StudentFamily):
         rates = chain.linear_rates(self.depths, module_recipe(self.config, "e2e").drop_path)
         return Network(stages, tuple(rates), describe)
 
-    def assemble(
-        self, network: Mapping[str, dict], taught: Sequence[dict]
-    ) -> tuple[dict[str, dict], dict[str, str]]:
+    def assemble(self, network: Mapping[str, dict], taught: Sequence[dict]) -> tuple[dict, dict]:
         params = {name: student["vit"] for name, student in zip(network, taught, strict=True)}
         return params, {name: f"m2mkd/{i}" for i, name in enumerate(network)}
 
@@ -113,14 +106,14 @@ def get_config() -> ConfigDict:
     data.name, data.image_size, data.classes = "digits", 32, 10
     data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     data.augment.crop, data.augment.shift = "shift", 2
-    whole.patch, whole.width, whole.heads, whole.depths = 8, 64, 4, (2, 2, 2)
-    dense.patch, dense.width, dense.heads, dense.depths = 8, 48, 4, (1, 1, 1)
-    epochs = {"pt": 16, "mt": 5, "ft": 4, "m2mkd": 5, "e2e": 12, "fewshot": 20}
+    whole.patch, whole.width, whole.heads, whole.depths = 8, 64, 4, (2,) * 4
+    dense.patch, dense.width, dense.heads, dense.depths = 8, 48, 4, (1,) * 4
+    epochs = {"pt": 24, "mt": 6, "ft": 6, "m2mkd": 6, "e2e": 16, "fewshot": 20}
     for name, recipe in recipes.items():
         recipe.batch, recipe.lr_per, recipe.lr, recipe.epochs = 48, 0, 2e-3, epochs[name]
-        recipe.mixup = recipe.cutmix = 0.0
         recipe.min_lr, recipe.warmup_lr, recipe.warmup_epochs = 1e-5, 1e-5, 1
-    recipes.mt.modules = {"0": {"epochs": 12}}
-    recipes.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3}}
+        recipe.mixup = recipe.cutmix = 0.0
+    recipes.mt.modules = {"0": {"epochs": 24}}
+    recipes.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
     recipes.ft.lr, recipes.ft.clip = 1e-3, 1.0
     return config

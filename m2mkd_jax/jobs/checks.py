@@ -247,7 +247,7 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
         require(
             not teaching or whole.modules == family.modules,
             f"config.teacher.depths names {whole.modules} modules; the student needs "
-            f"{family.modules} ({family.parts})",
+            f"{family.modules}" + (f" ({family.parts})" if family.parts else ""),
         )
     if "e2e_upcycled" in phases:
         family.check_upcycling()
