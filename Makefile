@@ -1,6 +1,9 @@
 # make demo [WORKDIR=runs/nac_digits]   install into .venv (no CUDA) and run the digits pipeline
-# make test                             install into .venv-test; ruff, then every lane of tests
-# make lint | make clean
+# make test                             install into .venv-test; the checks of make lint, then every
+#                                       lane of tests
+# make lint                             formatter, linter and type checker
+# make docs                             docs/config.md from the keys of the config
+# make clean
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -14,7 +17,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean python
+.PHONY: demo test lint docs clean python
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp
@@ -23,7 +26,7 @@ demo: .venv/stamp
 # Lanes are separate processes: one has eight CPU devices, the others one.  All run, whatever fails;
 # pytest itself fails a lane with no test in it, tests/conftest.py one with a forbidden skip.
 test: .venv-test/stamp
-	@failed=; .venv-test/bin/ruff check . || failed=" ruff"; \
+	@failed=; $(MAKE) --no-print-directory lint || failed=" lint"; \
 	for lane in $(LANES); do \
 	  echo "== tests/$$lane"; \
 	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/$$lane \
@@ -32,16 +35,22 @@ test: .venv-test/stamp
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: .venv-test/stamp
-	.venv-test/bin/ruff check .
+	@failed=; for check in "ruff format --check ." "ruff check ." mypy; do \
+	  echo "== $$check"; .venv-test/bin/$$check || failed=1; \
+	done; test -z "$$failed"
+
+docs: .venv-test/stamp
+	.venv-test/bin/python -m m2mkd_jax.config.document > docs/config.md
 
 clean:
-	rm -rf .venv .venv-test build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-test build dist .pytest_cache .ruff_cache .mypy_cache \
+	  *.egg-info
 	find m2mkd_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null; true
 
 # The stamps make a second call install nothing, until pyproject.toml changes.
 .venv/stamp: EXTRA :=
 .venv-test/stamp: EXTRA := [test]
-.venv/stamp .venv-test/stamp: pyproject.toml | python
+.venv/stamp .venv-test/stamp: pyproject.toml setup.py | python
 	test -x $(@D)/bin/pip || $(PYTHON) -m venv --clear $(@D)
 	$(if $(EXTRA),$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps --retries 0 --timeout 20 \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) '$(TORCH)')

@@ -59,7 +59,7 @@ def available_bytes() -> int | None:
 def random_like(shapes, key):
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
-    draw = lambda k, leaf: 0.1 * jax.random.normal(k, leaf.shape)  # noqa: E731
+    draw = lambda k, leaf: 0.1 * jax.random.normal(k, leaf.shape)
     return tree.unflatten([draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
 
 

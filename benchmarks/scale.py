@@ -28,6 +28,18 @@ import sys
 import time
 from collections import Counter
 
+import jax
+import jax.numpy as jnp
+
+from configs import vmoe_imnet
+from m2mkd_jax.evaluate.flops import count_flops
+from m2mkd_jax.jobs.setup import abstract_stages, set_up
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.mesh import batch_sharding, make_mesh
+from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.train.step import with_fixed
+
 CASES = {
     "vmoe_base m2mkd/1": ("base", 8, "m2mkd/1"),
     "vmoe_base e2e": ("base", 8, "e2e_scratch"),
@@ -122,19 +134,17 @@ def traffic(text: str) -> Counter:
 
 
 def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
-    """Compiles one case for all devices of this process."""
-    import jax  # noqa: PLC0415  a child process, once the number of devices is set
-    import jax.numpy as jnp  # noqa: PLC0415
+    """Compiles one case for all devices of this process.
 
-    from configs import vmoe_imnet  # noqa: PLC0415
-    from m2mkd_jax.evaluate.flops import count_flops  # noqa: PLC0415
-    from m2mkd_jax.jobs.setup import abstract_stages, set_up  # noqa: PLC0415
-    from m2mkd_jax.models import chain  # noqa: PLC0415
-    from m2mkd_jax.parallel import partition  # noqa: PLC0415
-    from m2mkd_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: PLC0415
-    from m2mkd_jax.phases.build import build_phase  # noqa: PLC0415
-    from m2mkd_jax.train.step import with_fixed  # noqa: PLC0415
+    Args:
+        case: of CASES.
+        images: per device.
+        group: devices that share the experts.
+        fsdp: cut large parameters over the data axis.
 
+    Returns:
+        Bytes, FLOPs and seconds by name, as the table shows them.
+    """
     variant, experts, job = CASES[case]
     config = vmoe_imnet.get_config(variant)
     config.vmoe.experts, config.vmoe.dispatch = experts, "capacity"

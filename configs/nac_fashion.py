@@ -1,17 +1,23 @@
 """m2mKD for a small NAC on 10,000 images of Fashion-MNIST, three end-to-end seeds, and scratch.
 
-    python -m m2mkd_jax.main --config=configs/nac_fashion.py --workdir=runs/nac_fashion
+Command:  python -m m2mkd_jax.main --config=configs/nac_fashion.py --workdir=runs/nac_fashion
+Hardware: CPU cores; which ones was not noted.
+Time:     not noted.
+Result:   accuracy on all 10,000 test images, mean of five seeds (--config.e2e_seeds=5) with 95%
+          Student interval: m2mKD 0.8193 +- 0.0026, scratch 0.7703 +- 0.0365, paired gap
+          +0.0491 +- 0.0373; the first three seeds alone: gap +0.0585 +- 0.0901.
 
-The sizes and rates are those at which the published modules were seen to work at this scale: a
-weak meta model spoils all that follows, and module 0, the teacher's and the student's, needs two
-to three times the epochs of the others. Evaluated on all 10,000 test images.
+A weak meta model spoils all that follows, and module 0, the teacher's and the student's, needs two
+to three times the epochs of the others.
 """
+
+from ml_collections import ConfigDict
 
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base()
     config.name = "nac_fashion"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "eval")
@@ -33,8 +39,8 @@ def get_config():
     train.mt.modules = {"0": {"epochs": 9}}
     train.ft.epochs, train.ft.lr, train.ft.clip = 5, 1e-3, 1.0
     train.m2mkd.epochs, train.m2mkd.lr, train.m2mkd.warmup_epochs = 4, 2e-3, 0.5
-    # Fine-tuning moves module 0 away from the meta model, so that its hybrid is a poor mark for the
-    # read-in student, which learns from the labels too: it gets its full time.
+    # Fine-tuning moves module 0 away from the meta model, so that the accuracy of its hybrid is a
+    # poor reference for the read-in student, which learns from the labels too: no early stop.
     train.m2mkd.stop_within = 0.002
     train.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3, "stop_within": 0.0}}
     train.e2e.epochs, train.e2e.lr, train.e2e.warmup_epochs = 6, 5e-3, 0.5

@@ -1,4 +1,4 @@
-"""What the small commands (convert, predict) share: one-line errors and exit codes."""
+"""What the commands convert and predict share: arguments, one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from absl import logging
 
+from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable
 
 WRONG_INPUT = 2
@@ -17,19 +18,39 @@ LONGEST = 2000  # characters of a message
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its complaints as UserError instead of several lines and an exit."""
+    """argparse whose complaints are UserErrors, not several lines and an exit.
 
-    def __init__(self, prog: str, doc: str):
-        kind = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=doc, formatter_class=kind, allow_abbrev=False)
+    It has --help and --version, which print and exit with code 0.
+
+    Args:
+        name: of the command's module, m2mkd_jax.NAME.
+        doc: what the command does.
+    """
+
+    def __init__(self, name: str, doc: str):
+        super().__init__(
+            f"python -m m2mkd_jax.{name}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--version", action="version", version=f"m2mkd_jax {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(name: str, command: Callable[[], None]) -> int:
-    """Runs a command; 0, or 2 and one line on stderr where the input is wrong."""
-    logging.set_verbosity(logging.FATAL)  # Orbax tells every step, and stacks of what it raises
+    """Runs a command.
+
+    Args:
+        name: of the command, for messages.
+        command: does everything.
+
+    Returns:
+        The exit code: 0, or 2 with one line on stderr if the input is wrong.
+    """
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every step, and stacks of its errors
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
@@ -37,7 +58,7 @@ def run(name: str, command: Callable[[], None]) -> int:
         return 0
     except UserError as error:
         reason = str(error)
-    except OSError as error:  # a path that is too long, or must not be read; a full disk
+    except OSError as error:  # a path that is too long or not readable; a full disk
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}"
     line = printable(" ".join(reason.split()))

@@ -1,9 +1,14 @@
-"""python -m m2mkd_jax.convert SRC DST [--arch=...] [--image_size=N] [--seed=N] [--overwrite]
+"""Converts weights between PyTorch files and this program's directories, in both directions.
 
-SRC a torch or safetensors file, or a directory of module files -> DST a directory of weights.
-SRC such a directory (converted, or a job's) -> DST a .pth, .pt or .safetensors file.
+SRC is a torch or safetensors file, or a directory of module files -> DST is a new directory of
+weights. SRC is such a directory (converted, or a job's) -> DST is a .pth, .pt or .safetensors file,
+in the layout that the weights came in.
 
-Exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing written).
+examples:
+  python -m m2mkd_jax.convert vit_large.pth weights --arch=vit_large_patch16_224:6,6,6,6
+  python -m m2mkd_jax.convert runs/nac/jobs/e2e nac.safetensors
+
+exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing is written)
 """
 
 from __future__ import annotations
@@ -19,28 +24,48 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import read_json
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.command_line import Parser, run
-from m2mkd_jax.conversion.from_torch import read_converted
-from m2mkd_jax.conversion.open_weights import find_weights, local_path, open_weights, validate
-from m2mkd_jax.conversion.to_torch import to_torch
+from m2mkd_jax.conversion.from_torch import convert_from_torch
+from m2mkd_jax.conversion.open_weights import (
+    description_errors,
+    find_weights,
+    local_path,
+    open_weights,
+)
+from m2mkd_jax.conversion.report import Report
+from m2mkd_jax.conversion.to_torch import convert_to_torch
 from m2mkd_jax.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m m2mkd_jax.convert", __doc__)
+    parser = Parser("convert", __doc__)
     parser.add_argument("source", metavar="SRC", help="a path, or hf://OWNER/REPOSITORY/FILE")
-    parser.add_argument("target", metavar="DST", type=Path)
+    parser.add_argument("target", metavar="DST", type=Path, help="the file or directory to write")
     parser.add_argument(
         "--arch",
         default="",
-        help="VARIANT[:DEPTH,...], or a .json, .yml or .py file; by default the weights decide",
+        help="the network: VARIANT[:DEPTH,...], or a .json, .yml or .py file; by default it is "
+        "inferred from the weights",
     )
-    parser.add_argument("--image_size", type=int, default=0, help="resize the position embedding")
-    parser.add_argument("--seed", type=_seed, default=0, help="of what the weights do not bring")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="resize the position embedding for images of N x N pixels",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="for arrays that the weights do not have (default: 0)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return parser
 
 
 def _seed(text: str) -> int:
+    """The value of --seed."""
     seed = int(text)
     if not 0 <= seed < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 2^63 - 1")
@@ -48,7 +73,7 @@ def _seed(text: str) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Does one conversion and prints what it did.
+    """Does one conversion, and prints what became of every tensor.
 
     Raises:
         UserError: the input is wrong; nothing is left at DST.
@@ -57,40 +82,55 @@ def convert(args: argparse.Namespace) -> None:
     target = Path(os.path.realpath(args.target.expanduser()))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
-    _check_target(target, args, stored is None)
-    if stored is not None:
-        if args.arch or args.image_size:
-            raise UserError("--arch and --image_size are for weights that come from torch")
-        weights = open_weights(stored)
-        report = validate(
-            stored, lambda: to_torch(stored, weights.description, weights.trees, target)
-        )
-        print("\n".join(report.lines()))
+    _check_target(target, args, into_weights=stored is None)
+    if stored is None:
+        _from_torch(source, target, args)
     else:
-        converted = read_converted(source, args.arch, args.image_size, args.seed)
-        report = converted.report
-        try:
-            save_weights(
-                target,
-                converted.trees,
-                lambda: {**converted.description, "conversion": report.facts()},
-            )
-        except OSError as error:
-            raise UserError(f"{args.target} cannot be written: {error.strerror}") from None
-        print("\n".join(report.lines()))
-        for name, tree in read_json(target / "description.json")["trees"].items():
-            print(f"{name}: {tree['arrays']} arrays, sha256 {tree['sha256']}")
+        print("\n".join(_to_torch(stored, target, args).lines()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     minutes = (time.monotonic() - began) / 60
     print(f"{source} -> {args.target}: {minutes:.2f} minutes, peak memory {peak:.2f} GiB")
 
 
+def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
+    converted = convert_from_torch(source, args.arch, args.image_size, args.seed)
+    report = converted.report
+    try:
+        save_weights(
+            target,
+            converted.trees,
+            lambda: {**converted.description, "conversion": report.facts()},
+        )
+    except OSError as error:
+        raise UserError(f"{args.target} cannot be written: {error.strerror}") from None
+    print("\n".join(report.lines()))
+    for name, tree in read_json(target / "description.json")["trees"].items():
+        print(f"{name}: {tree['arrays']} arrays, sha256 {tree['sha256']}")
+
+
+def _to_torch(stored: Path, target: Path, args: argparse.Namespace) -> Report:
+    if args.arch or args.image_size:
+        raise UserError("--arch and --image_size are for weights that come from torch")
+    weights = open_weights(stored)
+    with description_errors(stored):
+        return convert_to_torch(stored, weights.description, weights.trees, target)
+
+
 def _check_target(target: Path, args: argparse.Namespace, into_weights: bool) -> None:
+    """Refuses a target that exists, unless it may be replaced.
+
+    Args:
+        target: the path.
+        args: of the command.
+        into_weights: whether the target is a directory of weights, not a torch file or files.
+
+    Raises:
+        UserError: it exists without --overwrite, or is not what the conversion writes.
+    """
     if not target.exists():
         return
     if not args.overwrite:
         raise UserError(f"{args.target} is there already; choose another DST or add --overwrite")
-    # Never a directory of something else.
     if into_weights != (target / "description.json").is_file() or (
         not into_weights and target.is_dir()
     ):
@@ -98,6 +138,7 @@ def _check_target(target: Path, args: argparse.Namespace, into_weights: bool) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. `argv`: arguments, by default those of the process."""
     return run("convert", lambda: convert(_parser().parse_args(argv)))
 
 

@@ -1,4 +1,4 @@
-"""What means "the user's input is wrong", and the words of such messages."""
+"""Errors in the user's input, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most similar to `word`; "" if none is similar."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+
+
 @contextlib.contextmanager
 def located(key: str) -> Iterator[None]:
     """Names `key` ("config.a.b") in the message of a UserError that is raised inside.
@@ -38,20 +43,19 @@ def located(key: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a message about an unknown word: the known word that is nearest to it.
+    """The end of a message about an unknown word: the most similar known one.
 
     Args:
-        word: what was given.
-        known: what could have been given.
-        otherwise: where nothing is near; by default all known words.
+        word: what the user wrote.
+        known: what could have been written.
+        otherwise: what to say if no known word is similar; "" lists all known words.
     """
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1)
-    if close:
-        return f'did you mean "{close[0]}"?'
+    if close := closest(word, known):
+        return f'did you mean "{close}"?'
     return otherwise or f"known: {', '.join(known)}"
 
 
 def printable(text: str) -> str:
-    """Without the line breaks and control characters that names in a file may have."""
+    """`text` with line breaks and control characters escaped; names in a file may have them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,6 +1,7 @@
-"""Finished weights as a function: images, or a middle stage's tokens, in; logits or tokens out.
+"""Finished weights as a function from images, or a middle stage's tokens, to logits or tokens.
 
-Axes: B batch, H height, W width, N tokens, D channels, K classes.
+Axes: B batch, H height, W width, N tokens, D channels, K classes; of a NAC student, R states, U
+latents, S channels of a code.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from m2mkd_jax.checkpoint.trees import match_tree
-from m2mkd_jax.conversion.open_weights import Weights, open_weights, validate
+from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
 
@@ -22,12 +24,17 @@ from m2mkd_jax.models import chain, registry
 class Model:
     """A network, or one module of it, with its weights; made by `m2mkd_jax.load`.
 
+    Args:
+        weights: opened weights.
+        names: of the trees to use, in the order of the network.
+
     Attributes:
-        description: what the weights say about themselves.
+        description: of the weights (models/registry.py).
         image_size: side of the images it takes; 0 if it takes tokens.
         width: channels of the tokens it takes; 0 if it takes images.
         classes: how many logits it gives; 0 if it gives tokens.
-        mean, std: of the images it was taught on, per channel, pixels being 0 to 1.
+        mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
+        std: likewise.
     """
 
     def __init__(self, weights: Weights, names: list[str]):
@@ -48,40 +55,42 @@ class Model:
         params = match_tree(tree["params"], parts.params, f"weights {name}")
         return {"params": params, "fixed": tree.get("fixed", {})}
 
-    def _forward(self, weights: dict, x: jax.Array) -> jax.Array:
+    def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
         stages = [
             chain.merge(parts.graph, weights[name]["params"], weights[name]["fixed"])
             for name, parts in self._parts.items()
         ]
         return chain.run(chain.join(stages, None)[0], x)
 
-    def __call__(self, x: jax.Array, fixed: Mapping[str, jax.Array] | None = None) -> jax.Array:
-        """Images (B, H, W, 3), normalised, or tokens (B, N, D) -> logits (B, K) or tokens.
+    def __call__(self, x: ArrayLike, fixed: Mapping[str, ArrayLike] | None = None) -> jax.Array:
+        """Runs the network.
 
         Args:
-            x: float32.
-            fixed: a NAC student's 'codes' (U, S) and 'states' (R, U, D) instead of the stored ones.
+            x: images (B, H, W, 3), normalised, or tokens (B, N, D).
+            fixed: a NAC student's 'codes' (U, S) and 'states' (R, U, D) instead of its own.
+
+        Returns:
+            Logits (B, K) or tokens (B, N, D), float32.
 
         Raises:
             UserError: the input has another shape, or there are no such fixed arrays.
         """
-        side = self.image_size
-        wanted = (side, side, 3) if side else (None, self.width)
-        shape = tuple(jnp.shape(x))
-        if len(shape) != 1 + len(wanted) or any(
-            w is not None and w != n for w, n in zip(wanted, shape[1:], strict=True)
-        ):
+        side, shape = self.image_size, tuple(jnp.shape(x))
+        images = len(shape) == 4 and shape[1:] == (side, side, 3)
+        tokens = len(shape) == 3 and shape[2] == self.width
+        if not (images if side else tokens):
             kind = f"images (B, {side}, {side}, 3)" if side else f"tokens (B, N, {self.width})"
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
         weights = self._weights if not fixed else self._with_fixed(fixed)
         x = jnp.asarray(x, jnp.float32)
-        # Groups are of equal size: what is left over is one by itself.
+        # Experts' slots are shared by groups of equal size: the remainder is a group of its own.
         rest = len(x) % self._group if self._group else 0
         if not 0 < rest < len(x):
             return self._run(weights, x)
         return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
 
-    def _with_fixed(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_fixed(self, fixed: Mapping[str, ArrayLike]) -> dict[str, Any]:
+        """The weights with other fixed arrays. Raises UserError if there are no such arrays."""
         (name, stage), *others = self._weights.items()
         for key, value in fixed.items():
             have = stage["fixed"].get(key)
@@ -96,31 +105,35 @@ class Model:
 
 
 def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0) -> Model:
-    """A network with its weights, ready to be called.
+    """Loads a network with its weights.
 
     Args:
-        path: weights converted or trained (a directory, a job's, a run's), a torch or safetensors
+        path: converted or trained weights (a directory, a job's, a run's), a torch or safetensors
             file, a directory of module files, or hf://OWNER/REPOSITORY/FILE.
-        module: only this stage of the network, counted from 0.
-        arch, seed: for torch weights, as `python -m m2mkd_jax.convert` takes them.
+        module: only this stage of the network, counted from 0; None for all.
+        arch: of torch weights, as `python -m m2mkd_jax.convert` takes it.
+        seed: likewise.
 
     Raises:
-        UserError: nothing there, it cannot be read, or several NAC students without `module`.
+        UserError: there are no weights, they cannot be read, or they are several NAC students and
+            `module` is None.
     """
     weights = open_weights(path, arch, seed=seed)
-    return validate(path, lambda: _model(weights, path, module))
+    with description_errors(path):
+        return Model(weights, _chosen_trees(weights, path, module))
 
 
-def _model(weights: Weights, path: str | Path, module: int | None) -> Model:
+def _chosen_trees(weights: Weights, path: str | Path, module: int | None) -> list[str]:
+    """The trees to use, in the order of the network. Raises UserError as `load` does."""
     names = registry.in_order(list(weights.trees))
     if module is not None:
         chosen = [name for name in names if registry.index_of(name) == module]
         if not chosen:
             raise UserError(f"{path} has no module {module}, only {', '.join(names)}")
-        names = chosen
-    elif weights.description.get("kind") == "nac_student" and len(names) > 1:
+        return chosen
+    if weights.description.get("kind") == "nac_student" and len(names) > 1:
         raise UserError(
             f"{path} holds {len(names)} students, each made to work inside the meta model; choose "
             "one with --module=I, or assemble them with --arch of a NAC"
         )
-    return Model(weights, names)
+    return names

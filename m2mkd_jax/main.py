@@ -1,4 +1,6 @@
-"""python -m m2mkd_jax.main --config=configs/NAME.py --workdir=DIR [--config.a.b=VALUE ...]
+"""m2mkd --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]: the phases of a config, in order.
+
+`python -m m2mkd_jax.main` is the same command.
 
 Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
 same command again; anything else is a bug.
@@ -11,16 +13,22 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # jax reads it when it is imported
 
 import errno
-import runpy
 import signal
 import sys
+import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from m2mkd_jax.config.values import check_key, check_values, leaves
+import m2mkd_jax
+from m2mkd_jax.config.document import list_keys
+from m2mkd_jax.config.files import check_overrides, find_config, read_config, shipped_configs
+from m2mkd_jax.config.values import check_values
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
@@ -29,10 +37,10 @@ from m2mkd_jax.parallel import cluster, process
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
-# What is the user's to put right: a path that must not or cannot be written, a full disk.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-USERS = (
-    *FULL,
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors of the operating system that are the user's to solve.
+USER_ERRORS = (
+    *DISK_FULL,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -42,11 +50,42 @@ USERS = (
     errno.ENAMETOOLONG,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
-_ONLY = flags.DEFINE_string("only", "", "jobs to run, e.g. m2mkd/3,e2e; all by default")
-_REDO = flags.DEFINE_string("redo", "", "jobs to start again, and all that stand on them")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what would run; needs no data")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "a shipped config by name, or the path of a config file; :ARGUMENT where it takes one",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of the run: checkpoints, logs, results; what is done stays done"
+)
+_ONLY = flags.DEFINE_string(
+    "only", "", "run these jobs alone, such as m2mkd/3,e2e; a phase's name means all of its jobs"
+)
+_REDO = flags.DEFINE_string(
+    "redo", "", "delete the results of these jobs and of all that depend on them, and start again"
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "print jobs, networks, memory and missing data; needs no data, writes nothing"
+)
+_LIST_KEYS = flags.DEFINE_bool(
+    "list_keys", False, "print every key of the config with its value and its meaning"
+)
+FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _DRY_RUN, _LIST_KEYS)
+
+
+def _usage() -> str:
+    """What --help prints."""
+    lines = ["usage: m2mkd --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]", ""]
+    texts = {flag.name: flags.FLAGS[flag.name].help for flag in FLAGS}
+    texts["config.KEY"] = "another value for a key; keys are listed in docs/config.md"
+    texts |= {"help": "this text; --helpfull: every flag", "version": "the version"}
+    for name, text in texts.items():
+        lines += textwrap.wrap(
+            text, 98, initial_indent=f"  --{name:14}", subsequent_indent=" " * 18
+        )
+    lines += ["", f"shipped configs: {', '.join(shipped_configs())}"]
+    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again"]
+    return "\n".join(lines)
 
 
 def _one_line(error: BaseException) -> str:
@@ -55,92 +94,97 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()).replace("Did you mean", "did you mean")
 
 
-def _check_keys(argv: list[str], config: ConfigDict) -> None:
-    """Raises UserError for an override of a key that no config has, naming the whole key."""
-    known = [key for key, _ in leaves(config)]
-    for argument in argv[1:]:
-        flag = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and flag.startswith("config."):
-            key = flag.removeprefix("config.").partition("[")[0]
-            check_key(key, known)
-            if any(part.isdigit() for part in key.split(".")):
-                raise UserError(
-                    f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
-                    "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
-                )
+def _refuse(error: BaseException, where: str = "") -> int:
+    """Prints the line of an error on stderr; the exit code of wrong input."""
+    return process.fail(f"m2mkd_jax: {where}{_one_line(error)}", WRONG_INPUT)
 
 
-def _read_file(path: str, *argument: str) -> ConfigDict:
-    """What a config file gives. Raises UserError, naming the line, where it cannot be run.
+def _require(flag: flags.FlagHolder) -> None:
+    """Refuses a flag that is not given, or empty. Raises UserError."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing; see m2mkd --help")
 
-    config_flags would run it too, but hides or delays what goes wrong.
+
+def _find_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments with --config=NAME turned into the path of that config.
+
+    Raises:
+        UserError: there is no such config, it fails, or a key is overridden that it has not.
     """
-    try:
-        config = runpy.run_path(path)["get_config"](*argument)
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise UserError(f"--config={where}: {type(error).__name__}: {_one_line(error)}") from None
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
-    return config
-
-
-def _require(flag: flags.FlagHolder, value) -> None:
-    """Raises UserError for a flag that is not given, or empty."""
-    if not value:
-        raise UserError(f"--{flag.name} is missing; python -m m2mkd_jax.main --helpfull")
+    found, config = list(argv), None
+    for i, argument in enumerate(argv):
+        name, given, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or name != "config":
+            continue
+        value = value if given else "".join(argv[i + 1 : i + 2])
+        if not value:
+            raise UserError("--config is missing; see m2mkd --help")
+        file, *argument_of_file = value.split(":", 1)
+        path = find_config(file)
+        config = read_config(path, argument_of_file)
+        value = ":".join([path, *argument_of_file])
+        if given:
+            found[i] = f"--config={value}"
+        else:
+            found[i + 1] = value
+    if config is not None:
+        check_overrides(argv[1:], config)
+    return found
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
-    config = None
     try:
-        for i, argument in enumerate(argv):
-            name, given, value = argument.lstrip("-").partition("=")
-            if argument.startswith("-") and name == "config":
-                value = value if given else "".join(argv[i + 1 : i + 2])
-                _require(_CONFIG, value)
-                config = _read_file(*value.split(":", 1))
-        if config is not None:
-            _check_keys(argv, config)
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_find_configs(argv))
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
-        for flag in (_CONFIG, _WORKDIR):
-            _require(flag, flag.value)
+        _require(_CONFIG)
+        if not _LIST_KEYS.value:
+            _require(_WORKDIR)
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
-        sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
+        sys.exit(_refuse(error))
     except OSError as error:
-        sys.exit(process.fail(f"m2mkd_jax: --config: {_one_line(error)}", WRONG_INPUT))
+        sys.exit(_refuse(error, "--config: "))
     return rest
 
 
-def _terminated(number, frame) -> None:
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise Preempted("stopped by a signal; finished jobs and checkpoints are kept")
 
 
+def _run(config: ConfigDict, workdir: Path) -> None:
+    """Does what the flags ask for. Raises UserError, OSError and Preempted."""
+    check_values(config)
+    if _LIST_KEYS.value:
+        print("\n".join(list_keys(config)))
+    elif _DRY_RUN.value:
+        dry_run(config, workdir, _ONLY.value, _REDO.value)
+    else:
+        print_summary(run(config, workdir, _ONLY.value, _REDO.value))
+
+
 def main(argv: list[str]) -> int:
+    """The command, once its flags are parsed.
+
+    Args:
+        argv: unused; the flags hold everything.
+
+    Returns:
+        The exit code.
+    """
     del argv
     # Orbax logs through absl: every step, and stacks of what it raises. What jax logs is for users.
     logging.get_absl_logger().setLevel("CRITICAL")
-    if process.alone():  # several processes: jax catches it; in the loop: after the step, saved
+    if process.alone():  # with several processes jax catches SIGTERM
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-        check_values(config)
-        if _DRY_RUN.value:
-            dry_run(config, workdir, _ONLY.value, _REDO.value)
-            return 0
-        print_summary(run(config, workdir, _ONLY.value, _REDO.value))
+        _run(_CONFIG.value, Path(_WORKDIR.value or "."))
     except UserError as error:
-        return process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT)
+        return _refuse(error)
     except OSError as error:
-        # A write to an open file does not say to which; a full disk is that of the run.
-        where = error.filename or (_WORKDIR.value if error.errno in FULL else "")
-        if error.errno not in USERS or not where:
+        # A failed write to an open file names no file; a full disk is that of the run.
+        where = error.filename or (_WORKDIR.value if error.errno in DISK_FULL else "")
+        if error.errno not in USER_ERRORS or not where:
             raise
         return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
     except Preempted as stop:
@@ -154,10 +198,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Entry point of the command: joins the other processes of the run, parses flags, runs."""
+    words = {argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")}
+    if words & {"help", "helpshort", "h", "?"}:
+        print(_usage())
+        return
+    if "version" in words:
+        print(f"m2mkd_jax {m2mkd_jax.__version__}")
+        return
     logging.set_verbosity(logging.WARNING)
     try:
         cluster.start_distributed()
     except UserError as error:
-        sys.exit(process.fail(f"m2mkd_jax: {_one_line(error)}", WRONG_INPUT))
+        sys.exit(_refuse(error))
     app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    start()

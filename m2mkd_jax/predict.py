@@ -1,10 +1,17 @@
-"""python -m m2mkd_jax.predict CKPT IMAGE... [--labels=FILE] [--npz=OUT] [--npz_in=IN] [--module=I]
+"""Prints the five likeliest classes of each image, with their probabilities.
 
-The five likeliest classes of each image. OUT gets `outputs`, and `logits` where the network gives
-logits. IN holds `images` (B, H, W, 3) float32, normalised, or for a middle module tokens
-(B, N, D); for a NAC student perhaps its `codes` and `states`.
+CKPT is a directory of weights (converted, a job's or a run's), a torch or safetensors file, or
+hf://OWNER/REPOSITORY/FILE. Images are resized, cropped and normalised as in evaluation.
 
-Exit codes: 0 done; 2 the input is wrong (one line on stderr).
+Arrays instead of images: the file of --npz_in holds `images` (B, H, W, 3), float32 and normalised;
+for a middle module its `tokens` (B, N, D); for a NAC student optionally its `codes` and `states`.
+The file of --npz gets `outputs`, and the same as `logits` if the network gives logits.
+
+examples:
+  python -m m2mkd_jax.predict runs/nac cat.jpg dog.png --labels=imagenet.json
+  python -m m2mkd_jax.predict weights --npz_in=in.npz --npz=out.npz --module=1
+
+exit codes: 0 done; 2 the input is wrong (one line on stderr)
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,22 +37,35 @@ TOP = 5
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m m2mkd_jax.predict", __doc__)
-    parser.add_argument("checkpoint", metavar="CKPT")
-    parser.add_argument("images", metavar="IMAGE", nargs="*")
-    parser.add_argument("--labels", default="", help="names of the classes: a line each, or JSON")
-    parser.add_argument("--npz", default="", help="file for the outputs")
-    parser.add_argument("--npz_in", default="", help="inputs from a file instead of images")
-    parser.add_argument("--module", type=int, default=None, help="only this stage of the network")
-    parser.add_argument("--arch", default="", help="for torch weights; see m2mkd_jax.convert")
+    parser = Parser("predict", __doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="the weights")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
+    parser.add_argument(
+        "--labels", default="", metavar="FILE", help="names of the classes: a line each, or JSON"
+    )
+    parser.add_argument("--npz", default="", metavar="OUT", help="file for the outputs")
+    parser.add_argument("--npz_in", default="", metavar="IN", help="file of inputs, not images")
+    parser.add_argument(
+        "--module", type=int, metavar="I", help="only this stage of the network, counted from 0"
+    )
+    parser.add_argument(
+        "--arch", default="", help="the network of torch weights; see m2mkd_jax.convert"
+    )
     return parser
 
 
 def read_image(path: str, model: Model) -> np.ndarray:
-    """An image file as (S, S, 3) float32, cut and normalised as in evaluation.
+    """Reads an image, resized, cropped and normalised as in evaluation.
+
+    Args:
+        path: of the image file.
+        model: whose image size S, mean and standard deviation are used.
+
+    Returns:
+        (S, S, 3) float32.
 
     Raises:
-        UserError: it cannot be decoded.
+        UserError: it cannot be read or decoded.
     """
     try:
         content = Path(path).read_bytes()
@@ -56,17 +77,20 @@ def read_image(path: str, model: Model) -> np.ndarray:
 
 
 def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The inputs, and a student's codes and states if they are there.
+    """Reads the file of --npz_in.
+
+    Returns:
+        The inputs as float32, and those of `codes` and `states` that the file has.
 
     Raises:
-        UserError: no such file, or no array of inputs in it.
+        UserError: there is no such file, or it has no array of inputs.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {
                 k: file[k] for k in ("images", "tokens", "codes", "states") if k in file.files
             }
-    except Exception as error:  # whatever a broken file provokes in zipfile, zlib and numpy
+    except Exception as error:  # a broken file can cause any error in zipfile, zlib and numpy
         raise UserError(f"--npz_in: {path} cannot be read: {error}") from None
     inputs = [arrays.pop(key) for key in ("images", "tokens") if key in arrays]
     if len(inputs) != 1:
@@ -79,7 +103,12 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def read_labels(path: str, classes: int) -> list[str]:
-    """Names of the classes: one per line, or a JSON list, or a JSON object by class number.
+    """Reads the names of the classes.
+
+    Args:
+        path: of a file with one name per line, or of a .json file with a list, or with an object
+            by class number.
+        classes: how many there are.
 
     Raises:
         UserError: it cannot be read, or has another number of names.
@@ -95,12 +124,12 @@ def read_labels(path: str, classes: int) -> list[str]:
         raise UserError(f"--labels: {path} is no list of names")
     if len(names) != classes:
         raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
-    # ImageNet's usual lists have [id, name].
+    # The common lists for ImageNet have [id, name].
     return [str(name[-1] if isinstance(name, list) else name) for name in names]
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Raises UserError where the input is wrong."""
+    """Predicts and prints. Raises UserError if the input is wrong."""
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
     model = load(args.checkpoint, args.module, arch=args.arch)
@@ -121,7 +150,7 @@ def predict(args: argparse.Namespace) -> None:
     else:
         names = args.images
         inputs = np.stack([read_image(path, model) for path in names])
-    # States belong to the images of one batch.
+    # A student's states are dealt over the batch: all inputs are one.
     batch = len(inputs) if fixed else BATCH
     outputs = np.concatenate(
         [np.asarray(model(inputs[i : i + batch], fixed)) for i in range(0, len(inputs), batch)]
@@ -135,12 +164,13 @@ def predict(args: argparse.Namespace) -> None:
         replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # a file, or numpy would append .npz to the name
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # numpy appends .npz to a path, but not to an open file
         np.savez(file, **arrays)
 
 
 def _print_top(names: Sequence[str], logits: np.ndarray, labels: list[str] | None) -> None:
+    """Prints a line per image; `logits` is (B, K)."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = shifted / shifted.sum(-1, keepdims=True)
     for name, row in zip(names, probabilities, strict=True):
@@ -150,6 +180,7 @@ def _print_top(names: Sequence[str], logits: np.ndarray, labels: list[str] | Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. `argv`: arguments, by default those of the process."""
     return run("predict", lambda: predict(_parser().parse_args(argv)))
 
 

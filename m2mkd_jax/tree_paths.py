@@ -1,4 +1,6 @@
-"""Names on the way to a leaf of a tree, and which of them mean a stack of layers."""
+"""Paths to the leaves of a tree, and which of them are in a stack of layers."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
@@ -15,9 +17,14 @@ def names(path: Sequence[Any]) -> list[Any]:
 
 
 def is_index(name: Any) -> bool:
+    """Whether a key is the index of a list, as an int or (from a file) as a string."""
     return isinstance(name, int) or (isinstance(name, str) and name.isdigit())
 
 
 def is_stacked(names: Sequence[Any]) -> bool:
-    """Whether a leaf has a leading axis of layers; blocks/0/... is a list, not a stack."""
+    """Whether a leaf has a leading axis of layers; blocks/0/... is a list, not a stack.
+
+    Args:
+        names: the keys of its path (see `names`).
+    """
     return any(a in STACKED and not is_index(b) for a, b in itertools.pairwise(names))

@@ -5,6 +5,7 @@ either one CPU device or eight.
 """
 
 import os
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,12 @@ DEVICES = 8
 NO_SKIPS = ("tests/parity", "tests/multidevice")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No silent promotion of types or ranks; processes that tests start inherit it.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     # Before any test imports jax; pytest-xdist's workers inherit the environment.
     roots = [os.path.abspath(str(arg).split("::")[0]) for arg in config.args]
     lane = os.path.join(os.path.dirname(os.path.abspath(__file__)), "multidevice")
@@ -27,7 +31,8 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = flags.strip()
 
 
-def skipped_where_forbidden(terminalreporter):
+def skipped_where_forbidden(terminalreporter: Any) -> list[str]:
+    """Tests that were skipped or failed as expected in a lane where neither may be."""
     reports = [r for kind in ("skipped", "xfailed") for r in terminalreporter.stats.get(kind, [])]
     ids = {report.nodeid for report in reports}
     return sorted(i for i in ids if i.startswith(tuple(f"{lane}/" for lane in NO_SKIPS)))
@@ -35,14 +40,14 @@ def skipped_where_forbidden(terminalreporter):
 
 # pytest's own terminal reporter prints the summary around this hook: run before it.
 @pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     # A worker of pytest-xdist has no reporter; its reports reach the main process.
     if reporter and skipped_where_forbidden(reporter) and not session.exitstatus:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     for nodeid in skipped_where_forbidden(terminalreporter):
         lane = "/".join(nodeid.split("/")[:2])
         line = f"FORBIDDEN {nodeid}: {lane} must not skip or expect failure"

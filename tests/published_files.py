@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from m2mkd_jax import convert, predict
+from m2mkd_jax.checkpoint.files import read_json
 from tests.support import FIXTURES
 
 
@@ -66,6 +67,43 @@ ARCH["vmoe_stitch"] = ARCH["vmoe"] | {
     "post_stitch_pos": [1, 2, 3],
     "stitch_dim": 24,
 }
+
+
+TINY = {"kind": "vit", "heads": 1}  # the fields of `tiny_state` that shapes do not show
+
+
+def tiny_state() -> dict[str, torch.Tensor]:
+    """A ViT of one block: the smallest file with everything in it."""
+    d, generator = 4, torch.Generator().manual_seed(0)
+    shapes = {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, 5, d),
+        "patch_embed.proj.weight": (d, 3, 2, 2),
+        "patch_embed.proj.bias": (d,),
+        "blocks.0.norm1.weight": (d,),
+        "blocks.0.norm1.bias": (d,),
+        "blocks.0.attn.qkv.weight": (3 * d, d),
+        "blocks.0.attn.qkv.bias": (3 * d,),
+        "blocks.0.attn.proj.weight": (d, d),
+        "blocks.0.attn.proj.bias": (d,),
+        "blocks.0.norm2.weight": (d,),
+        "blocks.0.norm2.bias": (d,),
+        "blocks.0.mlp.fc1.weight": (4 * d, d),
+        "blocks.0.mlp.fc1.bias": (4 * d,),
+        "blocks.0.mlp.fc2.weight": (d, 4 * d),
+        "blocks.0.mlp.fc2.bias": (d,),
+        "norm.weight": (d,),
+        "norm.bias": (d,),
+        "head.weight": (3, d),
+        "head.bias": (3,),
+    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def saved(folder: Path, content: Any) -> Path:
+    """A file that torch.save wrote."""
+    torch.save(content, folder / "source.pth")
+    return folder / "source.pth"
 
 
 @dataclass(frozen=True)
@@ -159,6 +197,11 @@ def converted(source: Any, target: Path, arch: dict | str = "", *flags: str) -> 
     where.mkdir(parents=True, exist_ok=True)
     run(convert, source, target, *([arch_flag(arch, where)] if arch else []), *flags)
     return target
+
+
+def description(weights: Path) -> dict[str, Any]:
+    """What is saved with weights about their network."""
+    return read_json(weights / "description.json")["description"]
 
 
 def predicted(weights: Path, folder: Path, *flags: str) -> str:

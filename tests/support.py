@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2mkd_jax.conversion.names import arrays_from_torch, vit_stage_names
+from m2mkd_jax.conversion.names import vit_stage_names
 from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe import vmoe
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.vit_spec import ViTSpec
+from tests.torch_arrays import arrays_from_torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OUTPUT_TOLERANCE = 1e-5  # relative to the largest entry, float32

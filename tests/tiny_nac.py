@@ -75,7 +75,7 @@ def propagated(spec: NACSpec, params=None, *, inputs=None, **options) -> jax.Arr
         for count in (spec.input_latents, spec.mediator_latents)
     )
     read_in = read_in if inputs is None else inputs
-    run = lambda p, a, b: network(spec, p).propagate(a, b, **options)  # noqa: E731
+    run = lambda p, a, b: network(spec, p).propagate(a, b, **options)
     return jit(run)(params_of(spec) if params is None else params, read_in, mediators)
 
 

@@ -1,8 +1,11 @@
-"""Small JSON files (description.json, done.json, summary.json): all or nothing on disk."""
+"""Small JSON files (description.json, done.json, summary.json), written atomically."""
+
+from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,20 @@ from m2mkd_jax.errors import UserError
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Writes `obj` as indented JSON; a reader sees the old file or the new one, never half.
+    """Writes indented JSON; a reader sees the old file or the new one, never a part.
 
-    numpy and jax scalars become numbers, small arrays become lists, paths become strings.
-    Missing parent directories are made.  Raises TypeError for anything else JSON cannot hold.
+    Args:
+        path: of the file; missing parent directories are made.
+        obj: to write. numpy and jax scalars become numbers, arrays lists, and paths strings.
+
+    Raises:
+        TypeError: JSON cannot hold `obj`.
+        OSError: the file system refuses.
     """
     path = Path(path)
     text = json.dumps(obj, indent=2, default=_plain) + "\n"  # before any file is touched
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two jobs that write the same file out of each other's half-written one.
+    # The process id keeps apart two processes that write the same file at once.
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "w", encoding="utf-8") as file:
@@ -35,7 +43,8 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 def read_json(path: str | os.PathLike) -> Any:
     """Reads what `write_json` wrote.
 
-    Raises UserError where the file is missing, unreadable, or not JSON (empty, cut off).
+    Raises:
+        UserError: the file is missing, unreadable, or not JSON (empty, cut off).
     """
     path = Path(path)
     try:
@@ -44,12 +53,13 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    # JSONDecodeError and UnicodeDecodeError; lists within lists without end
+    # JSONDecodeError and UnicodeDecodeError; lists nested too deeply.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, not JSON ({error}); delete it or restore it") from None
 
 
 def _plain(value: Any) -> Any:
+    """A value that JSON cannot hold as one that it can."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, np.generic) or hasattr(value, "__array__"):
@@ -57,8 +67,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """Calls `write(tmp)` and puts what it wrote at `path`; on any failure nothing is left.
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file completely or not at all.
+
+    Args:
+        path: of the file; missing parent directories are made.
+        write: writes the content to the path that it is given.
 
     Raises:
         UserError: the file system refuses.
@@ -68,10 +82,10 @@ def replace_file(path: Path, write: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch's own when the disk is full
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         reason = str(error).splitlines()[0]
         if "enforce fail" in reason:
-            reason = "not all of it was taken; is the disk full?"
+            reason = "it could not be written completely; is the disk full?"
         reason = getattr(error, "strerror", None) or reason
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:

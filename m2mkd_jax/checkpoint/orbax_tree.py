@@ -1,4 +1,6 @@
-"""Reading one Orbax PyTree directory: what it holds, its arrays, and failing quietly."""
+"""Reads one Orbax PyTree directory: its shapes, its arrays, and errors as plain text."""
+
+from __future__ import annotations
 
 import inspect
 import logging
@@ -16,17 +18,25 @@ from jax.experimental import multihost_utils
 from m2mkd_jax.checkpoint.trees import Tree, flatten, nested
 
 
-def spec(path: Path) -> dict:
-    """The nested dict of `jax.ShapeDtypeStruct` that the Orbax PyTree at `path` says it holds."""
+def stored_shapes(path: Path) -> dict[str, Any]:
+    """The nested dict of `jax.ShapeDtypeStruct` in the metadata of the Orbax PyTree at `path`."""
     metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path))
     return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata.tree)
 
 
-def read(path: Path, abstract: Tree) -> Tree:
-    """The Orbax PyTree at `path` in the structure and with the shardings of `abstract`.
+def read_tree(path: Path, abstract: Tree) -> Tree:
+    """Reads an Orbax PyTree.
 
-    Through the handler, not a Checkpointer: that one ends with a barrier, and where one process
-    fails to read the others would wait for it there.
+    It uses Orbax's handler directly: a Checkpointer ends with a barrier, at which the other
+    processes would wait for one that failed to read.
+
+    Args:
+        path: of the directory.
+        abstract: pytree of arrays or `jax.ShapeDtypeStruct`. A leaf with a sharding is restored
+            with it, one without as a numpy array.
+
+    Returns:
+        The arrays in the structure of `abstract`.
     """
     flat = flatten(abstract)
     args = {}
@@ -44,12 +54,21 @@ def read(path: Path, abstract: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(abstract), [have[key] for key in flat])
 
 
-def attempt(job: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
-    """(result, "") or (None, why not), the same kind in all processes if `together`."""
+def attempt(read: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
+    """Reads something that may be damaged.
+
+    Args:
+        read: does it.
+        together: whether it fails in all processes if it fails in one; every process then makes
+            this call.
+
+    Returns:
+        (result, "") if it succeeds, else (None, the reason in one line).
+    """
     result, reason = None, ""
-    silence_orphans()
+    silence_abandoned_reads()
     try:
-        result = job()
+        result = read()
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
     if together and jax.process_count() > 1:
@@ -59,27 +78,35 @@ def attempt(job: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
     return result, reason
 
 
-def silence_orphans() -> None:
-    """Keeps off the screen what a failed read leaves behind; its error itself is raised.
+class _QuietHook:
+    """A `sys.unraisablehook` that drops messages about abandoned reads of Orbax.
 
-    Orbax leaves a coroutine per array, which prints a stack of 60 lines when it is freed, and reads
-    under way, which complain when they end: of a closed event loop, or that nobody asked for their
-    own error.  All this at any time later, so it cannot be caught around the read.
+    Args:
+        before: the hook for all others.
     """
-    before = sys.unraisablehook
-    if getattr(before, "drops_orphans", False):
-        return
 
-    def hook(args: Any) -> None:
-        orphan, error = args.object, args.exc_value
-        coroutine = inspect.iscoroutine(orphan) and "orbax" in orphan.cr_code.co_filename
+    def __init__(self, before: Callable[[Any], Any]):
+        self.before = before
+
+    def __call__(self, args: Any) -> None:
+        abandoned, error = args.object, args.exc_value
+        coroutine = inspect.iscoroutine(abandoned) and "orbax" in abandoned.cr_code.co_filename
         callback = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
         if not (coroutine or callback):
-            before(args)
+            self.before(args)
 
-    def asked_for(record: logging.LogRecord) -> bool:
-        return "exception was never retrieved" not in record.getMessage()
 
-    hook.drops_orphans = True
-    sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(asked_for)
+def _was_retrieved(entry: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in entry.getMessage()
+
+
+def silence_abandoned_reads() -> None:
+    """Suppresses messages about the pending reads that a failed one leaves; its error is raised.
+
+    Orbax leaves one coroutine per array, which prints a stack of 60 lines when it is freed, and
+    pending reads, which complain at their end of a closed event loop or of an error that was never
+    retrieved. All this happens later, so it cannot be caught around the read.
+    """
+    if not isinstance(sys.unraisablehook, _QuietHook):
+        sys.unraisablehook = _QuietHook(sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_was_retrieved)  # adds it once

@@ -1,11 +1,14 @@
-"""Checkpoints of a job in training, and finished weights, both on Orbax (v0).
+"""Checkpoints of a job in training, and finished weights, both stored by Orbax (v0).
 
-Training checkpoints (`RunCheckpoints`) are saved in the background, thinned out, and forgiving: a
-damaged one is passed over.  Finished weights (`save_weights`, `load_weights`) are few, are read by
-other jobs and people, and unforgiving: each carries a checksum.  Local (or mounted) paths only.
+Training checkpoints (`RunCheckpoints`) are saved in the background, and only some are kept; a
+damaged one is skipped. Finished weights (`save_weights`, `load_weights`) are read by other jobs and
+by people; each carries a checksum, and a damaged one is an error. Paths are local (or mounted).
 """
 
+from __future__ import annotations
+
 import contextlib
+import functools
 import math
 import os
 import re
@@ -21,7 +24,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from m2mkd_jax.checkpoint.files import read_json, write_json
-from m2mkd_jax.checkpoint.orbax_tree import attempt, read, silence_orphans, spec
+from m2mkd_jax.checkpoint.orbax_tree import (
+    attempt,
+    read_tree,
+    silence_abandoned_reads,
+    stored_shapes,
+)
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import barrier, is_main
@@ -35,16 +43,16 @@ _FORMAT = 1
 class RunCheckpoints:
     """The checkpoints of one job: DIRECTORY/<step>/state, the latest two and the best one.
 
-    A state is any pytree of arrays: {'step', 'params', 'opt_state', 'fixed', 'ema'}; optax's
-    namedtuples and tuples are stored as nested dicts and restored as what they were.  In a
+    A state is any pytree of arrays: {'step', 'params', 'opt_state', 'fixed', 'ema'}. Namedtuples
+    and tuples (of optax) are stored as nested dicts and restored as namedtuples and tuples. In a
     multi-process run every process makes every call.
 
     Args:
-      directory: made if it is not there; what a killed save left in it is removed.
-      best_metric: the metric whose largest value marks the best checkpoint; None keeps no best.
+        directory: made if it does not exist; the remains of an interrupted save are removed.
+        best_metric: the checkpoint with its largest value is the best one; None keeps no best one.
 
     Raises:
-      UserError: the directory cannot be made.
+        UserError: the directory cannot be made.
     """
 
     def __init__(self, directory: str | os.PathLike, best_metric: str | None = "eval_accuracy"):
@@ -58,7 +66,7 @@ class RunCheckpoints:
         barrier("checkpoints")
 
         def score(metrics: Mapping[str, float]) -> float:
-            value = metrics.get(best_metric, math.nan)
+            value = metrics.get(best_metric or "", math.nan)
             return -math.inf if math.isnan(value) else value  # NaN would break the sorting
 
         policies = ocp.checkpoint_managers
@@ -72,7 +80,7 @@ class RunCheckpoints:
             item_handlers={_STATE: ocp.PyTreeCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                # Overruled by the policy; but without it Orbax does not write the metrics down.
+                # The policy decides; but without best_fn Orbax does not store the metrics.
                 best_fn=None if best_metric is None else score,
                 cleanup_tmp_directories=True,
             ),
@@ -81,55 +89,56 @@ class RunCheckpoints:
     def save(self, step: int, state: Tree, metrics: Mapping[str, Any] | None = None) -> bool:
         """Copies the state to the host and writes it in the background.
 
-        When it returns, the caller may donate the state's buffers to the next step (checked; on CPU
-        Orbax keeps a view, not a copy, and XLA then does not overwrite the buffer).  It waits for
-        the save before it, if that one is not done.
+        Once it returns, the caller may donate the state's buffers to the next step. (On CPU Orbax
+        keeps a view, not a copy; XLA does not overwrite a buffer that has a view.) If the previous
+        save is not finished, it waits for it.
 
         Args:
-          step: steps taken; not smaller than any saved one.
-          state: pytree of arrays.
-          metrics: name -> scalar; `best_metric` among them, or this one is never the best.
+            step: steps taken; at least that of every saved checkpoint.
+            state: pytree of arrays.
+            metrics: name -> scalar; without `best_metric` this checkpoint is never the best one.
 
         Returns:
-          False where `step` is saved already (nothing is written then).
+            Whether it is saved; False if `step` already was.
 
         Raises:
-          OSError: the file system refuses, now or in the save before this one.
+            OSError: the file system refuses, in this save or in the previous one.
         """
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
         with _writing(self.directory):
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays)}),
-                # Orbax warns on every save without metrics; {} ranks below all that have some.
+                # Orbax warns about a save without metrics; {} ranks below all others.
                 metrics={name: float(value) for name, value in (metrics or {}).items()},
             )
 
     def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree] | None:
-        """The newest checkpoint that can be read.
+        """Restores the newest checkpoint that can be read.
 
-        One that cannot (a file missing or cut off) is passed over with one line on stderr and,
-        once an older one was read, renamed to <step>.damaged, so that its step can be saved again.
+        A checkpoint that cannot be read (a file is missing or cut off) is skipped, with one line on
+        stderr. Once an older one is read, it is renamed to <step>.damaged, so that its step can be
+        saved again.
 
         Args:
-          abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves (or arrays).  A
-            leaf with a sharding is restored with it, one without as a numpy array.
+            abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves (or arrays). A
+                leaf with a sharding is restored with it, one without as a numpy array.
 
         Returns:
-          (step, state), or None where there is no checkpoint.
+            (step, state), or None if there is no checkpoint.
 
         Raises:
-          UserError: a checkpoint has other arrays, shapes or dtypes (nothing is cast); or there are
-            checkpoints and none can be read.
+            UserError: a checkpoint has other arrays, shapes or dtypes (nothing is cast), or no
+                checkpoint can be read.
         """
         self.wait()
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step) / _STATE
-            held, reason = attempt(lambda path=path: spec(path))
+            held, reason = attempt(functools.partial(stored_shapes, path))
             if not reason:
                 match_tree(held, abstract_state, where=f"checkpoint {path}")
-                state, reason = attempt(lambda path=path: read(path, abstract_state))
+                state, reason = attempt(functools.partial(read_tree, path, abstract_state))
             if not reason:
                 self._set_aside(damaged)
                 return step, state
@@ -144,17 +153,17 @@ class RunCheckpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when the save under way, if any, is on disk; raises what went wrong in it."""
+        """Waits until the save in progress, if any, is on disk; raises its OSError."""
         with _writing(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then ends the background threads; no call after this one."""
+        """Waits, then ends the background threads. No other method may be called after it."""
         self.wait()
         self._manager.close()
 
     def _set_aside(self, steps: Mapping[int, str]) -> None:
-        # Orbax counts a damaged step as the latest and would refuse to save before or at it.
+        """Renames damaged checkpoints; Orbax refuses to save at or before the latest step."""
         if not steps:
             return
         if is_main():
@@ -173,19 +182,19 @@ def save_weights(
 ) -> None:
     """Writes finished weights: DIRECTORY/<name> (an Orbax PyTree each) and description.json.
 
-    The directory appears complete or not at all; one that is there is replaced.  In a multi-process
-    run every process makes the call, and process 0 writes the description.  Trees are taken out of
-    `trees` one by one, each when it is written.
+    The directory appears complete or not at all; an existing one is replaced. In a multi-process
+    run every process makes the call, and process 0 writes the description.
 
     Args:
-      directory: the new directory.
-      trees: name -> nested dict of arrays; names of letters, digits, '_', '-' and '.'.
-      description: what a reader should know (architecture, who made it, step, metrics); JSON.  A
-        function is called once all trees are written.
+        directory: the new directory.
+        trees: name -> nested dict of arrays; names of letters, digits, '_', '-' and '.'. Each is
+            looked up once, when it is written.
+        description: JSON that tells a reader what the weights are (network, job, step, metrics), or
+            a function that returns it, called once all trees are written.
 
     Raises:
-      ValueError: a name is not a plain file name.
-      OSError: the file system refuses; nothing is left then.
+        ValueError: a name is not a plain file name.
+        OSError: the file system refuses; then nothing is left.
     """
     for name in trees:
         if not re.fullmatch(r"\w[\w.-]*", name) or name == "description.json":
@@ -193,7 +202,7 @@ def save_weights(
     target = Path(directory).absolute()
     tmp = target.with_name(f".{target.name}.writing")
     if is_main():
-        shutil.rmtree(tmp, ignore_errors=True)  # of a killed process
+        shutil.rmtree(tmp, ignore_errors=True)  # the remains of a killed process
         tmp.mkdir(parents=True)
     barrier(f"weights begin {target}")
     try:
@@ -215,10 +224,11 @@ def save_weights(
 
 
 def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
+    """Writes one tree, and returns its checksum and number of arrays."""
     flat = flatten(tree)
-    if flat:  # a module without weights is a legitimate module; Orbax refuses an empty tree
+    if flat:  # a module may have no weights; Orbax refuses an empty tree
         arrays = nested({key: _array(leaf) for key, leaf in flat.items()})
-        # Without a second copy of host arrays, which only a save in the background needs.
+        # Only a save in the background needs a second copy of host arrays.
         handlers = ocp.type_handlers
         registry = handlers.create_type_handler_registry(
             (jax.Array, handlers.ArrayHandler()),
@@ -232,20 +242,20 @@ def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
 
 def load_weights(
     directory: str | os.PathLike, names: Sequence[str] | None = None
-) -> tuple[dict[str, dict], dict]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Reads what `save_weights` wrote, and checks it.
 
     Args:
-      directory: the one given to `save_weights`.
-      names: which trees; all by default.  The others are not read.
+        directory: the one given to `save_weights`.
+        names: of the trees to read; None reads all.
 
     Returns:
-      (name -> nested dict of numpy arrays, with string keys; the description).  Pass a tree through
-      `match_tree` before it goes into a model.
+        (name -> nested dict of numpy arrays, the description). `match_tree` must check a tree
+        before a model uses it.
 
     Raises:
-      UserError: not a directory of weights, no such name, or a tree that cannot be read or whose
-        bytes are not the ones written.
+        UserError: it is not a directory of weights, there is no such name, or a tree cannot be read
+            or has another checksum.
     """
     directory = Path(directory).absolute()
     if not (directory / "description.json").is_file():
@@ -258,14 +268,12 @@ def load_weights(
         raise UserError(f"{directory / 'description.json'} is not one of m2mkd_jax") from None
     if version != _FORMAT:
         raise UserError(f"{directory} has format {version}; this program reads {_FORMAT}")
-    loaded: dict[str, dict] = {}
+    loaded: dict[str, dict[str, Any]] = {}
     for name in sums if names is None else names:
         path = directory / name
         if name not in sums:
             raise UserError(f"{directory} has no weights named {name!r}, only {sorted(sums)}")
-        tree, reason = {}, ""
-        if known[name]["arrays"]:
-            tree, reason = attempt(lambda path=path: read(path, spec(path)), together=False)
+        tree, reason = attempt(functools.partial(_load_tree, path, known[name]), together=False)
         if not reason and checksum(tree) != sums[name]:
             reason = "its checksum is not the one written in description.json"
         if reason:
@@ -274,10 +282,15 @@ def load_weights(
     return loaded, description
 
 
+def _load_tree(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads one tree; `facts` is what `_save_tree` returned."""
+    return read_tree(path, stored_shapes(path)) if facts["arrays"] else {}
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """What the system says to Orbax's writers (a full disk, a quota) as OSError, with the path."""
-    silence_orphans()
+    """Raises system errors in Orbax's writers (a full disk, a quota) as OSError of `path`."""
+    silence_abandoned_reads()
     try:
         yield
     except OSError as error:
@@ -290,7 +303,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _drop_damaged_metrics(directory: Path) -> None:
-    # One cut-off metrics file keeps Orbax from opening the directory at all.
+    """Deletes damaged metrics files; with one of them Orbax cannot open the directory."""
     for file in directory.glob("[0-9]*/metrics/metrics"):
         try:
             read_json(file)
@@ -300,5 +313,5 @@ def _drop_damaged_metrics(directory: Path) -> None:
 
 
 def _array(leaf: Any) -> jax.Array | np.ndarray:
-    # Numbers become arrays.  Orbax copies numpy arrays itself before it returns from a save.
+    """A leaf as an array: numbers become arrays. Orbax copies numpy arrays in `save`."""
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)

@@ -1,24 +1,30 @@
-"""Trees of arrays as `path -> array`: compare one strictly with what is expected, checksum one.
+"""Trees of arrays: flattened by path, compared strictly with an expected structure, checksummed.
 
-A path is the keys from the root joined by "/", e.g. "params/stages/0/attn/kernel".  A field of a
-namedtuple (optax states) counts as a key by its name, an item of a tuple or list by its index.
+A path is the keys from the root joined by "/", e.g. "params/stages/0/attn/kernel". The key of a
+field of a namedtuple (optax states) is its name, that of an item of a tuple or list its index.
 """
 
-import difflib
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, closest
 
 Tree = Any
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """All leaves by path, in the order of `jax.tree.leaves`; empty containers leave no trace."""
+    """All leaves by path, in the order of `jax.tree.leaves`; empty containers are left out.
+
+    Raises:
+        ValueError: two leaves have the same path.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(flat) != len(leaves):
@@ -26,9 +32,9 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return flat
 
 
-def nested(flat: dict[str, Any]) -> dict:
-    """The nested dict of strings that `flatten` would flatten to `flat`."""
-    tree: dict = {}
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict that `flatten` flattens to `flat`."""
+    tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
         node = tree
@@ -39,43 +45,47 @@ def nested(flat: dict[str, Any]) -> dict:
 
 
 def match_tree(loaded: Tree, expected: Tree, where: str) -> Tree:
-    """`loaded` in the structure of `expected`, once every path, shape and dtype agrees.
+    """Checks that a tree has exactly the expected paths, shapes and dtypes.
 
-    `nnx.update` takes unknown keys and wrong shapes silently, so whatever comes from a file passes
-    through here first.
+    `nnx.update` accepts unknown keys and wrong shapes silently, so everything that is read from a
+    file is checked here first.
 
     Args:
-      loaded: a nested dict of arrays, or of anything with .shape and .dtype.
-      expected: a pytree of arrays or `jax.ShapeDtypeStruct`; keys may be ints or field names.
-      where: where `loaded` comes from (a path); opens the error message.
+        loaded: a nested dict of arrays, or of anything with .shape and .dtype.
+        expected: a pytree of arrays or `jax.ShapeDtypeStruct`; keys may be ints or field names.
+        where: where `loaded` comes from (a path), for the message.
+
+    Returns:
+        `loaded` in the structure of `expected`.
 
     Raises:
-      UserError: names the first unexpected (with the missing name most like it), missing,
-        wrong-shape or wrong-dtype leaf, in that order, and how many more there are of its kind.
+        UserError: a leaf is unexpected, missing, of another shape or of another dtype. The message
+            names the first one, in this order, and how many more of its kind there are.
     """
     have, want = flatten(loaded), flatten(expected)
     missing = [path for path in want if path not in have]
     unexpected = [path for path in have if path not in want]
     if unexpected:
-        hint = difflib.get_close_matches(unexpected[0], missing or list(want), n=1)
-        hint = f" (did you mean {hint[0]!r}?)" if hint else ""
-        _refuse(where, f"unexpected array {unexpected[0]!r}{hint}", unexpected)
+        near = closest(unexpected[0], missing or want)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise _mismatch(where, f"unexpected array {unexpected[0]!r}{hint}", unexpected)
     if missing:
-        _refuse(where, f"array {missing[0]!r} is missing", missing)
-    for name, fact in (("shape", np.shape), ("dtype", _dtype)):
+        raise _mismatch(where, f"array {missing[0]!r} is missing", missing)
+    facts: dict[str, Callable[[Any], Any]] = {"shape": np.shape, "dtype": _dtype}
+    for name, fact in facts.items():
         wrong = [path for path in want if fact(have[path]) != fact(want[path])]
         if wrong:
             path = wrong[0]
             what = f"{path!r} has {name} {fact(have[path])}, expected {fact(want[path])}"
-            _refuse(where, what, wrong)
+            raise _mismatch(where, what, wrong)
     return jax.tree.unflatten(jax.tree.structure(expected), [have[path] for path in want])
 
 
 def checksum(tree: Tree) -> str:
     """sha256 (hex) over path, dtype, shape and bytes of every array, in sorted path order.
 
-    One array at a time is brought to the host.  Where an array is spread over several processes
-    every process must make this call, and each gets the same answer.
+    Arrays are copied to the host one by one. If an array is sharded over several processes, every
+    process must make this call, and each gets the same result.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(tree).items()):
@@ -95,6 +105,7 @@ def _dtype(leaf: Any) -> np.dtype:
     return np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def _refuse(where: str, what: str, all_of_them: list[str]) -> None:
-    more = f", and {len(all_of_them) - 1} more like it" if len(all_of_them) > 1 else ""
-    raise UserError(f"{where}: {what}{more}; it was made with another model configuration")
+def _mismatch(where: str, what: str, alike: list[str]) -> UserError:
+    """The error about `what`, the first of the leaves in `alike`."""
+    more = f", and {len(alike) - 1} more like it" if len(alike) > 1 else ""
+    return UserError(f"{where}: {what}{more}; it was made with another model configuration")

@@ -1,20 +1,30 @@
-"""What a config may say, its defaults, and the checks that run before any work.
+"""Every key of the config, with its default, its meaning and its range; docs/config.md lists them.
 
-A config is an ml_collections ConfigDict made by `base()`; a config file changes its values. Every
-key that exists is in `base()`, with a line on what it means.
+A config is an ml_collections ConfigDict made by `base()`; a config file changes its values.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.config.family_sections import SECTIONS, own_section
+from m2mkd_jax.config.keys import (
+    ABOVE_0,
+    BELOW_1,
+    COUNTS,
+    FROM_0,
+    FROM_MINUS_1,
+    NAMES,
+    NUMBERS,
+    POSITIVE_NUMBERS,
+    SEED,
+    SHARE,
+    Key,
+    Keys,
+    default_values,
+)
 
 PHASES = (
     "pt",
@@ -30,183 +40,194 @@ PHASES = (
 )
 MODULE_PHASES = ("mt", "m2mkd")  # one job per module
 RECIPES = ("pt", "mt", "ft", "m2mkd", "e2e", "fewshot")
-# Keys whose subkeys are free.
-FREE = ("modules", "options")
 
-
-def _data() -> dict:
-    return dict(
-        # digits, fashion_mnist, image_folder, tiny_imagenet, imagenet, cifar100, cub, imagenet_r,
-        # tiny_imagenet_r; see data/sources.py
-        name="",
-        root="",  # directory; "" is the dataset's default
-        image_size=0,
-        classes=0,
-        train_images=0,  # 0: all; else a class-balanced subset
-        test_images=0,
-        workers=-1,  # processes that decode; 0: threads of this one; -1: as fits the machine
-        damaged_share=0.001,  # of the images; so many are replaced, more are an error
-        mean=(0.485, 0.456, 0.406),  # ImageNet's, of images in 0..1
-        std=(0.229, 0.224, 0.225),
-        repeated_augmentation=1,  # 3: the published repeated augmentation; 1: off
-        augment=dict(
-            crop="none",  # shift, random_resized
-            shift=0,  # pixels, for "shift"
-            scale=(0.08, 1.0),  # area, for "random_resized"
-            flip=False,
-            rand_augment="",  # a policy such as rand-m9-mstd0.5-inc1 (the published one); "": off
-            color_jitter=0.0,  # brightness, contrast, saturation; only without rand_augment
-            erase=0.0,  # probability of random erasing
+DATA: Keys = {
+    "name": Key(
+        "",
+        "data set: digits, fashion_mnist, image_folder, tiny_imagenet, imagenet, cifar100, cub, "
+        "imagenet_r, tiny_imagenet_r; data/sources.py",
+    ),
+    "root": Key("", 'directory; "": where the data set is looked for by default'),
+    "image_size": Key(0, "side of an image in pixels; must be given"),
+    "classes": Key(0, "classes of the data set; must be given"),
+    "train_images": Key(0, "training images, a class-balanced subset; 0: all", FROM_0),
+    "test_images": Key(0, "test images, a class-balanced subset; 0: all", FROM_0),
+    "workers": Key(
+        -1,
+        "processes that decode images; 0: threads of the main process; -1: as fits the machine",
+        FROM_MINUS_1,
+    ),
+    "damaged_share": Key(
+        0.001,
+        "share of the images that may be undecodable and are then replaced; more are an error",
+        SHARE,
+    ),
+    "mean": Key(
+        (0.485, 0.456, 0.406),
+        "mean of each channel, of pixels from 0 to 1; the default is ImageNet's",
+        NUMBERS,
+        length=3,
+    ),
+    "std": Key(
+        (0.229, 0.224, 0.225),
+        "standard deviation of each channel, likewise",
+        POSITIVE_NUMBERS,
+        length=3,
+    ),
+    "repeated_augmentation": Key(
+        1, "copies of an image in an epoch, each augmented by itself; 3 as published", ABOVE_0
+    ),
+    "augment": {
+        "crop": Key("none", "none, shift, random_resized"),
+        "shift": Key(0, "largest shift in pixels, for crop shift", FROM_0),
+        "scale": Key(
+            (0.08, 1.0), "smallest and largest share of the image's area, for crop random_resized"
         ),
-    )
+        "flip": Key(False, "mirror half of the images"),
+        "rand_augment": Key(
+            "", 'RandAugment policy, such as rand-m9-mstd0.5-inc1, the published one; "": off'
+        ),
+        "color_jitter": Key(
+            0.0,
+            "largest relative change of brightness, contrast and saturation; only without "
+            "rand_augment",
+        ),
+        "erase": Key(0.0, "probability of erasing a random box of an image"),
+    },
+}
+
+RECIPE: Keys = {
+    "epochs": Key(0.0, "epochs of training; must be given for the phases that run"),
+    "batch": Key(0, "images per optimizer update, over all devices; must be given likewise"),
+    "accumulate": Key(1, "parts that a batch is computed in, one after the other", ABOVE_0),
+    "optimizer": Key("adamw", "adamw, sgd (with Nesterov momentum)"),
+    "momentum": Key(0.9, "of sgd", BELOW_1),
+    "lr": Key(5e-4, "peak learning rate, for lr_per images per batch", FROM_0),
+    "lr_per": Key(512, "images: the rate used is lr * batch / lr_per; 0: lr itself", FROM_0),
+    "min_lr": Key(1e-5, "learning rate at the end", FROM_0),
+    "scale_min_lr": Key(False, "scale min_lr with the batch as well"),
+    "warmup_lr": Key(1e-6, "learning rate at the start of the warmup, never scaled", FROM_0),
+    "warmup_epochs": Key(0.0, "epochs of linear warmup, part of epochs"),
+    "schedule": Key(
+        "clean",
+        "clean: warmup, then a cosine, per update; published, published_nac: the original's, per "
+        "epoch; train/schedule.py",
+    ),
+    "weight_decay": Key(0.05, "weight decay; decoupled from the gradient for adamw", FROM_0),
+    "decay_rule": Key(
+        "published",
+        "which parameters decay: published (no biases, norms, embeddings), published_stage (with "
+        "embeddings), all, none; train/optimizer.py",
+    ),
+    "clip": Key(0.0, "largest global norm of the gradient; 0: no clipping", FROM_0),
+    "drop_path": Key(
+        0.0, "drop-path rate of the last block; rates grow linearly from 0 over the blocks", BELOW_1
+    ),
+    "ema": Key(
+        0.0,
+        "decay per update of a moving average of the weights, which is then evaluated and kept; "
+        "0: off",
+        BELOW_1,
+    ),
+    "mixup": Key(0.8, "alpha of mixup's Beta distribution; 0: no mixup", FROM_0),
+    "cutmix": Key(1.0, "alpha of cutmix's Beta distribution; 0: no cutmix", FROM_0),
+    "switch_prob": Key(0.5, "share of cutmix among mixed batches, where both are on", SHARE),
+    "mix_prob": Key(1.0, "share of batches that are mixed", SHARE),
+    "smoothing": Key(0.1, "label smoothing", BELOW_1),
+    "stop_within": Key(
+        0.0,
+        "stop a module once its hybrid's accuracy is within this of its reference (mt: the meta "
+        "model's, m2mkd: the teacher hybrid's), looked at every evaluation.every epochs; 0: never",
+        FROM_0,
+    ),
+    "importance_weight": Key(
+        0.0, "weight of the routers' importance loss (V-MoE), summed over the blocks", FROM_0
+    ),
+    "load_weight": Key(
+        0.0, "weight of the routers' load loss (V-MoE), summed over the blocks", FROM_0
+    ),
+    "modules": Key({}, 'other values for single modules of mt and m2mkd: {"0": {"epochs": 12}}'),
+}
+
+TEACHER: Keys = {
+    "family": Key("", 'teacher of one\'s own, "package.module:Class"; "": a vision transformer'),
+    "variant": Key(
+        "", 'a published transformer (models/variants.py); "": patch, width, heads, qkv_bias, eps'
+    ),
+    "patch": Key(0, "side of a patch in pixels"),
+    "width": Key(0, "channels of a token"),
+    "heads": Key(0, "attention heads"),
+    "qkv_bias": Key(True, "biases in the query, key and value projections"),
+    "eps": Key(1e-6, "epsilon of the layer norms", ABOVE_0),
+    "depths": Key((), "blocks of each teacher module", COUNTS),
+    "meta_depths": Key((), "blocks of each module of the meta model; (): one each", COUNTS),
+    "options": Key({}, "of a teacher of one's own"),
+    "remat": Key(False, "recompute activations of the blocks in the backward pass"),
+}
+
+DISTILLATION: Keys = {
+    "kind": Key(
+        "soft",
+        "soft: Kullback-Leibler divergence of the teacher's distribution; hard: cross entropy with "
+        "its likeliest class; none",
+    ),
+    "alpha": Key(0.5, "weight of the distillation loss; that of the labels is 1 - alpha", SHARE),
+    "temperature": Key(1.0, "temperature of both distributions, for soft", ABOVE_0),
+}
+
+REGULARISER: Keys = {
+    "kind": Key("none", "loss on the NAC's graph: none, hinge, stochastic_block, gaussian_mixture"),
+    "weight": Key(0.1, "weight of that loss", FROM_0),
+    "hinge": Key(0.4, "cosine distance below which signatures repel each other, for hinge", FROM_0),
+    "clusters": Key(8, "clusters of equal size, for stochastic_block", ABOVE_0),
+    "p_in": Key(0.9, "link probability within a cluster, for stochastic_block", SHARE),
+    "p_out": Key(0.2, "link probability between clusters, for stochastic_block", SHARE),
+    "components": Key(1, "Gaussians, for gaussian_mixture", ABOVE_0),
+}
+
+FEW_SHOT: Keys = {
+    "network": Key("e2e", "job whose network gets a new head for every episode"),
+    "data": DATA,
+    "ways": Key(8, "classes of an episode, drawn from data.classes"),
+    "shots": Key(1, "support images per class; there are three times as many queries"),
+    "episodes": Key(20, "episodes, over which accuracies are averaged"),
+    "selection": Key(
+        "disjoint",
+        "disjoint: support from the training images, queries from the test images; published: both "
+        "from the training images, so that support images are queries too",
+    ),
+    "seed": Key(1, "of the first episode; the following ones count up", SEED),
+}
+
+INIT: Keys = {
+    "meta": Key("", "weights of the meta model; makes pt unnecessary"),
+    "teacher": Key("", "weights of the teacher; makes mt and ft unnecessary"),
+    "students": Key("", "weights of the students; makes m2mkd unnecessary"),
+    "network": Key("", "weights that e2e starts from; makes m2mkd unnecessary"),
+}
+
+EVALUATION: Keys = {
+    "batch": Key(500, "images per evaluation step, over all devices", ABOVE_0),
+    "every": Key(0.0, "epochs between evaluations; 0: only at the end", FROM_0),
+    "sampled": Key(False, "draw the NAC's seeder and pooling noise, as published; False: means"),
+    "renditions": Key(
+        (),
+        "sets of renditions that the job eval measures as well: imagenet_r, tiny_imagenet_r",
+        NAMES,
+    ),
+}
+
+MESH: Keys = {
+    "data": Key(-1, "devices along the axis data, over which batches are cut; -1: the remaining"),
+    "expert": Key(
+        1, "devices that share the experts of one copy of the network; -1: the remaining"
+    ),
+    "fsdp": Key(False, "cut large parameters and their optimizer state over the axis data"),
+}
 
 
-def default_recipe() -> dict:
-    return dict(
-        epochs=0.0,
-        batch=0,  # images per optimizer update, over all devices
-        accumulate=1,  # parts that a batch is computed in
-        optimizer="adamw",  # or sgd
-        momentum=0.9,  # sgd
-        lr=5e-4,
-        lr_per=512,  # lr is for this many images per batch; 0: lr is not scaled
-        min_lr=1e-5,
-        scale_min_lr=False,  # scale min_lr like lr
-        warmup_lr=1e-6,
-        warmup_epochs=0.0,
-        schedule="clean",  # published, published_nac: the original's staircases
-        weight_decay=0.05,
-        decay_rule="published",  # published_stage, all, none
-        clip=0.0,  # global norm; 0: off
-        drop_path=0.0,
-        ema=0.0,  # decay of an average of the weights, which is then evaluated; 0: off
-        mixup=0.8,
-        cutmix=1.0,
-        switch_prob=0.5,
-        mix_prob=1.0,
-        smoothing=0.1,
-        # Stop when the hybrid's accuracy is within this of its reference (mt: the meta model's,
-        # m2mkd: the teacher hybrid's); 0: never. Looked at every `evaluation.every` epochs.
-        stop_within=0.0,
-        # Weights of the routers' balance losses (V-MoE), summed over the layers.
-        importance_weight=0.0,
-        load_weight=0.0,
-        modules=dict(),  # per module: {"0": dict(epochs=...)}
-    )
-
-
-def _nac() -> dict:
-    return dict(
-        state_dim=0,
-        code_dim=0,
-        signature_dim=64,
-        heads=0,
-        head_dim=64,
-        input_latents=0,
-        mediator_latents=0,
-        output_latents=0,
-        iterations=8,
-        ffn_capacity=2.0,
-        geglu=True,
-        layer_scale=0.1,
-        qkv_bias=False,
-        modulation="layer_norm",
-        gain=0.1,
-        add_one=True,
-        code_noise=0.05,
-        truncation=0.9,
-        truncation_implementation="direct",
-        stochastic_kernel=True,
-        kernel_temperature=0.5,
-        seeder=True,
-        read_in_residual=True,
-        share_propagators=False,
-        share_ffn=False,
-        codes_per_iteration=False,
-        input_output=True,
-        persistent_inputs=True,
-        tokenizer_depths=(3, 3),
-        position_dim=64,
-        output="pooling",
-        pooling="gumbel",
-        remat=False,
-        stitch_dim=0,  # 0: the meta model's width, the only one that fits
-        prior="none",  # graph of the mediators; see models/nac/priors.py
-        options=dict(),  # of the prior
-    )
-
-
-def _vmoe() -> dict:
-    return dict(
-        variant="",  # see models/variants.py; or "" and the five fields below
-        patch=0,
-        width=0,
-        heads=0,
-        qkv_bias=True,
-        eps=1e-6,
-        depths=(),  # blocks of each student module
-        moe_pos=(),  # numbers of the blocks with experts; (): all
-        experts=8,
-        top_k=2,
-        router="published",  # published, vmoe, expert_choice; see models/moe/router.py
-        noise=1.0,  # of the vmoe router's logits in training, times 1 / experts
-        dispatch="dropless",  # dropless, capacity; see models/moe/dispatch.py
-        capacity_factor=1.25,
-        group_images=0,  # images that share a capacity; 0: those of one device
-        keep_stitches=False,  # end to end too
-        remat=False,
-    )
-
-
-# A family's own section of the config: its name, and what makes its keys with their defaults.
-SECTIONS = {"nac": _nac, "vmoe": _vmoe}
-
-
-def import_class(name: str, key: str) -> Any:
-    """The class that a value "package.module:Class" names.
-
-    Args:
-        name: the value; modules in the working directory are found too.
-        key: of the config, for messages.
-
-    Raises:
-        UserError: no such module, an error in it, or nothing of that name there.
-    """
-    module, _, attribute = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):  # `python -m` has it, installed commands do not
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module of one's own raises
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f'config.{key}: "{name}" is no importable package.module:Class ({reason})'
-        ) from None
-
-
-def _own_section(family: str, taken: Collection[str]) -> dict[str, ConfigDict]:
-    """The config section that a family "package.module:Class" brings, by its name.
-
-    Args:
-        family: config.family.
-        taken: names that other groups of keys have.
-
-    Raises:
-        UserError: there is no such class, or its section has the name of another group.
-    """
-    students = import_class(family, "family")
-    section = getattr(students, "section", "")
-    if not section or SECTIONS.get(section) == students.defaults:
-        return {}
-    if section in taken and section not in SECTIONS:
-        raise UserError(
-            f'config.family: the section of "{family}" is called "{section}", as other keys are'
-        )
-    return {section: ConfigDict(students.defaults())}
-
-
-def base(family: str = "nac") -> ConfigDict:
-    """Every key there is, with its default; unknown ones are refused.
+def all_keys(family: str = "nac") -> Keys:
+    """Every key there is, in groups.
 
     Args:
         family: of the students; "package.module:Class" adds that class's section.
@@ -214,62 +235,70 @@ def base(family: str = "nac") -> ConfigDict:
     Raises:
         UserError: there is no such class.
     """
-    config = ConfigDict(
-        dict(
-            name="",
-            seed=0,
-            phases=("pt", "mt", "ft", "m2mkd", "e2e", "eval"),
-            e2e_seeds=1,  # repetitions of the end-to-end phases: e2e, e2e/1, ...
-            data=_data(),  # end to end, evaluation
-            teaching_data=_data(),  # pt, mt, ft, m2mkd; name "": the same as data
-            teacher=dict(
-                family="",  # a class of one's own, package.module:Class; "": a vision transformer
-                variant="",  # see models/variants.py; or "" and the five fields below
-                patch=0,
-                width=0,
-                heads=0,
-                qkv_bias=True,
-                eps=1e-6,
-                depths=(),  # blocks of each module
-                meta_depths=(),  # blocks of each meta module; (): one each
-                options=dict(),  # of a teacher of one's own
-                remat=False,
-            ),
-            family=family,  # of the students: nac, vmoe, or package.module:Class
-            **{name: make() for name, make in SECTIONS.items()},
-            distillation=dict(kind="soft", alpha=0.5, temperature=1.0),
-            regulariser=dict(
-                kind="none", weight=0.1, hinge=0.4, clusters=8, p_in=0.9, p_out=0.2, components=1
-            ),
-            recipes={name: default_recipe() for name in RECIPES},
-            few_shot=dict(
-                network="e2e",  # the job whose network gets a new head for every episode
-                data=_data(),  # classes: all that are drawn from; image_size 0: the network's
-                ways=8,
-                shots=1,  # and 3 times as many queries per class
-                episodes=20,
-                selection="disjoint",  # published: the support images are queries too
-                seed=1,  # of the first episode; the next ones follow
-            ),
-            init=dict(meta="", teacher="", students="", network=""),  # directories of weights
-            evaluation=dict(
-                batch=500,
-                every=0.0,  # epochs; 0: only at the end
-                sampled=False,  # draw seeder and pooling noise, as the published evaluation does
-                renditions=(),  # of the job eval: imagenet_r, tiny_imagenet_r; see label_spaces.py
-            ),
-            checkpoint_minutes=10.0,  # at least this often, besides every evaluation
-            log_every=50,  # steps
-            precision="auto",  # bfloat16 on GPU and TPU, float32 on CPU
-            mesh=dict(
-                data=-1,  # devices along 'data'; -1: the rest
-                expert=1,  # devices that share the experts of one copy of the network; -1: the rest
-                fsdp=False,  # cut large parameters and their optimizer state over 'data'
-            ),
-        )
-    )
-    if ":" in family:
-        config.update(_own_section(family, config.keys()))
+    keys: dict[str, Any] = {
+        "name": Key("", "of the run, for people"),
+        "seed": Key(0, "of weights, data order, augmentation and noise", SEED),
+        "phases": Key(
+            ("pt", "mt", "ft", "m2mkd", "e2e", "eval"), f"what is done: {', '.join(PHASES)}", NAMES
+        ),
+        "e2e_seeds": Key(
+            1, "repetitions of every end-to-end phase with other seeds: e2e, e2e/1, ...", ABOVE_0
+        ),
+        "data": DATA,
+        "teaching_data": DATA,
+        "teacher": TEACHER,
+        "family": Key(family, 'of the students: nac, vmoe, or one\'s own "package.module:Class"'),
+        **{name: section() for name, section in SECTIONS.items()},
+        "distillation": DISTILLATION,
+        "regulariser": REGULARISER,
+        "recipes": dict.fromkeys(RECIPES, RECIPE),
+        "few_shot": FEW_SHOT,
+        "init": INIT,
+        "evaluation": EVALUATION,
+        "checkpoint_minutes": Key(
+            10.0,
+            "minutes between checkpoints at the most; there is one at every evaluation",
+            FROM_0,
+        ),
+        "log_every": Key(50, "optimizer updates between two lines of the log", ABOVE_0),
+        "precision": Key(
+            "auto",
+            "of activations: float32, bfloat16; auto: bfloat16 on GPU and TPU, float32 on CPU",
+        ),
+        "mesh": MESH,
+    }
+    return keys | own_section(family, keys) if ":" in family else keys
+
+
+# What the groups are for.
+GROUPS = {
+    "data": "The images of the end-to-end phases and of evaluation.",
+    "data.augment": "Augmentation of training images, in this order.",
+    "teaching_data": 'The images of pt, mt, ft and m2mkd; with name "" those of `data`.',
+    "teacher": "The teacher, and the meta model that its modules are trained with.",
+    "nac": "Students of the family nac, and the Neural Attentive Circuit made of them.",
+    "vmoe": "Students of the family vmoe, and the V-MoE made of them.",
+    "distillation": "The loss of m2mkd and e2e_kd.",
+    "regulariser": "A loss on the NAC's graph, end to end.",
+    "recipes": "How each phase trains; all end-to-end phases train by `recipes.e2e`.",
+    "few_shot": "The phase fewshot: heads for classes that the network has not seen.",
+    "few_shot.data": "The images of the episodes; image_size 0: the network's.",
+    "init": "Directories or files of weights, converted or torch's, in place of phases.",
+    "evaluation": "How accuracies are measured.",
+    "mesh": "How the devices are arranged; data x expert is their number.",
+}
+
+
+def base(family: str = "nac") -> ConfigDict:
+    """The config with every default; keys that it has not are refused.
+
+    Args:
+        family: of the students; "package.module:Class" adds that class's section.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    config = ConfigDict(default_values(all_keys(family)))
     for recipe in config.recipes.values():
         recipe.modules = ConfigDict(allow_dotted_keys=False)
     return config.lock()
@@ -281,7 +310,13 @@ def recipe_name(phase: str) -> str:
 
 
 def own_recipe(config: ConfigDict, phase: str, index: int | None = None) -> ConfigDict:
-    """A phase's recipe with what `modules` changes for one of its modules."""
+    """A phase's recipe with the changes that its `modules` makes for one module.
+
+    Args:
+        config: of the run.
+        phase: such as m2mkd.
+        index: of the module; None: no module's changes.
+    """
     recipe = ConfigDict(config.recipes[recipe_name(phase)].to_dict())
     changes = recipe.modules.get(str(index), {})
     del recipe.modules
@@ -290,7 +325,13 @@ def own_recipe(config: ConfigDict, phase: str, index: int | None = None) -> Conf
 
 
 def module_recipe(config: ConfigDict, phase: str, index: int | None = None) -> ConfigDict:
-    """A phase's recipe with its module's own changes and its learning rates scaled."""
+    """The recipe that a phase trains by: `own_recipe` with its learning rates scaled.
+
+    Args:
+        config: of the run.
+        phase: such as m2mkd.
+        index: of the module; None: no module's changes.
+    """
     recipe = own_recipe(config, phase, index)
     if recipe.lr_per:
         if recipe.scale_min_lr:
@@ -300,7 +341,7 @@ def module_recipe(config: ConfigDict, phase: str, index: int | None = None) -> C
 
 
 def teaching_data(config: ConfigDict) -> ConfigDict:
-    """The data of pt, mt, ft and m2mkd."""
+    """The data section of pt, mt, ft and m2mkd."""
     return config.teaching_data if config.teaching_data.name else config.data
 
 
@@ -317,7 +358,12 @@ def few_shot_data(config: ConfigDict) -> ConfigDict:
 
 
 def renditions_data(config: ConfigDict, name: str) -> ConfigDict:
-    """The network's data, but the test images of a set of renditions of its classes."""
+    """config.data with the test images of a set of renditions of its classes.
+
+    Args:
+        config: of the run.
+        name: of the data set, such as imagenet_r.
+    """
     data = ConfigDict(config.data.to_dict())
     data.name, data.root, data.test_images = name, "", 0
     return data
@@ -329,5 +375,13 @@ def meta_depths(config: ConfigDict) -> tuple[int, ...]:
 
 
 def scaled_lr(base: float, global_batch: int, per: int = 512) -> float:
-    """The linear scaling rule: base * global_batch / per (all devices, accumulation included)."""
+    """The linear scaling rule: base * global_batch / per.
+
+    Args:
+        base: learning rate for a batch of `per` images.
+        global_batch: images per optimizer update, over all devices and accumulated parts.
+        per: images.
+
+    Source: docs/reference.md#recipes.
+    """
     return base * global_batch / per

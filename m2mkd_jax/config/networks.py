@@ -1,4 +1,4 @@
-"""From a config to the fields of its networks."""
+"""The specs of a config's networks; what cannot be built is refused with the key's name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.variants import vit_variant
 from m2mkd_jax.models.vit_spec import ViTSpec
 
+LATENTS = ("input_latents", "mediator_latents", "output_latents")
+
 
 def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpec, int | None]:
-    """Fields of a vision transformer, and its published depth if it is a published variant."""
+    """The spec of a vision transformer, and its depth where it is a published variant.
+
+    Args:
+        fields: config.teacher or config.vmoe.
+        data: the images and classes that it is for.
+        key: of `fields`, for messages.
+
+    Raises:
+        UserError: neither a variant nor sizes are given, or they do not fit the data.
+    """
     if fields.variant:
         with located(f"config.{key}.variant"):
             spec, depth = vit_variant(fields.variant, data.classes, fields.remat)
@@ -34,23 +45,28 @@ def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpe
 
 
 def teacher_spec(config: ConfigDict) -> tuple[ViTSpec, int | None]:
-    """The teacher's fields, and its published depth if it is a published variant."""
+    """The teacher's spec, and its depth where it is a published variant (else None).
+
+    Raises:
+        UserError: config.teacher cannot be built.
+    """
     return _transformer(config.teacher, teaching_data(config), "teacher")
 
 
 def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
-    """The NAC's fields for some data: the network's own, or what its students are taught on."""
+    """The spec of the NAC.
+
+    Args:
+        config: of the run.
+        data: the images and classes that it is for: config.data, or for its students those that
+            they are taught on.
+
+    Raises:
+        UserError: config.nac cannot be built.
+    """
     own = ("stitch_dim", "prior", "options")
     fields = {k: v for k, v in config.nac.items() if k not in own}
-    for key in (
-        "state_dim",
-        "code_dim",
-        "heads",
-        "input_latents",
-        "mediator_latents",
-        "output_latents",
-        "iterations",
-    ):
+    for key in ("state_dim", "code_dim", "heads", "iterations", *LATENTS):
         require(fields[key] > 0, f"config.nac.{key} must be above 0")
     fields["tokenizer_depths"] = tuple(fields["tokenizer_depths"])
     with located("config.nac"):
@@ -60,13 +76,16 @@ def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
 def vmoe_spec(
     config: ConfigDict, data: ConfigDict, stitch_dim: int = 0
 ) -> tuple[VMoESpec, int | None]:
-    """The V-MoE's fields for some data, and its published depth if it is a published variant.
+    """The spec of the V-MoE, and its depth where it is a published variant (else None).
 
     Args:
         config: of the run.
         data: whose images and classes it is for.
         stitch_dim: width of the teacher's tokens, for students that are taught, with stitches at
             their open ends; 0: no stitches.
+
+    Raises:
+        UserError: config.vmoe cannot be built.
     """
     fields = config.vmoe
     vit, depth = _transformer(fields, data, "vmoe")

@@ -1,13 +1,19 @@
-"""The published recipes and graph priors (reference sections 3 and 6), for config files."""
+"""Published recipes, networks and graph priors, and small networks; config files call these.
+
+Every function changes the config that it is given.
+Source: arXiv 2402.16918; docs/reference.md#recipes, docs/reference.md#nac-configs.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from m2mkd_jax.errors import UserError
 
-# name of the prior argument: graph, options at 256 mediators, options at 768 mediators
-NAC_PRIORS = {
+# Argument of the NAC configs: graph, its options with 256 mediators, its options with 768.
+NAC_PRIORS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "scale": ("barabasi-albert", {"m": 2}, {"m": 6}),
     "erdos": ("erdos-renyi", {"p": 0.1}, {"p": 0.1}),
     "planted": (
@@ -24,7 +30,10 @@ NAC_PRIORS = {
 
 
 def published_teaching(config: ConfigDict) -> None:
-    """PT, MT, FT and m2mKD as published: AdamW, cosine, mixup and cutmix, batch 2048 (FT 1024)."""
+    """Recipes of pt, mt, ft and m2mkd: AdamW, cosine, mixup and cutmix, batch 2048 (ft 1024).
+
+    Source: arXiv 2402.16918; docs/reference.md#recipe-table.
+    """
     recipes = config.recipes
     for name, epochs, warmup in (
         ("pt", 300, 20),
@@ -42,7 +51,16 @@ def published_teaching(config: ConfigDict) -> None:
 
 
 def published_nac_end_to_end(config: ConfigDict, epochs: int, batch: int, decay: float) -> None:
-    """NAC end to end as published: every parameter decayed, min lr scaled with the batch."""
+    """Recipe of a NAC end to end: every parameter is decayed, min_lr is scaled with the batch.
+
+    Args:
+        config: to change.
+        epochs: of training.
+        batch: images per optimizer update.
+        decay: weight decay.
+
+    Source: arXiv 2402.16918; docs/reference.md#recipe-table.
+    """
     recipe = config.recipes.e2e
     recipe.epochs, recipe.warmup_epochs, recipe.batch = epochs, 25, batch
     recipe.lr, recipe.min_lr, recipe.scale_min_lr = 1.2e-3, 4e-5, True
@@ -50,10 +68,16 @@ def published_nac_end_to_end(config: ConfigDict, epochs: int, batch: int, decay:
 
 
 def nac_prior(config: ConfigDict, prior: str) -> None:
-    """The mediators' graph and the regulariser that goes with it.
+    """The mediators' graph, and the regulariser published with it.
+
+    Args:
+        config: to change; its number of mediators is set.
+        prior: of NAC_PRIORS.
 
     Raises:
-        UserError: an unknown prior.
+        UserError: there is no such prior.
+
+    Source: arXiv 2402.16918; docs/reference.md#nac-configs, docs/reference.md#nac-regularisers.
     """
     if prior not in NAC_PRIORS:
         raise UserError(f'config argument: no prior "{prior}"; one of {", ".join(NAC_PRIORS)}')
@@ -68,22 +92,31 @@ def nac_prior(config: ConfigDict, prior: str) -> None:
 
 
 def published_augmentation(data: ConfigDict) -> None:
-    """Random resized crops, flips, RandAugment, random erasing, repeated augmentation."""
+    """Random resized crops, flips, RandAugment, random erasing, repeated augmentation.
+
+    Args:
+        data: a section of data keys.
+
+    Source: docs/reference.md#augmentation.
+    """
     augment = data.augment
     augment.crop, augment.flip = "random_resized", True
     augment.rand_augment, augment.erase = "rand-m9-mstd0.5-inc1", 0.25
-    augment.color_jitter = 0.4  # acts only where rand_augment is switched off
+    augment.color_jitter = 0.4  # has an effect without rand_augment only
     data.repeated_augmentation = 3
 
 
 def imagenet(data: ConfigDict) -> None:
-    """ImageNet-1k at 224 px, with the published augmentation."""
+    """ImageNet-1k at 224 px with the published augmentation, for a section of data keys."""
     data.name, data.image_size, data.classes = "imagenet", 224, 1000
     published_augmentation(data)
 
 
 def published_few_shot(config: ConfigDict) -> None:
-    """Heads for 8 classes of CIFAR-100, one image of each: NAC by SGD, V-MoE by AdamW."""
+    """Heads for 8 classes of CIFAR-100, one image of each: a NAC's by SGD, a V-MoE's by AdamW.
+
+    Source: docs/reference.md#few-shot, docs/reference.md#recipe-table.
+    """
     data = config.few_shot.data
     data.name, data.classes = "cifar100", 100
     published_augmentation(data)
@@ -92,7 +125,7 @@ def published_few_shot(config: ConfigDict) -> None:
     recipe.batch, recipe.lr_per = 8, 0
     if config.family == "nac":
         recipe.epochs, recipe.optimizer, recipe.decay_rule = 500, "sgd", "none"
-        recipe.lr = recipe.min_lr = 3e-4  # it does not change
+        recipe.lr = recipe.min_lr = 3e-4  # constant
         recipe.weight_decay = 0.0
     else:
         recipe.epochs, recipe.warmup_epochs, recipe.lr = 100, 20, 2e-3
@@ -108,8 +141,8 @@ def vit_huge_teacher(config: ConfigDict) -> None:
 def small_nac(config: ConfigDict) -> None:
     """A NAC of width 64 with four propagators, taught by a small ViT in six modules of two blocks.
 
-    The networks and rates at which the published modules were seen to work on Fashion-MNIST at
-    32 px. The latents of each group, epochs and rates per phase are left to the config.
+    The sizes at which the published modules work on Fashion-MNIST at 32 px. The number of latents
+    of each group, and epochs and rates of each phase, are left to the config.
     """
     teacher, nac = config.teacher, config.nac
     teacher.patch, teacher.width, teacher.heads = 8, 64, 4
@@ -133,7 +166,10 @@ def vit_large_teacher(config: ConfigDict) -> None:
 
 
 def published_vmoe_end_to_end(config: ConfigDict) -> None:
-    """V-MoE end to end as published: no warmup, clipped, batch 1024, drop-path over all blocks."""
+    """Recipe of a V-MoE end to end: no warmup, clipping, batch 1024, drop-path over all blocks.
+
+    Source: arXiv 2402.16918; docs/reference.md#recipe-table.
+    """
     recipe = config.recipes.e2e
     recipe.epochs, recipe.warmup_epochs, recipe.batch = 100, 0, 1024
     recipe.lr, recipe.min_lr, recipe.weight_decay = 5e-4, 1e-5, 0.05
@@ -143,8 +179,8 @@ def published_vmoe_end_to_end(config: ConfigDict) -> None:
 def small_vmoe(config: ConfigDict) -> None:
     """A V-MoE of width 48 and four blocks, taught by a ViT of width 64 in four modules of two.
 
-    The student is narrower than the teacher, as in the paper, so that its modules need stitches.
-    Epochs and rates per phase are left to the config.
+    The students are narrower than the teacher, as in the paper, so that they need stitches. Epochs
+    and rates of each phase are left to the config.
     """
     config.family = "vmoe"
     teacher, vmoe = config.teacher, config.vmoe
@@ -153,6 +189,6 @@ def small_vmoe(config: ConfigDict) -> None:
     vmoe.patch, vmoe.width, vmoe.heads = 8, 48, 4
     vmoe.depths, vmoe.experts = (1,) * 4, 4
     for recipe in config.recipes.values():
-        recipe.batch, recipe.lr_per = 48, 0  # for 1, 2, 4 and 8 devices alike
+        recipe.batch, recipe.lr_per = 48, 0  # a multiple of 1, 2, 4 and 8 devices
         recipe.mixup = recipe.cutmix = 0.0
         recipe.min_lr, recipe.warmup_lr = 1e-5, 1e-5

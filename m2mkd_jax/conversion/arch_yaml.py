@@ -1,7 +1,9 @@
-"""What the original's YAML says about a NAC or its students, in the fields of checkpoint/arch.py.
+"""The original's YAML of a NAC or of its students, as fields of `--arch` (arch_flag.py).
 
-An option that changes what the network computes, and is built here in one way only, must say that
-way: names and shapes would not show the difference.
+Names and shapes do not show every option that changes what the network computes. Such an option
+that is implemented here for one value only must have that value.
+
+The options are explained in docs/reference.md#nac-options and in the sections around it.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE
 
-# The original's options of a NAC: (name there, name here, default there). Only what acts on the
-# arithmetic; sizes without a default follow from the weights.
+# The original's options of a NAC: (its name, our name, its default). Only those that change what is
+# computed; sizes without a default follow from the weights.
 _GRAPH = (
     ("code_dim", "code_dim", None),
     ("signature_dim", "signature_dim", None),
@@ -33,7 +36,7 @@ _GRAPH = (
     ("enable_input_output_communication", "input_output", True),
     ("enable_persistent_input_mediator_communication", "persistent_inputs", True),
 )
-_GRAPH_OTHERS = {
+_GRAPH_OTHER_OPTIONS = {
     "share_codes_between_iterations",
     "mod_fc_kwargs",
     "mediator_latent_kwargs",
@@ -47,18 +50,22 @@ _GRAPH_OTHERS = {
     "learnable_signatures",
     "learnable_codes",
 }
-# Options that are built in one way, and that way.
-_LAYER = {"mod_fc_cls": "ModFC", "ffn_mod_fc_cls": None, "ffn_mod_fc_kwargs": None}
-_GRAPH_ONE_WAY = _LAYER | {
+# Options that are implemented for one value only, with that value.
+_LAYER: dict[str, Any] = {"mod_fc_cls": "ModFC", "ffn_mod_fc_cls": None, "ffn_mod_fc_kwargs": None}
+_GRAPH_ONE_VALUE: dict[str, Any] = _LAYER | {
     "disable_input_mediator_communication": False,
     "latent_seeder_kwargs": None,
     "propagator_layerwise_kwargs": None,
     "read_in_cls": "AttentiveReadIn",
     "use_input_states_as_mediator_states": False,
 }
-_MODULATION = {"activation": None, "scale_times_input_normalization_type": "none"}
-_PART = _LAYER | {"mod_fc_kwargs": None, "ffn_kwargs": None, "read_in_attention_kwargs": None}
-_ATTENTION = {
+_MODULATION: dict[str, Any] = {"activation": None, "scale_times_input_normalization_type": "none"}
+_PART: dict[str, Any] = _LAYER | {
+    "mod_fc_kwargs": None,
+    "ffn_kwargs": None,
+    "read_in_attention_kwargs": None,
+}
+_ATTENTION: dict[str, Any] = {
     "kernel_type": "DotProductKernel",
     "mask_attn_scores_with_affinities": True,
     "mod_fc_cls": "ModFC",
@@ -66,9 +73,9 @@ _ATTENTION = {
     "normalize_kernel_along_keys": True,
     "scale_attention_by_affinities_after_softmax": False,
 }
-_KERNEL = {"stochastic_eval_behaviour": "no_sample"}
-_TOKENIZER = {"convnext_kwargs": None}
-_POOLING = {"softmax_temperature": 1.0}
+_KERNEL: dict[str, Any] = {"stochastic_eval_behaviour": "no_sample"}
+_TOKENIZER: dict[str, Any] = {"convnext_kwargs": None}
+_POOLING: dict[str, Any] = {"softmax_temperature": 1.0}
 _PRESETS = {
     "tiny": [3, 3, 9],
     "mini": [3, 3, 6],
@@ -88,37 +95,63 @@ _MODULATIONS = {
 
 
 def yaml_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields, not yet checked.
+    """The fields that the original's YAML states, not yet checked.
+
+    Args:
+        content: the parsed file.
+        where: its path, for messages.
 
     Raises:
-        UserError: an option is not built here.
+        UserError: an option has a value that is not implemented here.
         KeyError, TypeError, AttributeError, ValueError: it describes neither NAC nor students.
     """
     return _students(content, where) if "share_kwargs" in content else _nac(content, where)
 
 
-def _require(section: Mapping | None, built: Mapping[str, Any], where: str, name: str) -> None:
-    """Raises UserError where an option says anything else; an empty one is None."""
-    for option, value in built.items():
-        said = (section or {}).get(option, value)
-        if (said or None) != (value or None):
+def _check_section(
+    section: Mapping[str, Any] | None, implemented: Mapping[str, Any], where: str, name: str
+) -> None:
+    """Raises UserError for an option of another value than the implemented one.
+
+    Args:
+        section: of the file; None if it is left out.
+        implemented: option -> value. Empty values are equal to None.
+        where: the path, for messages.
+        name: of the section, for messages.
+    """
+    for option, value in implemented.items():
+        stated = (section or {}).get(option, value)
+        if (stated or None) != (value or None):
             raise UserError(
-                f"--arch: {where}: {name}.{option} {said!r} is not built here, only {value!r}"
+                f"--arch: {where}: {name}.{option} {stated!r} is not built here, only {value!r}"
             )
 
 
-def _require_parts(network: Mapping, parts: Sequence[str], heads: Mapping, where: str) -> None:
-    """The sections `parts` of `network`: read-in, propagator, read-out. `heads`: those of all."""
+def _check_parts(
+    network: Mapping[str, Any], parts: Sequence[str], heads: Mapping[str, Any], where: str
+) -> None:
+    """Checks the sections of read-in, propagator and read-out.
+
+    Args:
+        network: the section that has them.
+        parts: their names in it, in this order.
+        heads: number and width of the heads, which all parts must have.
+        where: the path, for messages.
+
+    Raises:
+        UserError: an option has a value that is not implemented here.
+    """
     for part, residual in zip(parts, (None, True, False), strict=True):
         section = network.get(part) or {}
         attention = section.get("latent_attention_kwargs") or {}
         kernel = _KERNEL if residual else _KERNEL | {"truncation": None}
-        # A read-in has no other attention, and says its residual itself.
+        # A read-in has one attention only, whose residual is an option of the read-in itself.
         own = {} if residual is None else {"include_residual_in_latent_attention": residual}
-        inside = heads | _ATTENTION | ({} if residual is None else {"include_residual": residual})
-        _require(section, heads | _PART | own, where, part)
-        _require(attention, inside, where, f"{part}.latent_attention_kwargs")
-        _require(
+        inside = {**heads, **_ATTENTION}
+        inside |= {} if residual is None else {"include_residual": residual}
+        _check_section(section, {**heads, **_PART, **own}, where, part)
+        _check_section(attention, inside, where, f"{part}.latent_attention_kwargs")
+        _check_section(
             attention.get("kernel_kwargs"),
             kernel,
             where,
@@ -126,21 +159,23 @@ def _require_parts(network: Mapping, parts: Sequence[str], heads: Mapping, where
         )
 
 
-def _require_graph(graph: Mapping[str, Any], where: str) -> None:
-    known = {there for there, _, _ in _GRAPH} | _GRAPH_OTHERS | set(_GRAPH_ONE_WAY)
+def _check_graph(graph: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for an option of the graph that is unknown or not implemented here."""
+    known = {name for name, _, _ in _GRAPH} | _GRAPH_OTHER_OPTIONS | set(_GRAPH_ONE_VALUE)
     if unknown := sorted(set(graph) - known):
         raise UserError(f"--arch: {where}: the option {unknown[0]} is not built here")
-    _require(graph, _GRAPH_ONE_WAY, where, "latent_graph_kwargs")
-    heads = {there: graph.get(there, default) for there, _, default in _GRAPH if "head" in there}
-    # The original's read-out has a residual unless it is told not to.
+    _check_section(graph, _GRAPH_ONE_VALUE, where, "latent_graph_kwargs")
+    heads = {name: graph.get(name, default) for name, _, default in _GRAPH if "head" in name}
+    # The default of the original's read-out is a residual, which is not implemented here.
     read_out = {"include_residual_in_latent_attention": True} | (graph.get("read_out_kwargs") or {})
     parts = ("read_in_kwargs", "propagator_kwargs", "read_out_kwargs")
-    _require_parts(dict(graph) | {"read_out_kwargs": read_out}, parts, heads, where)
+    _check_parts(dict(graph) | {"read_out_kwargs": read_out}, parts, heads, where)
 
 
-def _modulation(kwargs: dict | None, where: str) -> dict[str, Any]:
+def _modulation(kwargs: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """Fields of the modulated linear layers."""
     kwargs = kwargs or {}
-    _require(kwargs, _MODULATION, where, "mod_fc_kwargs")
+    _check_section(kwargs, _MODULATION, where, "mod_fc_kwargs")
     return {
         "modulation": _MODULATIONS[kwargs.get("scale_normalization_type", "ln")],
         "gain": kwargs.get("scale_gain", 1.0),
@@ -148,27 +183,29 @@ def _modulation(kwargs: dict | None, where: str) -> dict[str, Any]:
     }
 
 
-def _tokenizer(kwargs: dict, where: str) -> dict[str, Any]:
-    _require(kwargs, _TOKENIZER, where, "tokenizer_kwargs")
+def _tokenizer(kwargs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of the tokenizer."""
+    _check_section(kwargs, _TOKENIZER, where, "tokenizer_kwargs")
     depths = _PRESETS[kwargs.get("capacity_preset", "tiny")][: kwargs.get("num_stages", 3)]
     grid = kwargs["positional_grid_kwargs"]
     rows, columns = grid.get("grid_size", (8, 8))
     if rows != columns:
         raise ValueError(f"positional grid of {rows} x {columns}, not square")
-    # data.input_size is what the data are made into; the grid is what the network was built for.
-    size = rows * 4 * 2 ** (len(depths) - 1)
+    # The network's image size is that of its grid, whatever data.input_size says.
+    size = rows * STEM_STRIDE * STAGE_STRIDE ** (len(depths) - 1)
     return {"tokenizer_depths": depths, "position_dim": grid["dim"], "image_size": size}
 
 
 def _nac(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a NAC."""
     kwargs = content["model"]["kwargs"]
     graph = kwargs["latent_graph_kwargs"]
-    _require_graph(graph, where)
+    _check_graph(graph, where)
     fields = {"kind": "nac", "state_dim": kwargs["state_dim"], "classes": kwargs["output_dim"]}
-    for there, here, default in _GRAPH:
-        value = graph.get(there, default)
+    for name, ours, default in _GRAPH:
+        value = graph.get(name, default)
         if value is not None:
-            fields[here] = value
+            fields[ours] = value
     fields["codes_per_iteration"] = not graph.get("share_codes_between_iterations", True)
     fields |= _modulation(graph.get("mod_fc_kwargs"), where)
     fields |= _tokenizer(kwargs["input_tokenizer_kwargs"], where)
@@ -184,13 +221,13 @@ def _nac(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
     pooled = kwargs.get("output_tokenizer_type", "FirstSlotAsLogits") == "OutputLatentPooling"
     pooling_kwargs = kwargs.get("output_tokenizer_kwargs") or {}
-    _require(pooling_kwargs, _POOLING, where, "output_tokenizer_kwargs")
+    _check_section(pooling_kwargs, _POOLING, where, "output_tokenizer_kwargs")
     pooling = pooling_kwargs.get("softmax_type", "gumbel")
     fields |= {"output": "pooling" if pooled else "first_slot", "pooling": pooling}
     mediators = graph.get("mediator_latent_kwargs") or {}
     options = dict(mediators.get("graph_generator_kwargs") or {})
     if options.get("n") == fields.get("mediator_latents"):
-        options.pop("n", None)  # the number of nodes, which is that of the mediators here
+        options.pop("n", None)  # nodes of the graph: here always the mediators
     fields |= {"prior": mediators.get("graph_preset") or "none", "prior_options": options}
     if kwargs.get("student_type"):
         fields["student_type"] = kwargs["student_type"]
@@ -198,11 +235,12 @@ def _nac(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _students(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a NAC's students."""
     share, read_in, read_out = content["share_kwargs"], content["readin"], content["readout"]
     heads = {option: read_in[option] for option in ("num_heads", "head_dim")}
-    _require(share, _LAYER, where, "share_kwargs")
-    _require_parts(content, ("readin", "mediator", "readout"), heads, where)
-    _require(read_out["tokenizer_kwargs"], _POOLING, where, "readout.tokenizer_kwargs")
+    _check_section(share, _LAYER, where, "share_kwargs")
+    _check_parts(content, ("readin", "mediator", "readout"), heads, where)
+    _check_section(read_out["tokenizer_kwargs"], _POOLING, where, "readout.tokenizer_kwargs")
     return {
         "kind": "nac_student",
         "state_dim": share["state_dim"],

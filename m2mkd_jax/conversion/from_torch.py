@@ -1,137 +1,135 @@
-"""Weights from the published layouts into our trees.
+"""Converts weights from the published layouts into our trees.
 
-A tree is filled tensor by tensor, each dropped from memory when it is in place, and written before
-the next tree is begun: memory stays near the size of the largest stage.
+A tree is filled tensor by tensor, each dropped from memory once it is copied, and written before
+the next tree is begun, so that memory stays near the size of the largest stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from m2mkd_jax.conversion import infer
 from m2mkd_jax.conversion.arch_flag import check_fields, read_arch
-from m2mkd_jax.conversion.infer_nac import assembled_spec
-from m2mkd_jax.conversion.lazy_tensor import Tensor, same
-from m2mkd_jax.conversion.name_tables import leaf, place, table
-from m2mkd_jax.conversion.names import Entry, nac_names, read_layout
+from m2mkd_jax.conversion.assemble_nac import assembled_nac
+from m2mkd_jax.conversion.converted import IMAGENET, Converted, Tree, Trees
+from m2mkd_jax.conversion.infer import infer_description
+from m2mkd_jax.conversion.lazy_tensor import Tensor, same_values
+from m2mkd_jax.conversion.name_tables import name_table
+from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, read_layout
 from m2mkd_jax.conversion.report import Report
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from m2mkd_jax.conversion.torch_layouts import is_stitch, published_layout, whole_name
+from m2mkd_jax.conversion.torch_layouts import assembled_name, is_stitch, published_layout
 from m2mkd_jax.conversion.torch_weights import TorchWeights, read_torch_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
-from m2mkd_jax.models.nac import priors
+from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.nac.spec import NACSpec
-from m2mkd_jax.models.nac.students import assemble
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _DISTILLED = ("dist_token", "head_dist.weight", "head_dist.bias")
 
 
-class Trees(Mapping):
-    """Trees by name, each made when it is asked for and kept by nobody."""
-
-    def __init__(self, makers: dict[str, Callable[[], dict]]):
-        self.makers = makers
-
-    def __getitem__(self, name: str) -> dict:
-        return self.makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.makers)
-
-    def __len__(self) -> int:
-        return len(self.makers)
-
-
-@dataclasses.dataclass
-class Converted:
-    """Weights in our trees, made on demand; `report` is complete once all have been."""
-
-    description: dict
-    trees: Trees
-    report: Report
-
-
-def read_converted(path: Path, arch: str = "", image_size: int = 0, seed: int = 0) -> Converted:
-    """Opens torch weights (a file, or a directory of modules) as our trees; nothing is read yet.
+def convert_from_torch(path: Path, arch: str = "", image_size: int = 0, seed: int = 0) -> Converted:
+    """Converts torch weights. The files are opened; their values are read when trees are made.
 
     Args:
-        path: .pth, .pt or .safetensors, or a directory of such files.
-        arch: what `--arch` says; "" lets the weights decide.
-        image_size: resize the position embedding for images of this size; 0: as `arch` or the
-            weights say.
-        seed: of what a NAC has and its students do not bring, and of a student's codes and states
-            where the file has none (the published ones do not).
+        path: .pth, .pt or .safetensors file, or a directory of such files.
+        arch: the value of `--arch`; "" infers the network from the weights alone.
+        image_size: resize the position embedding for images of this size; 0: the size that `arch`
+            states or the weights show.
+        seed: for the arrays of a NAC that its students do not have, and for a student's codes and
+            states if they are not in the file (in the published files they are not).
 
     Raises:
-        UserError: see read_torch_weights, arch.read_arch, infer.describe; or a tensor is
-            missing, unknown, or of another shape than the network's.
+        UserError: the files cannot be read or understood (`read_torch_weights`), `arch` makes no
+            sense (`read_arch`) or contradicts them (`infer_description`), or a tensor is missing,
+            unknown, or of another shape than the network's.
     """
-    source = read_torch_weights(path)
-    blocks = sum(source.depths) if source.depths else None
-    given = read_arch(arch, source.kind, blocks) if arch else {}
+    weights = read_torch_weights(path)
+    blocks = sum(weights.depths) if weights.depths else None
+    given = read_arch(arch, weights.kind, blocks) if arch else {}
     if image_size:
         given = given | check_fields({"image_size": image_size}, "--image_size")
-    return convert(source, given, path, seed)
+    return convert_torch_weights(weights, given, path, seed)
 
 
-def convert(source: TorchWeights, given: dict[str, Any], path: Path, seed: int = 0) -> Converted:
-    """`read_converted` for weights that are open and fields that are read."""
-    report = Report(str(path), dict(source.ignored), dict(source.aliases))
-    if "dist_token" in source.tensors:
-        _drop_distillation(source, report)
-    description, notes = infer.describe(source, given, str(path))
+def convert_torch_weights(
+    weights: TorchWeights, given: Mapping[str, Any], path: Path, seed: int = 0
+) -> Converted:
+    """`convert_from_torch` for opened weights.
+
+    Args:
+        weights: changed in place where a tensor has no place in the network.
+        given: the fields of `--arch`.
+        path: of the weights, for messages.
+        seed: see `convert_from_torch`.
+
+    Raises:
+        UserError: see `convert_from_torch`.
+    """
+    report = Report(str(path), dict(weights.ignored), dict(weights.aliases))
+    if "dist_token" in weights.tensors:
+        _drop_distillation_token(weights, report)
+    description, notes = infer_description(weights, given, str(path))
     report.notes += notes
-    tensors = _network_tensors(source, description, report)
-    if source.kind in ("vit", "vmoe"):
-        _fit_positions(tensors, description, report)
+    tensors = _network_tensors(weights, description, report)
+    if weights.kind in ("vit", "vmoe"):
+        _resize_positions(tensors, description, report)
     description["normalisation"] = IMAGENET
-    description["torch"] = source.layout | {"dtypes": _dtypes(tensors)}
-    makers = _makers(source, description, tensors, path, seed, report)
-    if (source.kind, given.get("kind")) == ("nac_student", "nac"):
-        return _assembled(Trees(makers), description, given, path, seed, report)
+    # All trees are float32; the types that differ are kept for the conversion back.
+    dtypes = {name: t.dtype for name, t in tensors.items() if t.dtype != "float32"}
+    description["torch"] = weights.layout | {"dtypes": dtypes}
+    makers = _makers(weights, description, tensors, path, seed, report)
+    if (weights.kind, given.get("kind")) == ("nac_student", "nac"):
+        return assembled_nac(Trees(makers), description, given, path, seed, report)
     return Converted(description, Trees(makers), report)
 
 
-def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The types that are not float32, which all trees are."""
-    return {name: t.dtype for name, t in tensors.items() if t.dtype != "float32"}
-
-
-def _drop_distillation(source: TorchWeights, report: Report) -> None:
-    """A distilled DeiT without its second token: what of it fits a plain vision transformer."""
+def _drop_distillation_token(weights: TorchWeights, report: Report) -> None:
+    """Removes the second token of a distilled DeiT, so that the rest is a plain ViT."""
     for name in _DISTILLED:
-        if source.tensors.pop(name, None) is not None:
+        if weights.tensors.pop(name, None) is not None:
             report.ignore(name, "distillation token and its head: no place in a plain ViT")
-    whole = source.tensors.get("pos_embed")
-    if whole is None or len(whole.shape) != 3:
-        return  # refused later, by its name
-    shape = (1, whole.shape[1] - 1, whole.shape[2])
-    keep = [0, *range(2, whole.shape[1])]
-    source.tensors["pos_embed"] = dataclasses.replace(
-        whole, shape=shape, read=lambda: whole.read()[:, keep], mapped=False
+    positions = weights.tensors.get("pos_embed")
+    if positions is None or len(positions.shape) != 3:
+        return  # infer_description refuses it
+    before, count = positions, positions.shape[1]
+    keep = [0, *range(2, count)]
+    weights.tensors["pos_embed"] = dataclasses.replace(
+        before,
+        shape=(1, count - 1, before.shape[2]),
+        read=lambda: before.read()[:, keep],
+        mapped=False,
     )
     report.notes.append("pos_embed: the distillation token's position is left out")
-    source.layout = published_layout(list(source.tensors), None)  # written back, a plain ViT
+    # Converted back, it is a plain ViT.
+    weights.layout = published_layout(list(weights.tensors), None)
 
 
-def _network_tensors(source: TorchWeights, description: dict, report: Report) -> dict[str, Tensor]:
-    """The tensors under the names that the network's tables use."""
-    tensors = dict(source.tensors)
-    if source.kind != "vmoe":
+def _network_tensors(
+    weights: TorchWeights, description: Mapping[str, Any], report: Report
+) -> dict[str, Tensor]:
+    """The tensors under the names of the network's tables; stitches that are dropped are left out.
+
+    Args:
+        weights: opened weights.
+        description: of the network.
+        report: gets the names and what is ignored.
+    """
+    tensors = dict(weights.tensors)
+    if weights.kind != "vmoe":
         return tensors
-    if "" not in source.layout["files"]:  # students of a directory become the whole network
-        renamed = {name: whole_name(name, source.depths) for name in tensors}
+    if weights.from_directory:  # the students of a directory become the whole network
+        depths = weights.depths or []
+        renamed = {name: assembled_name(name, depths) for name in tensors}
         tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
         report.rename(renamed)
-    kept = set(description["spec"]["pre_stitch_pos"]), set(description["spec"]["post_stitch_pos"])
+    spec = description["spec"]
+    kept = set(spec["pre_stitch_pos"]), set(spec["post_stitch_pos"])
     for name in list(tensors):
         for word, blocks in zip((".pre_stitch.", ".post_stitch."), kept, strict=True):
             if is_stitch(name) and word in name and int(name.split(".")[1]) not in blocks:
@@ -140,54 +138,70 @@ def _network_tensors(source: TorchWeights, description: dict, report: Report) ->
     return tensors
 
 
-def _fit_positions(tensors: dict[str, Tensor], description: dict, report: Report) -> None:
+def _resize_positions(
+    tensors: dict[str, Tensor], description: Mapping[str, Any], report: Report
+) -> None:
+    """Resizes the position embedding in `tensors` if the network has another image size."""
     spec = registry.spec_of(description)
-    vit = getattr(spec, "vit", spec)
+    vit = spec.vit if isinstance(spec, VMoESpec) else spec
     embedding = tensors.get("pos_embed")
-    if embedding is None or len(embedding.shape) != 3 or embedding.shape[1] == vit.tokens:
+    if isinstance(vit, NACSpec) or embedding is None or len(embedding.shape) != 3:
         return
-    side = vit.image_size // vit.patch
-    tensors["pos_embed"] = dataclasses.replace(
-        embedding,
-        shape=(1, vit.tokens, embedding.shape[2]),
-        # NaN and infinite numbers are refused before they are multiplied.
-        read=lambda: resize_positions(embedding.array().astype(np.float32), side).astype(
-            embedding.dtype
-        ),
-        mapped=False,
-    )
+    if embedding.shape[1] == vit.tokens:
+        return
+    before, side = embedding, vit.image_size // vit.patch
+
+    def read() -> np.ndarray:
+        # `array` refuses NaN and infinite values before they spread over all positions.
+        return resize_positions(before.array().astype(np.float32), side).astype(before.dtype)
+
+    shape = (1, vit.tokens, before.shape[2])
+    tensors["pos_embed"] = dataclasses.replace(before, shape=shape, read=read, mapped=False)
     report.notes.append(
-        f"pos_embed: {embedding.shape[1] - 1} positions resized to {vit.tokens - 1}, bicubic"
+        f"pos_embed: {before.shape[1] - 1} positions resized to {vit.tokens - 1}, bicubic"
     )
 
 
 def _makers(
-    source: TorchWeights, description: dict, tensors: dict, path: Path, seed: int, report: Report
-) -> dict[str, Callable[[], dict]]:
-    makers, known = {}, set()
-    grouped = source.kind == "nac_student" and "" not in source.layout["files"]
+    weights: TorchWeights,
+    description: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    seed: int,
+    report: Report,
+) -> dict[str, Callable[[], Tree]]:
+    """For each tree of the network a function that makes it.
+
+    Args:
+        weights: opened weights.
+        description: of the network; gets the number of a student's `states`.
+        tensors: by the names of the network's tables.
+        path: of the weights, for messages.
+        seed: for codes and states that are not in the file.
+        report: gets one row per tensor, when a tree is made.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of another shape than the network's.
+    """
+    makers: dict[str, Callable[[], Tree]] = {}
+    known: set[str] = set()
+    grouped = weights.kind == "nac_student" and weights.from_directory
     for name in registry.tree_names(description):
-        parts = chain.abstract(registry.builder(description, name))
-        entries = table(description, name)
-        if grouped:
-            entries = [dataclasses.replace(e, torch=f"{name}/{e.torch}") for e in entries]
+        stage = chain.abstract(registry.builder(description, name))
+        entries = name_table(description, name)
+        group = f"{name}/" if grouped else ""
+        entries = [dataclasses.replace(e, torch=group + e.torch) for e in entries]
         known |= {entry.torch for entry in entries}
-        _check(entries, tensors, parts.params, path)
-        extra = {
-            key: source.extra[where]
+        _check_tensors(entries, tensors, stage.params, path)
+        stored = {
+            key: weights.fixed[group + key]
             for key in ("codes", "states")
-            if (where := f"{name}/{key}" if grouped else key) in source.extra
+            if group + key in weights.fixed
         }
-        fixed = _fixed(parts.fixed, extra, name, seed, report)
-        states = fixed.get("states")
-        if states is not None:
-            description["states"] = int(states.shape[0])
-
-        def make(name=name, entries=entries, params=parts.params, fixed=fixed) -> dict:
-            tree = {"params": _fill(entries, tensors, params, name, report)}
-            return tree | ({"fixed": fixed} if fixed else {})
-
-        makers[name] = make
+        fixed = _fixed_arrays(stage.fixed, stored, name, seed, report)
+        if "states" in fixed:
+            description["states"] = int(fixed["states"].shape[0])
+        makers[name] = _maker(name, entries, tensors, stage.params, fixed, report)
     unknown = [name for name in tensors if name not in known]
     if unknown:
         more = f", nor have {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -197,111 +211,123 @@ def _makers(
     return makers
 
 
-def _check(entries: list[Entry], tensors: dict[str, Tensor], params: dict, path: Path) -> None:
-    """Every target has its tensor, of the right shape."""
+def _maker(
+    name: str,
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    shapes: Tree,
+    fixed: Tree,
+    report: Report,
+) -> Callable[[], Tree]:
+    def make() -> Tree:
+        tree = {"params": _filled(entries, tensors, shapes, name, report)}
+        return tree | ({"fixed": fixed} if fixed else {})
+
+    return make
+
+
+def _check_tensors(
+    entries: list[Entry], tensors: Mapping[str, Tensor], params: Tree, path: Path
+) -> None:
+    """Checks that every array has its tensors, and that their shapes fit.
+
+    Args:
+        entries: the table of a tree.
+        tensors: by the names of the table.
+        params: the tree's arrays, or their shapes.
+        path: of the weights, for messages.
+
+    Raises:
+        UserError: a tensor is missing or of another shape, or tensors that share an array differ.
+    """
     missing = [entry.torch for entry in entries if entry.torch not in tensors]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f'{path}: tensor "{missing[0]}" is missing{more}')
-    filled: dict[tuple, dict[tuple, str]] = {}
+    filled: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for entry in entries:
-        tensor, target = tensors[entry.torch], leaf(params, entry.path)
-        wanted = target.shape[len(place(entry.index)) :]
-        try:
-            shape = _read_shape(tensor.shape, entry.layout)
-        except (ValueError, IndexError):
-            shape = None
-        if shape != wanted:
+        tensor, index = tensors[entry.torch], as_tuple(entry.index)
+        expected = array_at(params, entry.path).shape[len(index) :]
+        if _shape_read(tensor.shape, entry.layout) != expected:
             raise UserError(
                 f'{path}: tensor "{entry.torch}" has shape {tensor.shape}; in this network '
-                f"{'/'.join(entry.path)} is {wanted}"
+                f"{'/'.join(entry.path)} is {expected}"
             )
-        first = filled.setdefault(entry.path, {}).setdefault(place(entry.index), entry.torch)
-        if first != entry.torch and not same(tensors[first], tensor):
+        first = filled.setdefault(entry.path, {}).setdefault(index, entry.torch)
+        if first != entry.torch and not same_values(tensors[first], tensor):
             raise UserError(f'{path}: "{first}" and "{entry.torch}" are shared here, and differ')
-    for leaf_path, places in filled.items():
-        shape = leaf(params, leaf_path).shape
-        stacked = len(next(iter(places)))
-        assert len(places) == int(np.prod(shape[:stacked])), leaf_path  # a gap in our own table
+    # The tables themselves leave no array unfilled.
+    for array_path, indices in filled.items():
+        shape = array_at(params, array_path).shape
+        stacked = len(next(iter(indices)))
+        assert len(indices) == int(np.prod(shape[:stacked])), array_path
     assert len(filled) == len(jax.tree.leaves(params))
 
 
-def _read_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    return read_layout(np.broadcast_to(np.float32(0), shape), layout).shape
+def _shape_read(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
+    """The shape of a tensor in our layout; None if its rank does not fit."""
+    try:
+        return read_layout(np.broadcast_to(np.float32(0), shape), layout).shape
+    except (ValueError, IndexError):
+        return None
 
 
-def _fill(
-    entries: list[Entry], tensors: dict[str, Tensor], shapes: dict, tree: str, report: Report
-) -> dict:
+def _filled(
+    entries: list[Entry], tensors: Mapping[str, Tensor], shapes: Tree, tree: str, report: Report
+) -> Tree:
+    """The parameters of a tree.
+
+    Args:
+        entries: its table.
+        tensors: by the names of the table.
+        shapes: the tree's shapes.
+        tree: its name, for the report.
+        report: gets one row per tensor.
+
+    Raises:
+        UserError: a tensor cannot be used (`Tensor.array`).
+    """
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     for entry in entries:
         tensor = tensors[entry.torch]
         try:
             array = tensor.array()
         except UserError as error:
-            file = report.shown(entry.torch).rpartition(": ")[0]  # where there are several
+            file = report.shown(entry.torch).rpartition(": ")[0]  # "" unless there are several
             raise UserError(f"{report.source}: {file and file + ': '}{error}") from None
-        leaf(params, entry.path)[place(entry.index)] = read_layout(array, entry.layout)
+        stacked = array_at(params, entry.path)
+        stacked[as_tuple(entry.index)] = read_layout(array, entry.layout)
         report.used(entry, tensor, tree)
         tensor.release(array)
     return params
 
 
-def _fixed(shapes: dict, extra: dict[str, Tensor], name: str, seed: int, report: Report) -> dict:
-    """A student's codes and states: from the file, or drawn."""
+def _fixed_arrays(
+    shapes: Tree, stored: Mapping[str, Tensor], name: str, seed: int, report: Report
+) -> Tree:
+    """A student's codes and states.
+
+    Args:
+        shapes: of the arrays, by name.
+        stored: those that are in the file; the others are drawn.
+        name: of the student's tree.
+        seed: of what is drawn.
+        report: gets a note on each array.
+
+    Raises:
+        UserError: an array of the file has another shape.
+    """
     fixed = {}
     for i, (key, shape) in enumerate(sorted(shapes.items())):
-        if key in extra:
-            fixed[key] = np.array(extra[key].array(), np.float32)
+        if key in stored:
+            fixed[key] = np.array(stored[key].array(), np.float32)
             report.notes.append(f"{name}/{key}: from the file")
             if fixed[key].shape[1:] != shape.shape[1:]:
                 raise UserError(
                     f'{report.source}: "{key}" has shape {fixed[key].shape}, not {shape.shape}'
                 )
             continue
-        draw = np.random.default_rng([seed, i, registry.index_of(name)])
-        fixed[key] = draw.standard_normal(shape.shape, np.float32)
+        generator = np.random.default_rng([seed, i, registry.index_of(name)])
+        fixed[key] = generator.standard_normal(shape.shape, np.float32)
         report.notes.append(f"{name}/{key}: not in the file; drawn from seed {seed}")
     return fixed
-
-
-def carried(taught: Mapping[str, Any], network: NACSpec, published: str) -> tuple:
-    """Whether the students' positional grid and output pooling come along (None: if it fits).
-
-    The published program knows two cases, told by a word, `student_type`: both (ImageNet) or none
-    (Tiny-ImageNet, for which it expects the word "tinynet"; its configs say "tinyimnet", with which
-    the grid comes along, or stops the program where it does not fit). Without the word: both where
-    both fit, for then students and network have one task.
-    """
-    same_task = (taught["image_size"], taught["classes"]) == (network.image_size, network.classes)
-    words = {"imagenet": (True, True), "tinynet": (False, False), "tinyimnet": (None, False)}
-    return words.get(published, (same_task, same_task))
-
-
-def _assembled(
-    students: Trees, description: dict, given: dict, path: Path, seed: int, report: Report
-) -> Converted:
-    """A NAC with the students' weights; what they do not bring is fresh."""
-    spec = assembled_spec(description, given, str(path))
-    whole = {"kind": "nac", "spec": dataclasses.asdict(spec), "normalisation": IMAGENET}
-    build = registry.builder(whole, "nac")
-    grid, pooling = carried(description["spec"], spec, given.get("student_type", ""))
-
-    def make() -> dict:
-        fresh = jax.tree.map(np.array, chain.initialise(build, jax.random.key(seed)).params)
-        prior = given.get("prior", "none")
-        if prior != "none":
-            options = dict(given.get("prior_options") or {})
-            count, dim = spec.mediator_latents, spec.signature_dim
-            signatures = priors.prior_signatures(prior, count, dim, options, seed)
-            fresh["mediator_latents"]["signatures"] = np.array(signatures)
-        taught = [students[name]["params"] for name in students]
-        params, _ = assemble(fresh, taught, carry_grid=grid, carry_pooling=pooling)
-        params = jax.tree.map(np.asarray, params)
-        targets = {(e.path, e.index): e.torch for e in nac_names(spec)}
-        # What no student replaced is still the same array.
-        kept = {t for t in targets if leaf(params, t[0]) is leaf(fresh, t[0])}
-        report.assembled(targets, kept, len(taught), seed)
-        return {"params": params}
-
-    return Converted(whole, Trees({"nac": make}), report)

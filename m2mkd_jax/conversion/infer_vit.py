@@ -1,100 +1,133 @@
-"""What the names and shapes of a vision transformer, dense or with experts, say about it."""
+"""Infers the description of a vision transformer, dense or with experts, from names and shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from m2mkd_jax.conversion.arch_flag import VMOE_VARIANTS, vit_fields
-from m2mkd_jax.conversion.infer_fields import Decision, Shapes
-from m2mkd_jax.conversion.torch_layouts import whole_name
+from m2mkd_jax.conversion.infer_fields import FieldResolver, Shapes
+from m2mkd_jax.conversion.torch_layouts import assembled_name
 from m2mkd_jax.conversion.torch_weights import TorchWeights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import variants
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.vit_spec import ViTSpec
 
-_SPEC = ("image_size", "patch", "width", "heads", "classes", "qkv_bias", "eps")
+Description = dict[str, Any]
+Variants = list[tuple[str, dict[str, Any]]]  # name and fields
+
+_VIT_FIELDS = ("image_size", "patch", "width", "heads", "classes", "qkv_bias", "eps")
 _STITCHES = ("pre_stitch_pos", "post_stitch_pos")
 
 
-def describe_vit(source: TorchWeights, given: Mapping, where: str) -> tuple[dict, list[str]]:
-    """Description and notes; see architecture.describe."""
-    shapes = Shapes({name: tensor.shape for name, tensor in source.tensors.items()}, where)
+def infer_vit(
+    weights: TorchWeights, given: Mapping[str, Any], where: str
+) -> tuple[Description, list[str]]:
+    """Infers the description of a dense transformer; see `infer.infer_description`."""
+    shapes = Shapes({name: tensor.shape for name, tensor in weights.tensors.items()}, where)
     known = [(name, vit_fields(variants.vit_variant(name, 1)[0])) for name in variants.NAMES]
     for field in ("moe_pos", *_STITCHES):
         if given.get(field):
             raise UserError(f"{where}: --arch says {field} {given[field]}, the weights have none")
-    decision = _decide(source, shapes, given, known, {})
-    spec = dataclasses.asdict(_spec(decision))
-    description = {"kind": "vit", "spec": spec, "depths": _cut(source, decision, shapes)}
-    if source.module is not None:
-        description["module"] = source.module
-    return description, decision.notes
+    resolver = _resolver(weights, shapes, given, known, {})
+    spec = dataclasses.asdict(_vit_spec(resolver))
+    depths = _depths(weights, resolver, shapes)
+    description: Description = {"kind": "vit", "spec": spec, "depths": depths}
+    if weights.module is not None:
+        description["module"] = weights.module
+    return description, resolver.notes
 
 
-def describe_vmoe(source: TorchWeights, given: Mapping, where: str) -> tuple[dict, list[str]]:
-    """Description and notes; see architecture.describe."""
-    several = "" not in source.layout["files"]
-    # Students of a directory count their blocks from 0, the network counts on.
-    name_of = (lambda name: whole_name(name, source.depths)) if several else str
-    shapes = Shapes({name_of(n): tensor.shape for n, tensor in source.tensors.items()}, where)
-    common = {"qkv_bias": True, "eps": 1e-6, "image_size": 224}
-    known = [
-        (f"vmoe_{size}", {"patch": patch, "width": width, "heads": heads, **common})
-        for size, (patch, width, heads) in VMOE_VARIANTS.items()
-    ]
+def infer_vmoe(
+    weights: TorchWeights, given: Mapping[str, Any], where: str
+) -> tuple[Description, list[str]]:
+    """Infers the description of a V-MoE; see `infer.infer_description`."""
+    several = weights.from_directory
+    shapes = _network_shapes(weights, where)
     found = _expert_fields(shapes)
-    first, last = _embeds(shapes), _classifies(shapes)
+    first, last = _has_embedding(shapes), _has_head(shapes)
     if not several and not (first and last):
-        given = _of_student(given, shapes, found["moe_pos"], first, last)
-    # Left out of --arch: of one file, as they are; of students, dropped as published.
+        given = _student_fields(given, shapes, found["moe_pos"], first, last)
+    # If --arch does not say where stitches stay: as in the file; students of a directory are
+    # assembled without them, as published.
     kept = {f: given.get(f, [] if several else found[f]) for f in _STITCHES}
     for field, positions in kept.items():
         if not set(positions) <= set(found[field]):
             raise UserError(f"{where}: --arch says {field} {positions}, there are {found[field]}")
     if not any(kept.values()) and given.get("stitch_dim") == 0:
         given = {field: value for field, value in given.items() if field != "stitch_dim"}
-    decision = _decide(source, shapes, given, known, found)
+    resolver = _resolver(weights, shapes, given, _vmoe_variants(), found)
     experts = found.get("experts", 1)
     spec = VMoESpec(
-        vit=_spec(decision),
+        vit=_vit_spec(resolver),
         moe_pos=tuple(found["moe_pos"]),
         experts=experts,
         top_k=min(2, experts),
-        # The published router's weight of a single expert is always 1, as is this one's.
+        # With a single expert the published router's weight is always 1, as is this one's.
         router="published" if experts > 1 else "vmoe",
         stitch_dim=found.get("stitch_dim", 0) if any(kept.values()) else 0,
-        **{field: tuple(positions) for field, positions in kept.items()},
+        pre_stitch_pos=tuple(kept["pre_stitch_pos"]),
+        post_stitch_pos=tuple(kept["post_stitch_pos"]),
     )
-    depths = _cut(source, decision, shapes)
+    depths = _depths(weights, resolver, shapes)
     description = {"kind": "vmoe", "spec": dataclasses.asdict(spec), "depths": depths}
     if first and last:
-        return description, decision.notes
+        return description, resolver.notes
     if several or len(depths) != 1:
         end = "head" if first else "embedding"
         raise UserError(f"{where}: a network of {len(depths)} stages without its {end}")
     expected, idx = 0 if first else -1 if last else 1, given.get("idx")
     if idx is not None and max(idx, -1) != expected and not (expected == 1 and idx > 1):
         raise UserError(f"{where}: --arch says idx {idx}, but this is student {expected}")
-    return description | {"first": first, "last": last}, decision.notes
+    return description | {"first": first, "last": last}, resolver.notes
 
 
-def _of_student(
-    given: Mapping, shapes: Shapes, moe_pos: list[int], first: bool, last: bool
-) -> Mapping:
-    """What `given` says about this student, where it describes the whole network."""
+def _network_shapes(weights: TorchWeights, where: str) -> Shapes:
+    """Shapes by the names of the whole network; students of a directory count blocks from 0."""
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    if weights.from_directory:
+        depths = weights.depths or []
+        shapes = {assembled_name(name, depths): shape for name, shape in shapes.items()}
+    return Shapes(shapes, where)
+
+
+def _vmoe_variants() -> Variants:
+    common = {"qkv_bias": True, "eps": 1e-6, "image_size": 224}
+    return [
+        (f"vmoe_{size}", {"patch": patch, "width": width, "heads": heads, **common})
+        for size, (patch, width, heads) in VMOE_VARIANTS.items()
+    ]
+
+
+def _student_fields(
+    given: Mapping[str, Any], shapes: Shapes, moe_pos: list[int], first: bool, last: bool
+) -> Mapping[str, Any]:
+    """The fields of a single student, where `given` describes its whole network.
+
+    Args:
+        given: the fields of `--arch`.
+        shapes: of the student.
+        moe_pos: the student's blocks with experts.
+        first: whether the student has the embedding.
+        last: whether it has the head.
+
+    Returns:
+        `given` itself if it does not describe several stages, or contradicts the weights (which
+        is refused later).
+    """
     depths, blocks = given.get("depths", []), len(shapes.numbered(r"blocks\.", "block"))
     if len(depths) < 2:
         return given
     end, idx = len(depths) - 1, given.get("idx")
+    possible: Iterable[int] = range(1, end)
     if first or last:
         possible = [0 if first else end]
-    else:
-        possible = [idx] if idx in range(1, end) else range(1, end)
+    elif idx is not None and idx in range(1, end):
+        possible = [idx]
     for i in possible:
         start = sum(depths[:i])
         inside = range(start, start + depths[i])
@@ -104,11 +137,11 @@ def _of_student(
             own = {k: v for k, v in given.items() if k not in _STITCHES}
             own |= {"moe_pos": local} if "moe_pos" in given else {}
             return own | {"depths": [blocks]} | ({"idx": -1} if last and idx == end else {})
-    return given  # it contradicts the weights, which is said below
+    return given
 
 
 def _expert_fields(shapes: Shapes) -> dict[str, Any]:
-    """Where experts and stitches are, how many experts, and how wide stitches."""
+    """Positions of experts and stitches, the number of experts, and the stitches' width."""
     blocks = shapes.numbered(r"blocks\.", "block")
 
     def having(word: str) -> list[int]:
@@ -134,14 +167,14 @@ def _expert_fields(shapes: Shapes) -> dict[str, Any]:
     return found | ({"stitch_dim": widths.pop()} if widths else {})
 
 
-def _fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields that the tensors of a vision transformer, or of a module of one, show."""
+def _shape_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields that the tensors of a vision transformer, or of one of its modules, show."""
     widths = shapes.ending(".norm1.weight", 1)
     if not widths:
         raise UserError(f"{shapes.where}: no block has a norm1.weight")
     qkv_bias = bool(shapes.ending("attn.qkv.bias", 1))
     found: dict[str, Any] = {"width": widths[0][0], "qkv_bias": qkv_bias}
-    if _embeds(shapes):
+    if _has_embedding(shapes):
         patch = shapes.of("patch_embed.proj.weight", 4)[-1]
         positions = shapes.of("pos_embed", 3)[1] - 1
         side = math.isqrt(positions)
@@ -150,66 +183,87 @@ def _fields(shapes: Shapes) -> dict[str, Any]:
                 f"{shapes.where}: pos_embed has {positions + 1} positions, not a square and one"
             )
         found |= {"patch": patch, "image_size": side * patch}
-    if _classifies(shapes):
+    if _has_head(shapes):
         found["classes"] = shapes.of("head.weight", 2)[0]
     return found
 
 
-def _embeds(shapes: Shapes) -> bool:
+def _has_embedding(shapes: Shapes) -> bool:
     return any(name in shapes for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"))
 
 
-def _classifies(shapes: Shapes) -> bool:
+def _has_head(shapes: Shapes) -> bool:
     return any(name in shapes for name in ("head.weight", "head.bias"))
 
 
-def _decide(
-    source: TorchWeights, shapes: Shapes, given: Mapping, known: list[tuple[str, dict]], more: dict
-) -> Decision:
-    """`known`: published variants, as (name, fields); `more`: found besides the transformer's."""
-    free = ("image_size", "depths", *_STITCHES)
-    decision = Decision(_fields(shapes) | more, given, free, shapes.where)
-    named = [(name, fields) for name, fields in known if name == source.words.get("model_name")]
+def _resolver(
+    weights: TorchWeights,
+    shapes: Shapes,
+    given: Mapping[str, Any],
+    known: Variants,
+    found: Mapping[str, Any],
+) -> FieldResolver:
+    """Resolves the fields of a transformer.
+
+    Args:
+        weights: opened weights.
+        shapes: their shapes, by the names of the network.
+        given: the fields of `--arch`.
+        known: published variants.
+        found: fields that the weights show besides those of a dense transformer.
+
+    Raises:
+        UserError: `given` contradicts the weights.
+    """
+    overridable = ("image_size", "depths", *_STITCHES)
+    resolver = FieldResolver({**_shape_fields(shapes), **found}, given, overridable, shapes.where)
+    named = [(name, fields) for name, fields in known if name == weights.entries.get("model_name")]
     for name, fields in named or known:
         if all(
-            decision.found.get(key, fields[key]) == fields[key]
+            resolver.found.get(key, fields[key]) == fields[key]
             for key in ("patch", "width", "qkv_bias")
         ):
-            own = ("heads", "eps") if _embeds(shapes) else ("heads", "eps", "patch", "image_size")
-            decision.assume({key: fields[key] for key in own}, name)
+            shown = _has_embedding(shapes)
+            own = ("heads", "eps") if shown else ("heads", "eps", "patch", "image_size")
+            resolver.assume({key: fields[key] for key in own}, name)
             break
-    # Not visible, and the same wherever there are biases (reference section 1).
-    eps = 1e-6 if decision.found["qkv_bias"] else 1e-5
-    decision.assume({"eps": eps}, "the published variants")
-    # Nothing in a module without embedding, or without head, depends on these.
-    unused = {} if _embeds(shapes) else {"patch": 1, "image_size": 1}
-    unused |= {} if _classifies(shapes) else {"classes": 1}
-    decision.published = unused | decision.published
-    return decision
+    # In all published variants eps goes with the biases (docs/reference.md#vit-variants).
+    eps = 1e-6 if resolver.found["qkv_bias"] else 1e-5
+    resolver.assume({"eps": eps}, "the published variants")
+    # A module without embedding, or without head, does not depend on these.
+    unused = {} if _has_embedding(shapes) else {"patch": 1, "image_size": 1}
+    unused |= {} if _has_head(shapes) else {"classes": 1}
+    resolver.published = unused | resolver.published
+    return resolver
 
 
-def _spec(decision: Decision) -> ViTSpec:
+def _vit_spec(resolver: FieldResolver) -> ViTSpec:
     """A given image size wins: the position embedding is resized to it."""
-    fields = decision.get(*_SPEC)
+    fields = resolver.get(*_VIT_FIELDS)
     return ViTSpec(
-        **fields | {"image_size": decision.given.get("image_size", fields["image_size"])}
+        **fields | {"image_size": resolver.given.get("image_size", fields["image_size"])}
     )
 
 
-def _cut(source: TorchWeights, decision: Decision, shapes: Shapes) -> list[int]:
-    """Blocks of each stage: as given, else as in the files, else all in one."""
-    if source.module is None:
+def _depths(weights: TorchWeights, resolver: FieldResolver, shapes: Shapes) -> list[int]:
+    """Blocks of each stage: as given, else as in the files, else all in one stage.
+
+    Raises:
+        UserError: they are not those of the weights.
+    """
+    in_files = weights.depths or []
+    # The names of a single module are those of its own blocks.
+    blocks = sum(in_files)
+    if weights.module is None:
         blocks = len(shapes.numbered(r"blocks\.", "block"))
-    else:  # of a lone module, the names are those of its own blocks
-        blocks = sum(source.depths)
-    depths = list(decision.given.get("depths") or source.depths or [blocks])
+    depths = list(resolver.given.get("depths") or in_files or [blocks])
     if sum(depths) != blocks:
         raise UserError(
-            f"{decision.where}: --arch says depths {depths}, {sum(depths)} blocks; the weights "
+            f"{resolver.where}: --arch says depths {depths}, {sum(depths)} blocks; the weights "
             f"have {blocks}"
         )
-    if source.module is not None and depths != source.depths:
+    if weights.module is not None and depths != weights.depths:
         raise UserError(
-            f"{decision.where}: a module of depths {source.depths} cannot be cut into {depths}"
+            f"{resolver.where}: a module of depths {weights.depths} cannot be cut into {depths}"
         )
     return depths

@@ -1,7 +1,7 @@
-"""A tensor of a file that was opened but not read: name its shape and type first, read it later.
+"""A tensor in an opened file: its shape and type are known, its values are read on demand.
 
-Reading a checkpoint tensor by tensor, and letting go of each, keeps memory at the size of what is
-made of it, however large the file is.
+Reading a checkpoint tensor by tensor, and dropping each from memory, keeps memory at the size of
+the converted weights, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,17 +27,18 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
-        name: as messages should call it.
-        shape, dtype: dtype is a numpy (or ml_dtypes) name.
+        name: as messages call it.
+        shape: as in the file.
+        dtype: name of a numpy (or ml_dtypes) type.
         place: tensors with equal places are the same bytes.
-        read: gives the array; a view of the file where `mapped`.
-        mapped: whether its memory is that of the file, and can be dropped once read.
+        read: gives the array; a view of the file if `mapped`.
+        mapped: whether the array's memory is that of the file, and can be dropped after use.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    place: tuple
+    place: tuple[Any, ...]
     read: Callable[[], np.ndarray]
     mapped: bool
 
@@ -44,10 +46,10 @@ class Tensor:
         return f"a tensor of {self.dtype} {list(self.shape)}"
 
     def array(self) -> np.ndarray:
-        """The numbers, in the file's own type.
+        """The values, in the file's own type.
 
         Raises:
-            UserError: the type is none of DTYPES, or a number is NaN or infinite.
+            UserError: the type is none of DTYPES, or a value is NaN or infinite.
         """
         if self.dtype not in DTYPES:
             raise UserError(
@@ -59,20 +61,22 @@ class Tensor:
         return array
 
     def release(self, array: np.ndarray) -> None:
-        """Drops the memory behind what `array` gave, which must not be used any more."""
+        """Drops the memory behind an array that `array` returned; it must not be used after."""
         if self.mapped:
             drop_pages(array)
 
-    def __getitem__(self, part: int) -> Tensor:
+    def part(self, index: int) -> Tensor:
         """One slice along the first axis, which stays: (E, ...) -> (1, ...)."""
-        shape = (1, *self.shape[1:])
-        read = lambda: self.read()[part : part + 1]  # noqa: E731
-        name = f"{self.name}[{part}]"
-        return Tensor(name, shape, self.dtype, (*self.place, part), read, self.mapped)
+
+        def read() -> np.ndarray:
+            return self.read()[index : index + 1]
+
+        shape, name = (1, *self.shape[1:]), f"{self.name}[{index}]"
+        return Tensor(name, shape, self.dtype, (*self.place, index), read, self.mapped)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; reads them only where they lie apart."""
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold equal values; reads them only if they are different bytes."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if a.place == b.place:
@@ -85,9 +89,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def drop_pages(array: np.ndarray) -> None:
-    """Gives back the memory of whole pages of a contiguous array mapped from a file.
+    """Frees the memory of whole pages of a contiguous array mapped from a file.
 
-    They are read again when needed. Only Linux has this; elsewhere the file stays in memory.
+    The system reads them again when needed. Only Linux has this; elsewhere the file stays in
+    memory.
     """
     if not sys.platform.startswith("linux") or not array.flags.c_contiguous:
         return

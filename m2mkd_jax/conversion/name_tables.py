@@ -1,47 +1,37 @@
-"""From a description to the tables of names of its trees (names.py)."""
+"""The table of names of each tree that a description lists (see names.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from m2mkd_jax.conversion.names import Entry, nac_names, nac_student_names, vit_stage_names
+from m2mkd_jax.conversion.names import Entry, vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
 from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import registry
+from m2mkd_jax.models.moe.spec import VMoESpec
+from m2mkd_jax.models.nac.spec import NACSpec
 
-_PARTS = ("readin", "mediator", "readout")
 
+def name_table(description: Mapping[str, Any], tree: str) -> list[Entry]:
+    """Which tensor of the published network is which array of one tree.
 
-def table(description: Mapping[str, Any], name: str) -> list[Entry]:
-    """Which tensor of the published network is which array of the tree `name`.
+    Args:
+        description: of the network, as saved with weights (models/registry.py).
+        tree: name of the tree.
 
-    Names are those of the whole network; of students, those of the student.
+    Returns:
+        Entries whose tensors are called as in the whole network; of a NAC's students, as in the
+        student.
     """
-    spec, index = registry.spec_of(description), registry.index_of(name)
+    spec, index = registry.spec_of(description), registry.index_of(tree)
     first, last = registry.ends(description, index)
-    kind = description["kind"]
-    if kind == "nac":
-        return nac_names(spec)
-    if kind == "nac_student":
-        return nac_student_names(spec, _part(first, last))
+    if isinstance(spec, NACSpec):
+        if description["kind"] == "nac":
+            return nac_names(spec)
+        return nac_student_names(spec, "readin" if first else "readout" if last else "mediator")
     depths = description["depths"]
-    start, ends = sum(depths[:index]), {"first": first, "last": last}
-    if kind == "vit":
-        return vit_stage_names(depths[index], **ends, qkv_bias=spec.qkv_bias, offset=start)
-    return vmoe_stage_names(spec, start, depths[index], **ends, offset=start)
-
-
-def _part(first: bool, last: bool) -> str:
-    return _PARTS[0] if first else _PARTS[2] if last else _PARTS[1]
-
-
-def leaf(tree: Mapping, path: Sequence[str]) -> Any:
-    """The array at a path of a nested dict."""
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def place(index: Any) -> tuple:
-    """An entry's index as a tuple; () selects all of an array."""
-    return () if index is None else index if isinstance(index, tuple) else (index,)
+    depth, start = depths[index], sum(depths[:index])
+    if isinstance(spec, VMoESpec):
+        return vmoe_stage_names(spec, start, depth, first=first, last=last, offset=start)
+    return vit_stage_names(depth, first=first, last=last, qkv_bias=spec.qkv_bias, offset=start)

@@ -1,8 +1,11 @@
-"""The table of names of a V-MoE (see torch_names.py)."""
+"""The table of names of a V-MoE (see names.py).
+
+The published layout is that of docs/reference.md#vmoe-checkpoints.
+"""
 
 from __future__ import annotations
 
-from m2mkd_jax.conversion.names import Entry, classifier, embedding, linear, norm
+from m2mkd_jax.conversion.names import ArrayPath, Entry, classifier, embedding, linear, norm
 from m2mkd_jax.models.moe.spec import VMoESpec, segments
 
 # Our name and the published one of an expert's two layers.
@@ -12,10 +15,16 @@ EXPERT_LAYERS = (("fc1", "htoh4"), ("fc2", "h4toh"))
 def vmoe_stage_names(
     spec: VMoESpec, start: int, depth: int, *, first: bool, last: bool, offset: int = 0
 ) -> list[Entry]:
-    """Stage of blocks start .. start + depth, the first of which is called `blocks.{offset}`.
+    """The table of one V-MoE stage; each layer of each expert is a tensor of its own.
 
-    The published checkpoints of a stage or student count from 0; in those of a whole network the
-    offset is `start`. One tensor per expert and layer, as published (reference section 2).
+    Args:
+        spec: fields of the network; its block numbers are those of the whole network.
+        start: number of the stage's first block in the network.
+        depth: blocks in the stage.
+        first: whether it has the embedding.
+        last: whether it has the final norm and the head.
+        offset: number of its first block in the tensors' names, `blocks.{offset}`: 0 in the
+            checkpoint of a stage or student, `start` in that of a whole network.
     """
     table = embedding() if first else []
     number = offset
@@ -40,7 +49,8 @@ def vmoe_stage_names(
     return table + (classifier() if last else [])
 
 
-def _mixture(torch: str, path: tuple, block: int, experts: int) -> list[Entry]:
+def _mixture(torch: str, path: ArrayPath, block: int, experts: int) -> list[Entry]:
+    """The router and the experts of one block."""
     table = [*linear(f"{torch}.gate.gate", (*path, "router", "linear"), block)]
     for expert in range(experts):
         for ours, theirs in EXPERT_LAYERS:

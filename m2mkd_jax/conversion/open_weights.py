@@ -1,16 +1,18 @@
-"""Weights wherever they lie: trained or converted ones, torch files, the Hugging Face hub."""
+"""Opens weights of any kind: trained or converted ones, torch files, files of the hub."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m2mkd_jax.checkpoint.files import read_json
 from m2mkd_jax.checkpoint.store import load_weights
-from m2mkd_jax.conversion.from_torch import convert, read_converted
+from m2mkd_jax.conversion.from_torch import convert_from_torch, convert_torch_weights
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
 from m2mkd_jax.conversion.torch_weights import read_torch_weights
 from m2mkd_jax.errors import UserError
@@ -20,20 +22,27 @@ HUB = "hf://"
 
 @dataclass(frozen=True)
 class Weights:
-    """Trees by name, read when asked for, and what they are (models/registry.py)."""
+    """Opened weights.
+
+    Attributes:
+        description: of the network (models/registry.py).
+        trees: by name; each is read when it is looked up.
+    """
 
     description: dict[str, Any]
-    trees: Mapping[str, dict]
+    trees: Mapping[str, dict[str, Any]]
 
 
-class _Stored(Mapping):
-    def __init__(self, path: Path, names: list[str]):
-        self.path, self.names = path, names
+class _StoredTrees(Mapping[str, dict[str, Any]]):
+    """The trees of a directory of weights."""
 
-    def __getitem__(self, name: str) -> dict:
-        return load_weights(self.path, [name])[0][name]
+    def __init__(self, directory: Path, names: list[str]):
+        self.directory, self.names = directory, names
 
-    def __iter__(self):
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return load_weights(self.directory, [name])[0][name]
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
@@ -41,13 +50,15 @@ class _Stored(Mapping):
 
 
 def find_weights(path: Path) -> Path | None:
-    """The directory of Orbax weights that `path` means: itself, a job's, or a run's network.
+    """The directory of weights that a path means: itself, a job's, or that of a run's network.
+
+    Returns:
+        The directory; None if `path` has no weights that this program wrote.
 
     Raises:
-        UserError: a run without a finished network.
+        UserError: it is a run without a finished network.
     """
-    inside = [path, path / "weights", path / "jobs" / "e2e" / "weights"]
-    for directory in inside:
+    for directory in (path, path / "weights", path / "jobs" / "e2e" / "weights"):
         if (directory / "description.json").is_file():
             return directory
     if (path / "jobs").is_dir():
@@ -67,45 +78,51 @@ def open_weights(
     """Opens weights of any kind.
 
     Args:
-        path: a directory of Orbax weights, a job, a run, a torch or safetensors file, a directory
-            of module files, or hf://OWNER/REPOSITORY/FILE.
-        arch, image_size, seed: for torch weights, see conversion.read_converted.
-        fields: of a torch network, instead of `arch` (checkpoint/arch.py).
+        path: a directory of weights, a job's or a run's directory, a torch or safetensors file, a
+            directory of module files, or hf://OWNER/REPOSITORY/FILE.
+        arch: of torch weights, see `from_torch.convert_from_torch`.
+        image_size: likewise.
+        seed: likewise.
+        fields: of torch weights, the fields that `arch` would state (arch_flag.py).
 
     Raises:
-        UserError: nothing there, or it cannot be read.
+        UserError: there are no weights, or they cannot be read.
     """
     local = local_path(path)
     stored = find_weights(local)
     if stored is None:
         if fields is None:
-            converted = read_converted(local, arch, image_size, seed)
+            converted = convert_from_torch(local, arch, image_size, seed)
         else:
-            converted = convert(read_torch_weights(local), dict(fields), local, seed)
+            converted = convert_torch_weights(read_torch_weights(local), fields, local, seed)
         return Weights(converted.description, converted.trees)
     _, description = load_weights(stored, [])
     names = list(read_json(stored / "description.json")["trees"])
-    return Weights(description, _Stored(stored, names))
+    return Weights(description, _StoredTrees(stored, names))
 
 
-def validate(path: str | Path, use: Callable[[], Any]) -> Any:
-    """What `use` makes of weights. Raises UserError where their description is not theirs.
+@contextlib.contextmanager
+def description_errors(path: str | Path) -> Iterator[None]:
+    """Reports what a wrong description causes as a UserError.
 
-    It is a file that anybody can have edited, and says what stages there are, how they are built
-    and what files they came from: whatever Python makes of nonsense in it means the same.
+    description.json says how the stages are built and in which files they were; anybody can edit
+    it, so any Python error while it is used means that it does not fit the weights.
+
+    Args:
+        path: of the weights, for the message.
     """
     try:
-        return use()
+        yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(f"{path}: description.json does not fit its weights ({reason})") from None
 
 
 def local_path(path: str | Path) -> Path:
-    """A path on this machine; what is on the hub is downloaded first, with progress.
+    """A path on this machine; a path on the hub is downloaded first, with progress.
 
     Raises:
-        UserError: nothing is there, huggingface_hub is missing, or the download fails.
+        UserError: it does not exist, huggingface_hub is missing, or the download fails.
     """
     text = str(path)
     if text.startswith(HUB):
@@ -117,25 +134,26 @@ def local_path(path: str | Path) -> Path:
 
 
 def _download(url: str) -> Path:
+    """Downloads a file, or a folder, of hf://OWNER/REPOSITORY/FILE."""
     owner, _, rest = url.removeprefix(HUB).partition("/")
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
         raise UserError(f"{url}: give hf://OWNER/REPOSITORY/FILE")
     try:
-        import huggingface_hub  # noqa: PLC0415 (an optional extra)
+        hub: Any = importlib.import_module("huggingface_hub")  # an optional extra
     except ImportError:
         raise UserError(
             f"{url} needs huggingface_hub: pip install 'm2mkd_jax[convert]'; or download the file"
         ) from None
     name = f"{owner}/{repository}"
-    # It warns of every try, twice; what comes of them is the file or an error.
+    # It logs warnings of every retry; the outcome is the file or one error.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    # The library raises its own, requests', and the system's errors: all mean no file.
+    # It raises errors of its own, of requests and of the system: all mean that there is no file.
     try:
         if file.endswith(SUFFIXES):
-            return Path(huggingface_hub.hf_hub_download(name, file))
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=[f"{file}/*"])
+            return Path(hub.hf_hub_download(name, file))
+        folder = hub.snapshot_download(name, allow_patterns=[f"{file}/*"])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{url} cannot be downloaded: {reason[:200]}") from None

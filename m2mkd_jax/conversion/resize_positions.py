@@ -1,6 +1,6 @@
 """Position embeddings for another image size, by bicubic interpolation.
 
-Axes: T tokens (class token, then S x S patches row by row), D width.
+Axes: T tokens (class token, then S x S patches row by row), D width, N old and M new positions.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _A = -0.75  # PyTorch's cubic kernel
 
 
 def _weights(old: int, new: int) -> np.ndarray:
-    """(new, old): how much each old position counts in each new one, edges repeated.
+    """(M, N): the weight of each old position in each new one; edges are repeated.
 
-    Pixel centres are aligned (align_corners=False) and nothing is smoothed when shrinking, as in
-    torch.nn.functional.interpolate(mode="bicubic"), which the published program calls.
+    As torch.nn.functional.interpolate(mode="bicubic"), which the published program calls: pixel
+    centres are aligned (align_corners=False), and nothing is smoothed when shrinking.
     """
     positions = (np.arange(new) + 0.5) * (old / new) - 0.5
     left = np.floor(positions).astype(int)
@@ -31,7 +31,15 @@ def _weights(old: int, new: int) -> np.ndarray:
 
 
 def resize_positions(embedding: np.ndarray, side: int) -> np.ndarray:
-    """(1, 1 + S*S, D) -> (1, 1 + side*side, D); the class token's stays as it is."""
+    """Resizes a position embedding; the class token's stays as it is.
+
+    Args:
+        embedding: (1, 1 + S*S, D).
+        side: patches on a side of the new image.
+
+    Returns:
+        (1, 1 + side*side, D), of the same type.
+    """
     token, patches = embedding[:, :1], embedding[:, 1:]
     old = math.isqrt(patches.shape[1])
     weights = _weights(old, side)

@@ -1,6 +1,6 @@
-"""Reading and writing .safetensors: eight bytes of length, a JSON header, raw little-endian bytes.
+"""Reads and writes .safetensors: eight bytes of length, a JSON header, raw little-endian bytes.
 
-Done here, so that it needs no package, copies no tensor and can write one tensor at a time.
+Implemented here, so that it needs no package, reads without copying, and writes tensor by tensor.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (gives numpy the type bfloat16)
+import ml_dtypes
 import numpy as np
 
 from m2mkd_jax.checkpoint.files import replace_file
@@ -24,7 +24,7 @@ _DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
-    "BF16": "bfloat16",
+    "BF16": np.dtype(ml_dtypes.bfloat16).name,
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -37,10 +37,13 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors by name, none of them read yet, and its metadata.
+    """Opens a file.
+
+    Returns:
+        Its tensors by name, whose values are read on demand, and its metadata.
 
     Raises:
-        UserError: no such file, or one that is not of the format byte for byte.
+        UserError: there is no such file, or it is not exactly of the format.
     """
     try:
         data = np.memmap(path, np.uint8, "r")
@@ -54,7 +57,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a safetensors file: {reason[:200]}") from None
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; ValueError if a name occurs twice."""
     names = dict(pairs)
     if len(names) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -62,14 +66,17 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """See `read_safetensors`; `data`: the bytes of the file. ValueError and others if wrong."""
     (size,) = struct.unpack("<Q", data[:8].tobytes())
     if not 2 <= size <= min(_LARGEST_HEADER, len(data) - 8):
         raise ValueError("its header is longer than the file")
-    header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=_no_doubles)
+    header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=_unique_names)
     metadata = header.pop("__metadata__", {})
     if not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata are not strings")
-    body, tensors, ranges = data[8 + size :], {}, []
+    body = data[8 + size :]
+    tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int]] = []
     for name, entry in header.items():
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -78,10 +85,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
         if end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
             raise ValueError(f'"{name}" has {end - begin} bytes, not those of its shape')
         ranges.append((begin, end))
-
-        def read(part=body[begin:end], dtype=dtype, shape=shape) -> np.ndarray:
-            return part.view(dtype).reshape(shape)
-
+        read = _reader(body[begin:end], dtype, shape)
         tensors[name] = Tensor(name, shape, dtype, (begin, end), read, True)
     expected = 0
     for begin, end in sorted(ranges):
@@ -93,10 +97,19 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _reader(part: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    return lambda: part.view(dtype).reshape(shape)
+
+
 def write_safetensors(
     path: Path, arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays by name. The file appears complete or not at all.
+    """Writes a file; it appears complete or not at all.
+
+    Args:
+        path: of the file.
+        arrays: (name, array) of each tensor.
+        metadata: strings by name.
 
     Raises:
         UserError: the file cannot be written.

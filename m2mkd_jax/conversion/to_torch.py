@@ -1,4 +1,4 @@
-"""Our weights back into the files of the published torch_layouts."""
+"""Converts our weights into the files of the published layouts."""
 
 from __future__ import annotations
 
@@ -11,72 +11,99 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.conversion import safetensors_file, torch_file, torch_layouts
-from m2mkd_jax.conversion.name_tables import leaf, place, table
-from m2mkd_jax.conversion.names import write_layout
+from m2mkd_jax.conversion.name_tables import name_table
+from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, write_layout
 from m2mkd_jax.conversion.report import Report
+from m2mkd_jax.conversion.torch_layouts import FileLayout, Layout
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import registry, variants
+from m2mkd_jax.models.moe.spec import VMoESpec
+from m2mkd_jax.models.vit_spec import ViTSpec
 
 Arrays = dict[str, np.ndarray]
 
 
-def to_torch(
-    source: Path, description: Mapping[str, Any], trees: Mapping[str, dict], target: Path
+def convert_to_torch(
+    source: Path,
+    description: Mapping[str, Any],
+    trees: Mapping[str, Mapping[str, Any]],
+    target: Path,
 ) -> Report:
     """Writes trained or converted weights as the torch file or files they came from.
 
-    Weights that never were in torch get the published layout: `model`, with `model_stages` for a
-    network in stages; a lone teacher module becomes a `block_state_dict`. `target` ends in .pth,
-    .pt or .safetensors; weights that came as a directory of modules go back into a new one. A
-    student's codes and states, which the published files lack, stand beside `model`.
+    Weights that were not converted from torch get the published layout: `model`, with
+    `model_stages` for a network in stages; a single teacher module becomes a `block_state_dict`. A
+    student's codes and states, which the published files lack, are written beside `model`.
+
+    Args:
+        source: path of the weights, for the report.
+        description: of the weights.
+        trees: by name, read one by one.
+        target: ends in .pth, .pt or .safetensors; of weights that came as a directory of modules,
+            the new directory.
+
+    Returns:
+        What was written.
 
     Raises:
         UserError: torch is missing, the target cannot be written, or is no place for these weights.
     """
     names = registry.in_order(list(trees))
     layout = description.get("torch")
-    files = (layout or {"files": {"": {}}})["files"]
+    files = layout["files"] if layout is not None else {"": {}}
     if "" in files and target.suffix not in torch_layouts.SUFFIXES:
         raise UserError(f"{target} must end in {', '.join(torch_layouts.SUFFIXES)}")
     if "" not in files and target.suffix in torch_layouts.SUFFIXES:
         raise UserError(f"{target}: these weights came as {len(files)} files; give a directory")
     grouped = description["kind"] == "nac_student" and len(names) > 1
     report = Report(str(source), {}, {})
-    arrays, extra = _tensors(description, trees, names, grouped, report)
+    arrays, fixed = _named_arrays(description, trees, names, grouped, report)
     if layout is None:
-        layout = _published(description, list(arrays), grouped)
+        layout = _published_layout(description, list(arrays), grouped)
     if "" in layout["files"]:
-        _write_file(layout["files"][""], layout["depths"], arrays, extra, target)
+        _write_file(layout["files"][""], layout["depths"], arrays, fixed, target)
     else:
-        _write_directory(layout, arrays, extra, target)
+        _write_directory(layout, arrays, fixed, target)
     return report
 
 
-def _tensors(
-    description: Mapping, trees: Mapping, names: list[str], grouped: bool, report: Report
+def _named_arrays(
+    description: Mapping[str, Any],
+    trees: Mapping[str, Mapping[str, Any]],
+    names: list[str],
+    grouped: bool,
+    report: Report,
 ) -> tuple[Arrays, Arrays]:
-    """All tensors by canonical name, and all codes and states."""
+    """All tensors by canonical name, and all codes and states.
+
+    Args:
+        description: of the weights.
+        trees: by name.
+        names: of the trees, in order.
+        grouped: whether the names start with that of the tree, as in a set of students.
+        report: gets one row per tensor.
+    """
     arrays: Arrays = {}
-    extra: Arrays = {}
+    fixed: Arrays = {}
     spec = description["spec"]
     patch = spec.get("vit", spec).get("patch")
     dtypes = (description.get("torch") or {}).get("dtypes", {})
     for name in names:
         tree, group = trees[name], f"{name}/" if grouped else ""
-        extra |= {group + key: np.asarray(value) for key, value in tree.get("fixed", {}).items()}
-        for entry in _table(description, name):
+        fixed |= {group + key: np.asarray(value) for key, value in tree.get("fixed", {}).items()}
+        for entry in _name_table(description, name):
             torch_name = group + entry.torch
-            value = np.asarray(leaf(tree["params"], entry.path))[place(entry.index)]
+            value = np.asarray(array_at(tree["params"], entry.path))[as_tuple(entry.index)]
             value = write_layout(value, entry, patch)
             arrays[torch_name] = np.array(value, dtypes.get(torch_name, "float32"), order="C")
             report.wrote(entry, torch_name, arrays[torch_name], name)
-    return arrays, extra
+    return arrays, fixed
 
 
-def _table(description: Mapping, name: str) -> list:
+def _name_table(description: Mapping[str, Any], tree: str) -> list[Entry]:
+    """`name_table`; of a single V-MoE student, whose blocks, stitches and experts count from 0."""
     if description["kind"] != "vmoe" or "module" not in description:
-        return table(description, name)
-    # A published V-MoE student counts its blocks, stitches and experts from 0.
+        return name_table(description, tree)
     index, depths = description["module"], description["depths"]
     start, end = sum(depths[:index]), sum(depths[: index + 1])
     spec = dict(description["spec"])
@@ -84,74 +111,101 @@ def _table(description: Mapping, name: str) -> list:
         spec[field] = [block - start for block in spec[field] if start <= block < end]
     first, last = registry.ends(description, index)
     alone = {"kind": "vmoe", "spec": spec, "depths": [depths[index]], "first": first, "last": last}
-    return table(alone, "student_0")
+    return name_table(alone, "student_0")
 
 
-def _published(description: Mapping, names: list[str], grouped: bool) -> dict:
-    """The layout of weights that were never in torch."""
+def _published_layout(description: Mapping[str, Any], names: list[str], grouped: bool) -> Layout:
+    """The layout for weights that were not converted from torch.
+
+    Args:
+        description: of the weights.
+        names: canonical names of the tensors.
+        grouped: whether the weights are a set of students.
+
+    Raises:
+        UserError: they are; the published layout has one file per student.
+    """
     if grouped:
         raise UserError("these students were never in torch files; convert them one by one")
+    spec = registry.spec_of(description)
     depths, index = description.get("depths"), description.get("module")
-    if description["kind"] == "vmoe" and index is not None:
-        depths = [depths[index]]
-    elif description["kind"] == "vit" and index is not None:
-        container = torch_layouts.stage_containers(names, depths)[index] | {
-            "keys": ["block_state_dict"]
-        }
+    if isinstance(spec, ViTSpec) and index is not None:
+        container = torch_layouts.stage_containers(names, description["depths"])[index]
+        container = {**container, "keys": ["block_state_dict"]}
         entries = {
-            "model_name": variants.name_of(registry.spec_of(description)),
+            "model_name": variants.name_of(spec),
             "block_index": index,
             "divided_depths": depths,
         }
         return {"files": {"": {"containers": [container], "entries": entries}}, "depths": depths}
+    if isinstance(spec, VMoESpec) and index is not None:
+        depths = [description["depths"][index]]
     return torch_layouts.published_layout(names, depths)
 
 
-def _write_directory(layout: dict, arrays: Arrays, extra: Arrays, target: Path) -> None:
+def _write_directory(layout: Layout, arrays: Arrays, fixed: Arrays, target: Path) -> None:
+    """Writes the files of a set of modules; the directory appears complete or not at all.
+
+    Raises:
+        UserError: a file cannot be written, or would be outside the directory.
+    """
     tmp = target.with_name(f".{target.name}.writing")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        for name, record in layout["files"].items():
+        for name, file in layout["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise UserError(f"{target}: a file of these weights would be {name}, outside")
-            group = record.get("group", "")
-            mine = {k.removeprefix(group): v for k, v in extra.items() if k.startswith(group)}
-            depths = record.get("depths", layout["depths"])
-            _write_file(record, depths, arrays, mine, tmp / name, group, layout["depths"])
+            group = file.get("group", "")
+            own = {k.removeprefix(group): v for k, v in fixed.items() if k.startswith(group)}
+            depths = file.get("depths", layout["depths"])
+            _write_file(file, depths, arrays, own, tmp / name, group, layout["depths"])
         tmp.rename(target)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _write_file(
-    record: dict,
+    layout: FileLayout,
     depths: list[int] | None,
     arrays: Arrays,
-    extra: Arrays,
+    fixed: Arrays,
     path: Path,
     group: str = "",
     all_depths: list[int] | None = None,
 ) -> None:
-    """One file. `group`: what its tensors' names start with among those of a set of students."""
+    """Writes one file.
+
+    Args:
+        layout: of the file.
+        depths: blocks of each stage in it.
+        arrays: of the network, or of all students, by canonical name.
+        fixed: codes and states of this file.
+        path: where to.
+        group: what the names in `arrays` of this file's tensors start with, in a set of students.
+        all_depths: blocks of all students.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     stacked: Arrays = {}
 
-    def weights(container: dict) -> Iterator[tuple[str, np.ndarray]]:
+    def weights(container: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         for name in container["names"]:
-            whole = group + torch_layouts.canonical(name, container["module"], depths)
-            if group and whole not in arrays:  # the students became one network
-                whole = torch_layouts.whole_name(whole, all_depths)
-            if whole in arrays:
-                yield container["prefix"] + name, arrays[whole]
-            elif not torch_layouts.is_stitch(whole):  # one that was dropped cannot be given back
-                if whole not in stacked:
-                    stacked[whole] = np.concatenate(_single_experts(whole, arrays))
-                yield container["prefix"] + name, stacked[whole]
+            ours = group + torch_layouts.canonical_name(name, container["module"], depths)
+            if group and ours not in arrays:  # the students became one network
+                ours = torch_layouts.assembled_name(ours, all_depths or [])
+            if ours in arrays:
+                yield container["prefix"] + name, arrays[ours]
+            elif not torch_layouts.is_stitch(ours):  # a dropped stitch cannot be restored
+                if ours not in stacked:
+                    stacked[ours] = np.concatenate(_single_experts(ours, arrays))
+                yield container["prefix"] + name, stacked[ours]
 
-    entries, containers = record["entries"], record["containers"]
+    entries, containers = layout["entries"], layout["containers"]
     if path.suffix == safetensors_file.SUFFIX:
-        # It has no containers: the first one's names are those of the whole network.
+        # The format has no containers; the first one has the names of the whole network.
         metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in entries.items()}
-        flat = [*weights(containers[0]), *extra.items()]
+        flat = [*weights(containers[0]), *fixed.items()]
         safetensors_file.write_safetensors(path, flat, metadata)
         return
     content: dict[str, Any] = {}
@@ -163,12 +217,17 @@ def _write_file(
             content[keys[0]] = tensors
         else:
             content.setdefault(keys[0], []).append(tensors)
-    torch_file.write_torch(path, content | entries | extra)
+    torch_file.write_torch(path, content | entries | fixed)
 
 
 def _single_experts(name: str, arrays: Arrays) -> list[np.ndarray]:
-    """The tensors of all experts whose stack is called `name`, in older FastMoE's layout."""
-    found = []
+    """The tensors of all experts, in the tensor of all of them that older FastMoE releases write.
+
+    Args:
+        name: of the tensor of all experts.
+        arrays: by canonical name.
+    """
+    found: list[np.ndarray] = []
     while (single := torch_layouts.expert_names(name, len(found) + 1)[-1]) in arrays:
         found.append(arrays[single])
     return found

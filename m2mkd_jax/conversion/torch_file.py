@@ -1,8 +1,9 @@
-"""Reading and writing what torch.save writes, without running anything that is in it."""
+"""Reads and writes the files of torch.save, without executing anything that is in them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import warnings
 import zipfile
@@ -14,33 +15,36 @@ import numpy as np
 
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.conversion.lazy_tensor import Tensor
-from m2mkd_jax.conversion.zip_check import Damaged, check_zip
+from m2mkd_jax.conversion.zip_check import DamagedZip, check_zip
 from m2mkd_jax.errors import UserError
 
 SUFFIXES = (".pth", ".pt")
 
 
 def import_torch(purpose: str) -> Any:
-    """The torch module.
+    """The torch module, an optional dependency.
+
+    Args:
+        purpose: what it is needed for, as the message says it.
 
     Raises:
         UserError: it is not installed.
     """
     try:
-        import torch  # noqa: PLC0415 (an optional extra)
+        return importlib.import_module("torch")
     except ImportError:
         raise UserError(f"{purpose} needs torch: pip install 'm2mkd_jax[convert]'") from None
-    return torch
 
 
 def read_torch(path: Path) -> Any:
-    """What the file holds, with a `Tensor` for every tensor; nothing but tensors is read yet.
+    """The content of a file, with a `Tensor` in place of every tensor, read on demand.
 
-    Only tensors and plain containers are unpickled (`weights_only`). The bytes of a zip file (all
-    since torch 1.6) are first checked against the file's own checksums.
+    Only tensors and plain containers are unpickled (`weights_only`). The bytes of a zip file (the
+    format since torch 1.6) are first checked against the file's own checksums.
 
     Raises:
-        UserError: no such file, torch is missing, the file is damaged or holds anything else.
+        UserError: there is no such file, torch is missing, or the file is damaged or holds anything
+            else.
     """
     torch = import_torch(f"reading {path}")
     try:
@@ -48,24 +52,24 @@ def read_torch(path: Path) -> Any:
             zipped = file.read(2) == b"PK"
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    # Whatever a hostile file provokes inside zipfile and torch is the same to the user: a bad file.
+    # A hostile file can provoke any error inside zipfile and torch; all mean that it is bad.
     try:
         if zipped:
             check_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return _Lazy(torch, zipped)(content)
+        return _LazyTensors(torch, zipped)(content)
     except Exception as error:
         raise UserError(f"{path} cannot be read safely: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is refused, in a line; torch's own would have the user load it unsafely."""
+    """Why a file is refused, in a line; torch's own message suggests to load it unsafely."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
-    if isinstance(error, Damaged):
+    if isinstance(error, DamagedZip):
         return f"it was damaged or changed ({text})"
     if isinstance(error, zipfile.BadZipFile | EOFError):
         return "it is cut off, or damaged"
@@ -77,19 +81,28 @@ def _reason(error: Exception) -> str:
     return (text or type(error).__name__)[:200]
 
 
-_DEPTH = 20  # of containers in containers; a checkpoint has four
-_ENTRIES = 1_000_000  # in all of them; one that holds itself twice, and that twice, has more
+_MAX_DEPTH = 20  # of nested containers; a checkpoint has four
+# In all containers together: lists that hold one another several times have exponentially many.
+_MAX_ENTRIES = 1_000_000
 
 
-class _Lazy:
-    """Makes every torch tensor in nested containers a `Tensor`."""
+class _LazyTensors:
+    """Replaces every torch tensor in nested containers by a `Tensor`.
+
+    Args:
+        torch: the module.
+        mapped: whether the tensors' memory is mapped from the file.
+
+    Raises (when called):
+        ValueError: a tensor is not dense, or the containers are too deep or too many.
+    """
 
     def __init__(self, torch: Any, mapped: bool):
         self.torch, self.mapped, self.entries = torch, mapped, 0
 
     def __call__(self, value: Any, name: str = "", depth: int = 0) -> Any:
         self.entries += 1
-        if depth > _DEPTH or self.entries > _ENTRIES:
+        if depth > _MAX_DEPTH or self.entries > _MAX_ENTRIES:
             raise ValueError("containers within containers without end")
         if isinstance(value, self.torch.Tensor):
             return _tensor(self.torch, value, self.mapped, name)
@@ -101,14 +114,15 @@ class _Lazy:
 
 
 def _tensor(torch: Any, tensor: Any, mapped: bool, name: str) -> Tensor:
+    """A torch tensor as a `Tensor`. Raises ValueError if it is not a plain dense one."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise ValueError(f'tensor "{name}" is not a plain dense one')
     if tensor.nbytes > tensor.untyped_storage().nbytes():
-        # Strides of 0: a few bytes that would fill any memory.
+        # Strides of 0 let a few bytes claim any amount of memory.
         raise ValueError(f'tensor "{name}" has more numbers than are stored')
     tensor = tensor.detach()
-    # A view of the whole storage would keep pages of its neighbours.
-    straight = tensor.is_contiguous()
+    # Only the pages of a contiguous tensor can be dropped after use.
+    contiguous = tensor.is_contiguous()
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride())
 
     def read() -> np.ndarray:
@@ -118,12 +132,17 @@ def _tensor(torch: Any, tensor: Any, mapped: bool, name: str) -> Tensor:
         return whole.numpy()
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Tensor(name, tuple(tensor.shape), dtype, place, read, mapped and straight)
+    return Tensor(name, tuple(tensor.shape), dtype, place, read, mapped and contiguous)
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """Writes nested dicts and lists of numpy arrays as torch.save does; arrays that are one object
-    share their storage. The file appears complete or not at all.
+    """Writes nested dicts and lists of numpy arrays as torch.save does.
+
+    Arrays that are one object share their storage. The file appears complete or not at all.
+
+    Args:
+        path: of the file.
+        content: to write.
 
     Raises:
         UserError: torch is missing, or the file cannot be written.
@@ -131,16 +150,16 @@ def write_torch(path: Path, content: Any) -> None:
     torch = import_torch(f"writing {path}")
     tensors: dict[int, Any] = {}
 
-    def convert(value: Any) -> Any:
+    def with_tensors(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             if id(value) not in tensors:
                 tensors[id(value)] = _as_torch(torch, value)
             return tensors[id(value)]
         if isinstance(value, dict):
-            return {key: convert(v) for key, v in value.items()}
-        return [convert(v) for v in value] if isinstance(value, list) else value
+            return {key: with_tensors(v) for key, v in value.items()}
+        return [with_tensors(v) for v in value] if isinstance(value, list) else value
 
-    replace_file(path, lambda tmp: torch.save(convert(content), tmp))
+    replace_file(path, lambda tmp: torch.save(with_tensors(content), tmp))
 
 
 def _as_torch(torch: Any, array: np.ndarray) -> Any:

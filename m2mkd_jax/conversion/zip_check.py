@@ -1,8 +1,8 @@
-"""Every byte of a zip file written by torch.save accounted for, before anything else looks at it.
+"""Checks every byte of a zip file written by torch.save, before it is read.
 
-torch.load does not compare the checksums that the file carries, so a flipped bit in a weight would
-pass. Here each byte must be where the central directory says, equal to its copy, or under a
-checksum; a file that was changed anywhere is refused.
+torch.load does not compare the file's checksums, so it would accept a flipped bit in a weight. Here
+every byte must agree with the central directory or be covered by a checksum: a file that was
+changed anywhere is refused.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ _CHUNK = 1 << 24
 _MEMBER = re.compile(r"(data\.pkl|byteorder|version|\.\w+(/\w+)?|data/\d+)$")
 
 
-class Damaged(Exception):
+class DamagedZip(Exception):
     """The file is not as it was written; the message says where."""
 
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
-        raise Damaged(what)
+        raise DamagedZip(what)
 
 
 def check_zip(path: Path) -> None:
-    """Raises Damaged for a torch zip file with any byte out of place.
+    """Checks a file.
 
-    Whatever `zipfile` or `struct` raise on a broken directory comes through as it is.
+    Raises:
+        DamagedZip: a byte is not as torch.save wrote it.
+        Exception: any error of `zipfile` and `struct`, for a broken directory.
     """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         members = sorted(archive.infolist(), key=lambda m: m.header_offset)
         _check_names([m.filename for m in members])
-        # Fields that only the central directory has are the same for all members of one writer.
+        # One writer gives all members the same values in the fields that have no other copy.
         shared = {
             (m.create_system, m.create_version, m.external_attr, m.internal_attr, m.reserved)
             for m in members
@@ -60,6 +62,7 @@ def check_zip(path: Path) -> None:
 
 
 def _check_names(names: list[str]) -> None:
+    """All members are in one folder, and are those that torch.save writes."""
     _require(len(set(names)) == len(names), "a member occurs twice")
     folder = names[0].split("/")[0] if names else ""
     for name in names:
@@ -80,7 +83,7 @@ def _check_member(file: BinaryIO, member: zipfile.ZipInfo) -> int:
         magic == b"PK\x03\x04"
         and file.read(name_size) == name.encode()
         and (version, flags, method) == (member.extract_version, member.flag_bits, 0)
-        and (time, date) == (member._raw_time, (year - 1980) << 9 | month << 5 | day)
+        and (time, date) == (_dos_time(member), (year - 1980) << 9 | month << 5 | day)
         and member.compress_size == member.file_size
     )
     _require(same, f"the header of {name}")
@@ -105,7 +108,14 @@ def _check_member(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     return file.tell()
 
 
+def _dos_time(member: zipfile.ZipInfo) -> int:
+    """The time of day as the directory has it, in steps of two seconds."""
+    hour, minute, second = member.date_time[3:]
+    return hour << 11 | minute << 5 | second // 2
+
+
 def _check_extra(extra: bytes, member: zipfile.ZipInfo) -> None:
+    """The extra fields hold nothing but padding and the sizes."""
     wrong = f"the padding of {member.filename}"
     while extra:
         _require(len(extra) >= 4, wrong)
@@ -120,26 +130,19 @@ def _check_extra(extra: bytes, member: zipfile.ZipInfo) -> None:
 
 
 def _check_end(file: BinaryIO, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> None:
+    """The central directory is complete, and what follows it is what a writer puts there."""
     start, count = archive.start_dir, len(members)
     file.seek(start)
     for member in archive.infolist():
         lengths_and_disk = _CENTRAL.unpack(file.read(_CENTRAL.size))[10:14]
         name, extra = member.filename.encode(), member.extra
-        _require(lengths_and_disk == (len(name), len(extra), 0, 0), f"the entry of {name}")
+        _require(lengths_and_disk == (len(name), len(extra), 0, 0), f"the entry of {name!r}")
         file.seek(len(name) + len(extra), 1)
     size = file.tell() - start
     tail = file.read(_END64.size + _LOCATOR64.size + _END.size + 1)
-    small = lambda n, bits: min(n, (1 << bits) - 1)  # noqa: E731
-    end = (
-        b"PK\x05\x06",
-        0,
-        0,
-        small(count, 16),
-        small(count, 16),
-        small(size, 32),
-        small(start, 32),
-        0,
-    )
+    # Numbers that do not fit are all ones here, and in the zip64 record.
+    count16, size32, start32 = min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(start, 0xFFFFFFFF)
+    end = (b"PK\x05\x06", 0, 0, count16, count16, size32, start32, 0)
     allowed = {_END.pack(*end)}
     for writer in _WRITERS64:
         wide = _END64.pack(b"PK\x06\x06", 44, *writer, 0, 0, count, count, size, start)

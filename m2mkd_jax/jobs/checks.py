@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from m2mkd_jax.config.defaults import (
     MODULE_PHASES,
     PHASES,
+    RECIPE,
     RECIPES,
-    default_recipe,
     few_shot_data,
     module_recipe,
     recipe_name,
@@ -121,7 +121,6 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
-    known = default_recipe()
     modules = teacher(config).modules
     for index, changes in config.recipes[name].modules.items():
         where = f"recipes.{name}.modules.{index}"
@@ -132,8 +131,8 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
             f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
         )
         for key in changes:
-            require(key in known, f"config.{where}.{key} is unknown; {did_you_mean(key, known)}")
-            check_value(f"{where}.{key}", changes[key], known[key])
+            require(key in RECIPE, f"config.{where}.{key} is unknown; {did_you_mean(key, RECIPE)}")
+            check_value(f"{where}.{key}", changes[key], RECIPE[key])
     for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
         recipe = module_recipe(config, name, index)
         where = f"config.recipes.{name}"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, import_class
+from m2mkd_jax.config.family_sections import SECTIONS, import_class
 from m2mkd_jax.errors import UserError, did_you_mean, require
 from m2mkd_jax.phases.phase import Regulariser, StageSpec, WeightsFrom
 

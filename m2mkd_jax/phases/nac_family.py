@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, module_recipe, teaching_data
+from m2mkd_jax.config.defaults import module_recipe, teaching_data
+from m2mkd_jax.config.family_sections import SECTIONS
 from m2mkd_jax.config.networks import nac_spec
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.losses import graph

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.config.defaults import SECTIONS, module_recipe, recipe_name, teaching_data
+from m2mkd_jax.config.defaults import module_recipe, recipe_name, teaching_data
+from m2mkd_jax.config.family_sections import SECTIONS
 from m2mkd_jax.config.networks import teacher_spec, vmoe_spec
 from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.models import chain, registry, vit

@@ -137,7 +137,7 @@ def test_exchange_by_hand():
         )
         results = []
         for way in (by_sharding, by_hand):
-            value = lambda *a, way=way: (jnp.square(y := way(*a)).sum(), y)  # noqa: E731
+            value = lambda *a, way=way: (jnp.square(y := way(*a)).sum(), y)
             run = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
             arguments = jax.device_put((x, logits), batch_sharding(mesh))
             shared = jax.device_put(params, NamedSharding(mesh, PartitionSpec("expert")))

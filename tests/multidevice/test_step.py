@@ -72,7 +72,7 @@ def train(dispatch, mesh, fsdp=False):
     params, fixed = {"vmoe": random_params(stage.params, seed=0)}, {"vmoe": {}}
     params = partition.put(params, where(params))
     optimizer = make_optimizer(RECIPE, 10, params)
-    begin = lambda p, f: initial_state(p, f, optimizer, RECIPE)  # noqa: E731
+    begin = lambda p, f: initial_state(p, f, optimizer, RECIPE)
     placement = where(jax.eval_shape(begin, params, fixed))
     state = jax.jit(begin, out_shardings=placement)(params, fixed)
     step = make_step(
@@ -167,7 +167,7 @@ def test_vmoe_on_eight_devices(one_device, monkeypatch, dispatch, shape, fsdp):
 
 def test_fresh_weights_do_not_depend_on_the_mesh(monkeypatch):
     monkeypatch.setattr(partition, "LARGE", 64)
-    build = lambda rngs: vit.ViTStage(VIT, 1, first=False, last=True, rngs=rngs)  # noqa: E731
+    build = lambda rngs: vit.ViTStage(VIT, 1, first=False, last=True, rngs=rngs)
     where = functools.partial(partition.shardings, make_mesh(), fsdp=True)
     whole, cut = (chain.initialise(build, KEY, place).params for place in (None, where))
     for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):

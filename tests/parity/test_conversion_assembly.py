@@ -1,14 +1,12 @@
 """Students in a directory: kept as a set, or assembled by the published rules (fixtures d, f)."""
 
-import json
-
 import numpy as np
 import pytest
 
 from m2mkd_jax import convert, load
-from m2mkd_jax.conversion.from_torch import carried
+from m2mkd_jax.conversion.assemble_nac import carried_parts
 from m2mkd_jax.models.nac.spec import NACSpec
-from tests.published_files import ARCH, assert_same_tensors, converted, run, tensors
+from tests.published_files import ARCH, assert_same_tensors, converted, description, run, tensors
 from tests.published_files import load as load_torch
 from tests.support import (
     FIXTURES,
@@ -30,10 +28,6 @@ NETWORK = {
     "output_latents": 5,
     "signature_dim": 12,
 }
-
-
-def description(weights) -> dict:
-    return json.loads((weights / "description.json").read_text())["description"]
 
 
 def assert_report(weights, case: str) -> None:
@@ -71,7 +65,7 @@ def test_the_published_words(word, size, expected):
     """Positional grid and output pooling; see loading_report.json for what each word loads."""
     taught = {"image_size": 56, "classes": 10}
     network = NACSpec(size, 10, 24, 20, 3, 6, 10, 5)
-    assert carried(taught, network, word) == expected
+    assert carried_parts(taught, network, word) == expected
 
 
 def test_a_network_of_another_size_by_the_published_yaml(tmp_path):

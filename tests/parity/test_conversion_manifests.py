@@ -16,7 +16,7 @@ from m2mkd_jax import convert
 from m2mkd_jax.conversion import from_torch, torch_layouts
 from m2mkd_jax.conversion.lazy_tensor import Tensor
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from m2mkd_jax.conversion.torch_weights import source_of
+from m2mkd_jax.conversion.torch_weights import torch_weights_of
 from m2mkd_jax.models import variants
 from m2mkd_jax.models.nac.spec import NACSpec
 from tests.parity.test_sizes import WIDTHS
@@ -93,7 +93,9 @@ def test_names_and_shapes_decide(name):
     state = {n: Tensor(n, tuple(s), "float32", (n,), unread, False) for n, s in manifest.items()}
     contents = torch_layouts.contents_of(finished_checkpoint(state), Path(name))
     # Every tensor has its place, every array its tensor, every shape fits: or it would raise.
-    found = from_torch.convert(source_of(contents, Path(name)), {}, Path(name)).description
+    found = from_torch.convert_torch_weights(
+        torch_weights_of(contents, Path(name)), {}, Path(name)
+    ).description
     expected = PUBLISHED[name]
     # A middle student shows neither image size nor classes.
     hidden = ("image_size", "classes") if "mediator" in name else ()

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, nac_names
+from m2mkd_jax.conversion.names_nac import nac_names
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.circuit import NAC
 from tests.literal import normalised
 from tests.support import NAC_SPEC, OUTPUT_TOLERANCE, arrays, assert_close, nhwc, with_params
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ tables of checkpoint/names.py join them.
 
 import pytest
 
-from m2mkd_jax.conversion.names import nac_names, nac_student_names, vit_stage_names
+from m2mkd_jax.conversion.names import vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
 from m2mkd_jax.models import chain, variants, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE, NACSpec

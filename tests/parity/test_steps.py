@@ -19,12 +19,8 @@ import numpy as np
 import optax
 import pytest
 
-from m2mkd_jax.conversion.names import (
-    arrays_from_torch,
-    arrays_to_torch,
-    nac_names,
-    vit_stage_names,
-)
+from m2mkd_jax.conversion.names import vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases.nac_family import graph_regulariser
@@ -39,6 +35,7 @@ from tests.support import (
     facts,
     nhwc,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 STEPS = 3
 VIT_SPEC = vit.ViTSpec(64, 16, 24, 3, 10, qkv_bias=True, eps=1e-6)
@@ -97,7 +94,7 @@ def run(name: str, dtype=jnp.float32):
     if name == "nac":
         options = SimpleNamespace(weight=about["hinge_weight"], hinge=about["hinge"])
         hinge = graph_regulariser("hinge", options)
-        regulariser = lambda stages: hinge(stages["net"])  # noqa: E731
+        regulariser = lambda stages: hinge(stages["net"])
     program = Program(
         {"net": parts.graph}, ("net",), ("net",), regulariser=regulariser, dtype=dtype
     )

@@ -4,13 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2mkd_jax.conversion.names import (
-    arrays_from_torch,
-    arrays_to_torch,
-    nac_names,
-    nac_student_names,
-    vit_stage_names,
-)
+from m2mkd_jax.conversion.names import vit_stage_names
+from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.students import (
@@ -37,6 +32,7 @@ from tests.support import (
     vit_stage_params,
     with_params,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 FILES = {
     "readin": ["ReadInStudent"],
@@ -131,7 +127,7 @@ def distillation_case(name: str, kind: str, temperature: float):
     }
     graphs |= {"teacher": teacher.graph, "student": pupil.graph}
     names = [f"meta/{i}" for i in range(len(depths))]
-    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])  # noqa: E731
+    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])
     program = Program(
         graphs,
         hybrid("student"),

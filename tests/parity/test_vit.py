@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, vit_stage_names
+from m2mkd_jax.conversion.names import vit_stage_names
 from m2mkd_jax.models import chain, vit
 from tests.support import (
     OUTPUT_TOLERANCE,
@@ -16,6 +16,7 @@ from tests.support import (
     vit_stage_params,
     with_params,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 NAMES = tuple(VIT_SPECS)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch
 from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe import vmoe
@@ -23,6 +22,7 @@ from tests.support import (
     vmoe_stage_params,
     with_params,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 NETWORKS = {"full": VMOE_SPEC, "assembled_plain": VMOE_SPEC, "full_stitch": VMOE_STITCHED}
 STUDENTS = {"student_0": 0, "student_1": 1, "student_last": 3}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.conversion.names import arrays_from_torch, arrays_to_torch, vit_stage_names
+from m2mkd_jax.conversion.names import vit_stage_names
 from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.losses import classification, distillation
 from m2mkd_jax.models import chain, vit
@@ -30,6 +30,7 @@ from tests.support import (
     vit_stage_params,
     vmoe_stage_params,
 )
+from tests.torch_arrays import arrays_from_torch, arrays_to_torch
 
 CASES = {"0": 0, "1": 1, "last": 3}
 MODULES = len(VMOE_DEPTHS)
@@ -74,7 +75,7 @@ def distillation_case(name: str):
     frozen = {f"meta/{i}": {"params": p, "fixed": {}} for i, p in enumerate(meta_params)}
     frozen |= {"teacher": {"params": teacher, "fixed": {}}, "student": {"fixed": {}}}
     names = [f"meta/{i}" for i in range(MODULES)]
-    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])  # noqa: E731
+    hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])
     program = Program(
         graphs,
         hybrid("student"),

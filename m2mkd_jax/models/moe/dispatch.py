@@ -103,7 +103,7 @@ def dropless(
         return _chosen_by_experts(x, routing, weights, apply)
     if mesh and mesh.shape["expert"] > 1:
         return capacity(x, routing, weights, apply, slots=x.shape[1])
-    local = functools.partial(_sorted, apply=apply)
+    local: Callable[..., jax.Array] = functools.partial(_sorted, apply=apply)
     if mesh:
         local = jax.shard_map(
             local,

@@ -40,9 +40,9 @@ def attend(
         (B, U, H, C).
     """
     if log_kernel is None:
-        equally_long = q.shape[1] == k.shape[1]
-        attention = layers.self_attention if equally_long else jax.nn.dot_product_attention
-        return attention(q, k, v)
+        if q.shape[1] == k.shape[1]:
+            return layers.self_attention(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v)
     # With a bias cuDNN's backward pass requires even lengths.
     if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         return library_attention(q, k, v, log_kernel, "cudnn")
@@ -90,7 +90,9 @@ def library_attention(
     # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
-    message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    # jax itself adds the 16-bit bias to float32 scores, which relies on implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
     has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")
     return jnp.where(has_sender, message, 0)
 
@@ -218,4 +220,6 @@ class LatentLayer(nnx.Module):
         states = self.attention(
             receivers, receiver_codes, senders, sender_codes, log_kernel, rate, keys[0]
         )
-        return (ffn or self.ffn)(states, receiver_codes, rate, keys[1])
+        ffn = ffn or self.ffn
+        assert ffn is not None, "a layer without a feed-forward network needs a shared one"
+        return ffn(states, receiver_codes, rate, keys[1])

@@ -104,8 +104,7 @@ class NAC(chain.Stage):
         """
         if self.seeder is None:
             groups = (self.input_latents, self.mediator_latents, self.output_latents)
-            states = [group.states[...] for group in groups]
-            return [jnp.broadcast_to(s, (batch, *s.shape)) for s in states]
+            return [group.initial_states(batch) for group in groups]
         codes = (
             self.input_latents.codes[...],
             self.mediator_codes(0),
@@ -129,7 +128,7 @@ class NAC(chain.Stage):
         A key without `train` samples seeder and pooling as the published evaluation does.
         """
         noise: dict[str, jax.Array] = {}
-        train_key = None
+        train_key: jax.Array | None = None
         if key is not None:
             noise_key, train_key = jax.random.split(key)
             noise = self.draw_noise(noise_key, x.shape[0])

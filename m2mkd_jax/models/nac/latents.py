@@ -31,6 +31,11 @@ class Latents(nnx.Module):
         self.codes = normal(*((spec.iterations, *shape) if per_iteration else shape))
         self.states = None if spec.seeder else normal(count, spec.state_dim)
 
+    def initial_states(self, batch: int) -> jax.Array:
+        """The learned initial states of every image: (B, U, D)."""
+        assert self.states is not None, "these states come from a seeder"
+        return jnp.broadcast_to(self.states[...], (batch, *self.states.shape))
+
 
 class Seeder(nnx.Module):
     """Codes to initial states: mu(norm c) + exp(0.5 logvar(norm c)) * noise, per image.

@@ -126,7 +126,8 @@ class ReadOutStudent(chain.Stage):
         train: bool = False,
     ) -> jax.Array:
         """Tokens (B, N, X) -> logits (B, K); with a key the pooling is sampled."""
-        states, gumbel = self.output_states(x), None
+        states = self.output_states(x)
+        gumbel: jax.Array | None = None
         if key is not None and self.gumbel:
             gumbel = jax.random.gumbel(key, states.shape[:2])
         return self.pooling(states, gumbel)

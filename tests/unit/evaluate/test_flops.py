@@ -16,7 +16,7 @@ def shape(*sizes, dtype=jnp.float32):
 
 def test_matrix_product():
     assert count_flops(jnp.dot, shape(B, C), shape(C, D)) == 2 * B * C * D
-    batched = lambda x, y: jnp.einsum("lbc,lcd->lbd", x, y)  # noqa: E731
+    batched = lambda x, y: jnp.einsum("lbc,lcd->lbd", x, y)
     assert count_flops(batched, shape(L, B, C), shape(L, C, D)) == 2 * L * B * C * D
     assert count_flops(jnp.add, shape(B, C), shape(B, C)) == 0
 
@@ -26,7 +26,7 @@ def test_loops_count_every_round():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
     assert count_flops(loop, shape(B, C), shape(L, C, C)) == 2 * L * B * C * C
-    nested = lambda x, w: jax.lax.scan(lambda x, _: (loop(x, w), None), x, None, length=6)[0]  # noqa: E731
+    nested = lambda x, w: jax.lax.scan(lambda x, _: (loop(x, w), None), x, None, length=6)[0]
     assert count_flops(nested, shape(B, C), shape(L, C, C)) == 6 * 2 * L * B * C * C
 
 
@@ -48,7 +48,7 @@ def test_convolutions():
 
     expected = 2 * (B * 4 * 4 * D) * (3 * 3 * C)
     assert count_flops(conv, shape(B, 8, 8, C), shape(3, 3, C, D)) == expected
-    depthwise = lambda x, k: conv(x, k, groups=C)  # noqa: E731
+    depthwise = lambda x, k: conv(x, k, groups=C)
     assert count_flops(depthwise, shape(B, 8, 8, C), shape(3, 3, 1, C)) == 2 * (B * 16 * C) * 9
 
 
@@ -69,7 +69,7 @@ def test_each_row_by_one_expert(method):
         return grouped_linear(x, w, b, sizes, method)
 
     assert count_flops(linear, *shapes) == product + bias
-    loss = lambda *a: jnp.square(linear(*a)).sum()  # noqa: E731
+    loss = lambda *a: jnp.square(linear(*a)).sum()
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
     assert count_flops(gradient, *shapes) == 3 * product + 2 * bias
 
@@ -78,7 +78,7 @@ def test_each_row_by_one_expert_recomputed():
     """A rematerialised loop over layers: four products instead of three."""
 
     def two_layers(x, w, b, sizes):
-        linear = lambda x, _: (jnp.sin(grouped_linear(x, w, b, sizes, "tiles")), 0)  # noqa: E731
+        linear = lambda x, _: (jnp.sin(grouped_linear(x, w, b, sizes, "tiles")), 0)
         return jnp.square(jax.lax.scan(jax.checkpoint(linear), x, length=2)[0]).sum()
 
     gradient = jax.value_and_grad(two_layers, argnums=(0, 1, 2))
@@ -113,7 +113,7 @@ def test_backward_of_a_loop_with_and_without_remat():
 
 def test_kept_bytes():
     def loss(w, rounds, remat=False):
-        body = lambda x, _: (jnp.sin(x @ w), None)  # noqa: E731
+        body = lambda x, _: (jnp.sin(x @ w), None)
         body = jax.checkpoint(body) if remat else body
         return jax.lax.scan(body, jnp.ones((64, C)), None, length=rounds)[0].sum()
 

@@ -13,7 +13,7 @@ from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.plan import Plan, jobs_to_run, write_inputs
-from tests.unit.config.test_config import ROOT, load
+from tests.shipped import load
 
 COUNTS = {"imagenet": 1000, "imagenet_r": 200, "tiny_imagenet": 200, "tiny_imagenet_r": 62}
 
@@ -103,7 +103,7 @@ def test_sums_over_batches_leave_out_padding():
     [("imagenet_r", "needs a network of imagenet"), ("tiny_imagnet_r", "tiny_imagenet_r")],
 )
 def test_renditions_of_other_classes_are_refused_by_the_checks(name, words):
-    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    config = load("nac_tinyimnet")
     config.evaluation.renditions = ("tiny_imagenet_r",)
     checks.check_config(config)
     config.evaluation.renditions = (name,)
@@ -112,7 +112,7 @@ def test_renditions_of_other_classes_are_refused_by_the_checks(name, words):
 
 
 def test_renditions_asked_for_later_are_evaluated_later(tmp_path):
-    config = load(ROOT / "configs" / "nac_tinyimnet.py")
+    config = load("nac_tinyimnet")
     config.phases = ("e2e_scratch", "eval")
     plan = Plan(config)
     for job, networks in (("e2e_scratch", {}), ("eval", {"e2e_scratch": {"eval_accuracy": 0.5}})):

@@ -1,4 +1,4 @@
-"""Attention as a GPU gets it: the library's form (here by XLA) equals the one written out."""
+"""The library's attention, which a GPU uses (here by XLA), equals the one written out."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def value_and_gradients(attention, *arguments):
 
 
 @pytest.mark.parametrize("shape", [(U, V), (B, U, V)], ids=["one kernel", "one per image"])
-def test_attention_under_a_kernel_by_the_library(shape):
-    """Truncated links, a sender that nobody hears and a receiver that hears nobody included."""
+def test_library_attention_with_a_kernel(shape):
+    """Includes truncated links, a sender without receivers and a receiver without senders."""
     log_kernel = 3 * normal(3, *shape)
     log_kernel = jnp.where(log_kernel < -2, -jnp.inf, log_kernel)
     log_kernel = log_kernel.at[..., 2, :].set(-jnp.inf).at[..., :, 4].set(-jnp.inf)
@@ -39,7 +39,7 @@ def test_attention_under_a_kernel_by_the_library(shape):
     assert_trees_close(actual, expected, OUTPUT_TOLERANCE)
 
 
-def test_what_is_the_same_for_a_row_of_the_kernel_does_not_matter_in_16_bit():
+def test_a_constant_in_a_row_of_the_kernel_does_not_matter_in_16_bit():
     q, k, v = (normal(i, B, n, H, C).astype(jnp.bfloat16) for i, n in enumerate((U, V, V)))
     log_kernel = normal(3, U, V)
     near, far = (library_attention(q, k, v, log_kernel + shift, "xla") for shift in (0.0, -1000.0))
@@ -47,7 +47,7 @@ def test_what_is_the_same_for_a_row_of_the_kernel_does_not_matter_in_16_bit():
 
 
 @pytest.mark.parametrize("n", [5, 6], ids=["odd", "even"])
-def test_odd_lengths_are_evened_without_a_trace(n):
+def test_padding_of_odd_lengths_changes_nothing(n):
     arguments = [normal(i, B, n, H, C) for i in range(3)]
     expected = value_and_gradients(jax.nn.dot_product_attention, *arguments)
     actual = value_and_gradients(lambda *a: layers.padded_attention(*a, "xla"), *arguments)
@@ -59,7 +59,7 @@ def test_odd_lengths_are_evened_without_a_trace(n):
     assert ((B, n + 1, H, C) in shapes) == (n % 2 == 1)
 
 
-def test_only_a_gpu_gets_cudnn(monkeypatch):
+def test_cudnn_is_for_gpus_and_16_bit(monkeypatch):
     half, short = jnp.zeros((B, 64, H, C), jnp.bfloat16), jnp.zeros((B, 63, H, C), jnp.bfloat16)
     assert not layers.fits_cudnn(half, half)
     monkeypatch.setattr(layers, "_has_cudnn", lambda: True)

@@ -55,7 +55,7 @@ def test_drop_path_rates_of_nothing_and_of_one_block():
 @pytest.mark.parametrize("depths", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1), (3, 0, 2), (0, 5)])
 def test_a_network_cut_otherwise_computes_the_same(depths):
     stages, x = vit_stages((2, 3)), images(SPEC.image_size)
-    run = lambda stages: jax.jit(lambda x: chain.run(stages, x))(x)  # noqa: E731
+    run = lambda stages: jax.jit(lambda x: chain.run(stages, x))(x)
     parts = vit.cut(stages, depths)
     assert [stage.depth for stage in parts] == list(depths)
     assert_close(run(parts), run(stages), OUTPUT_TOLERANCE)
@@ -80,7 +80,7 @@ def test_stages_get_different_keys():
     # The same stage twice in a chain must not drop the same samples twice.
     middle = vit.cut(stages, (1, 2, 1))[1]
     tokens = jnp.ones((64, SPEC.tokens, SPEC.width))
-    once = lambda key: middle(tokens, rates=(0.5, 0.5), key=key, train=True)  # noqa: E731
+    once = lambda key: middle(tokens, rates=(0.5, 0.5), key=key, train=True)
     key = jax.random.key(0)
     a, b = (jax.jit(once)(jax.random.fold_in(key, i)) for i in (0, 1))
     two = jax.jit(
@@ -122,7 +122,7 @@ def test_bfloat16_is_close_to_float32(build):
     x = images(16)
 
     def logits(dtype):
-        run = lambda p, x: chain.merge(parts.graph, chain.cast_compute(p, dtype), {})(x)  # noqa: E731
+        run = lambda p, x: chain.merge(parts.graph, chain.cast_compute(p, dtype), {})(x)
         return jax.jit(run)(params, x.astype(dtype))
 
     half, full = logits(jnp.bfloat16), logits(jnp.float32)
@@ -133,7 +133,7 @@ def test_bfloat16_is_close_to_float32(build):
 
 def test_joined_stages_compute_what_the_chain_does():
     spec = VIT_SPECS["a_vit_large"]
-    build = lambda rngs, i: vit.build(spec, (2, 1, 1), rngs=rngs)[i]  # noqa: E731
+    build = lambda rngs, i: vit.build(spec, (2, 1, 1), rngs=rngs)[i]
     parts = [
         chain.initialise(lambda rngs, i=i: build(rngs, i), jax.random.key(i)) for i in range(3)
     ]

@@ -66,7 +66,7 @@ def test_patches_are_a_strided_convolution():
         return y + params["linear"]["bias"][None, None, None]
 
     def run(f):
-        loss = lambda params, x: ((weight * f(params, x)).sum(), f(params, x))  # noqa: E731
+        loss = lambda params, x: ((weight * f(params, x)).sum(), f(params, x))
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
     assert_trees_close(run(patches), run(convolution), OUTPUT_TOLERANCE)
@@ -109,7 +109,7 @@ def stacked():
 def scanned(graph, remat: bool):
     def f(params, x, shifts):
         module = chain.merge(graph, params, {})
-        apply = lambda layer, x, shift: layer(x, shift)  # noqa: E731
+        apply = lambda layer, x, shift: layer(x, shift)
         return layers.scan_stack(module, x, shifts, apply, remat=remat)
 
     return f
@@ -130,7 +130,7 @@ def test_scanned_layers_equal_a_loop(stacked, remat, backend, monkeypatch):
     x, shifts, weight = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH), normal(3, BATCH, WIDTH)
 
     def run(f):
-        loss = lambda *args: ((weight * f(*args)).sum(), f(*args))  # noqa: E731
+        loss = lambda *args: ((weight * f(*args)).sum(), f(*args))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, x, shifts)
 
     assert_trees_close(run(scanned(graph, remat)), run(looped), OUTPUT_TOLERANCE)
@@ -165,7 +165,7 @@ def test_a_gpu_keeps_products_and_computes_the_rest_again(stacked, monkeypatch):
 
 
 def test_stacked_layers_are_drawn_apart():
-    build = lambda rngs: layers.stack(lambda rngs: Layer(rngs=rngs), LAYERS, rngs=rngs)  # noqa: E731
+    build = lambda rngs: layers.stack(lambda rngs: Layer(rngs=rngs), LAYERS, rngs=rngs)
     kernel = chain.initialise(build, jax.random.key(0)).params["linear"]["kernel"]
     assert kernel.shape == (LAYERS, WIDTH, WIDTH)
     assert not (kernel[0] == kernel[1]).any()

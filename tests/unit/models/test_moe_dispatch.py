@@ -151,7 +151,7 @@ def test_all_dispatches_are_the_dense_loop(kind, groups):
     logits[..., 2] -= 100.0 if kind == "published" else 0.0
     decide = DECISIONS[kind]
     if kind == "expert_choice":
-        decide = lambda logits: router.expert_choice(logits, 7 // groups + 1)  # noqa: E731
+        decide = lambda logits: router.expert_choice(logits, 7 // groups + 1)
 
     def loop(x, routing, weights):
         return every_expert_on_every_token(x, spread(routing, x.shape[1]), weights), 0.0

@@ -85,7 +85,7 @@ def test_a_finished_network_takes_any_number_of_images(tmp_path):
         capacity_factor=0.5,
         group_images=4,
     )
-    build = lambda rngs: vmoe.build_stage(spec, 0, (1,), rngs=rngs)  # noqa: E731
+    build = lambda rngs: vmoe.build_stage(spec, 0, (1,), rngs=rngs)
     params = random_params(chain.abstract(build).params, 0)
     description = {"kind": "vmoe", "spec": dataclasses.asdict(spec), "depths": [1], "module": 0}
     description["normalisation"] = {"mean": [0.5] * 3, "std": [0.5] * 3}

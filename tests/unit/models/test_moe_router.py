@@ -67,7 +67,7 @@ def test_best_is_top_k_in_value_place_and_gradient(count):
 
 
 def test_slots_are_the_even_share_times_the_factor():
-    capacity = lambda s, **kw: RouterSpec("vmoe", 8, **kw).capacity(s)  # noqa: E731
+    capacity = lambda s, **kw: RouterSpec("vmoe", 8, **kw).capacity(s)
     assert capacity(17) == 6  # ceil(1.25 * 17 * 2 / 8) = ceil(5.3)
     assert capacity(16, capacity_factor=1.0) == 4  # 16 * 2 / 8
     assert capacity(16, top_k=1, capacity_factor=0.1) == 1  # ceil(0.2)

@@ -77,7 +77,7 @@ def test_gelu_is_a_geglu_whose_values_are_one():
         "bias": jnp.concatenate([jnp.ones_like(bias), bias]),
     }
     gated = {**plain, "fc1": {**plain["fc1"], **wide}}
-    run = lambda geglu, p: jit(chain.merge(built[geglu].graph, p, {}).__call__)(states, codes)  # noqa: E731
+    run = lambda geglu, p: jit(chain.merge(built[geglu].graph, p, {}).__call__)(states, codes)
     assert_close(run(True, gated), run(False, plain), OUTPUT_TOLERANCE)
 
 

@@ -26,7 +26,7 @@ def test_equals_the_literal_one(qkv_bias, residual):
     params = random_params(parts.params, seed=3)
     assert ("bias" in params["key"]) == qkv_bias
     rng = np.random.default_rng(4)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     inputs = {
         "receivers": normal(BATCH, spec.input_latents, spec.state_dim),
         "codes": normal(spec.input_latents, spec.code_dim),

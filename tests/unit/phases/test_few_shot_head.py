@@ -12,7 +12,7 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.models.vit import ViTStage
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.program import Program
-from tests.unit.config.test_config import ROOT, change, digits, load
+from tests.shipped import change, digits, load
 
 
 def test_parts_of_nested_dicts():
@@ -100,7 +100,7 @@ def test_the_dry_run_counts_the_head_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "optimizer"), [("nac_imnet", "sgd"), ("vmoe_imnet", "adamw")])
 def test_the_published_few_shot_recipes_pass_the_checks(name, optimizer):
-    config = load(ROOT / "configs" / f"{name}.py")
+    config = load(name)
     config.phases = ("e2e", "fewshot")
     config.init.network = "somewhere"
     checks.check_config(config)

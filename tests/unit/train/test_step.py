@@ -70,7 +70,7 @@ def test_a_batch_in_parts_is_the_batch(accumulate):
 def test_evaluation_takes_the_average_where_there_is_one():
     with_average, without = trained(1, ema=0.9), trained(1, ema=0.0)
     assert "ema" not in without
-    kernel = lambda state: evaluated_params(state)["model"]["kernel"]  # noqa: E731
+    kernel = lambda state: evaluated_params(state)["model"]["kernel"]
     assert (kernel(without) == with_average["params"]["model"]["kernel"]).all()
     assert (kernel(with_average) == with_average["ema"]["model"]["kernel"]).all()
     assert float(jnp.abs(kernel(with_average) - kernel(without)).max()) > 1e-3

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from m2mkd_jax.conversion.arch_flag import read_arch
-from m2mkd_jax.conversion.from_torch import read_converted
+from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.errors import UserError
 from tests.published_files import ARCH
 from tests.support import FIXTURES, NAC_SPEC, STUDENT_SPEC
@@ -248,18 +248,20 @@ def test_fields_that_make_no_sense(tmp_path):
 
 
 def test_what_cannot_be_seen_is_asked_for(tmp_path):
-    assert '{"heads": ...}' in refusal(read_converted, VIT)
-    assert '{"heads": ...}' in refusal(read_converted, NAC)
+    assert '{"heads": ...}' in refusal(convert_from_torch, VIT)
+    assert '{"heads": ...}' in refusal(convert_from_torch, NAC)
     middle = FIXTURES / "a_vit_large/rig_vit_large_1.pth"
-    assert '{"heads": ...}' in refusal(read_converted, middle)
-    assert '{"heads": ...}' in refusal(read_converted, FIXTURES / "f_students/ReadInStudent.pth")
+    assert '{"heads": ...}' in refusal(convert_from_torch, middle)
+    assert '{"heads": ...}' in refusal(
+        convert_from_torch, FIXTURES / "f_students/ReadInStudent.pth"
+    )
     (tmp_path / "arch.json").write_text('{"heads": 3}')
     for file in (VIT, NAC, middle, FIXTURES / "f_students/ReadInStudent.pth"):
-        spec = read_converted(file, str(tmp_path / "arch.json")).description["spec"]
+        spec = convert_from_torch(file, str(tmp_path / "arch.json")).description["spec"]
         assert spec["heads"] == 3
     # A NAC from students: its numbers of latents.
     (tmp_path / "nac.json").write_text('{"kind": "nac", "heads": 3, "classes": 10}')
-    text = refusal(read_converted, FIXTURES / "f_students", str(tmp_path / "nac.json"))
+    text = refusal(convert_from_torch, FIXTURES / "f_students", str(tmp_path / "nac.json"))
     for field in ("image_size", "input_latents", "mediator_latents", "output_latents"):
         assert f'"{field}": ...' in text
 
@@ -267,7 +269,7 @@ def test_what_cannot_be_seen_is_asked_for(tmp_path):
 def test_what_contradicts_the_weights(tmp_path):
     def told(fields: dict, file=VIT, **more) -> str:
         (tmp_path / "arch.json").write_text(json.dumps(fields | more))
-        return refusal(read_converted, file, str(tmp_path / "arch.json"))
+        return refusal(convert_from_torch, file, str(tmp_path / "arch.json"))
 
     assert "patch 8, the weights have 16" in told({"heads": 3, "patch": 8})
     assert "classes 11, the weights have 10" in told({"heads": 3, "classes": 11})

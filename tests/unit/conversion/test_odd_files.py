@@ -1,7 +1,6 @@
 """Files that claim more than they hold, odd names and places, and fields of --arch that say little.
 
-The refusals of broken files are in test_convert_hostile.py, the usual layouts in
-test_convert_layouts.py.
+Damaged and hostile files are in test_damaged_files.py, the usual layouts in test_torch_layouts.py.
 """
 
 import io
@@ -15,16 +14,25 @@ import torch
 
 from m2mkd_jax import convert, predict
 from m2mkd_jax.conversion.arch_flag import read_arch
-from m2mkd_jax.conversion.from_torch import read_converted
+from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.errors import UserError
-from tests.published_files import ARCH, arch_flag, assert_same_tensors, converted, load, run
+from tests.published_files import (
+    ARCH,
+    TINY,
+    arch_flag,
+    assert_same_tensors,
+    converted,
+    load,
+    run,
+    saved,
+    tiny_state,
+)
 from tests.support import FIXTURES
-from tests.unit.conversion.test_convert_hostile import TINY, refused, saved, tiny_state  # noqa: F401
 
 WHOLE = FIXTURES / "a_vit_large/finished_checkpoint.pth"
 
 
-def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):  # noqa: F811
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):
     """Strides of 0 claim a gigabyte of positions; lists that hold each other, 10 ** 15 entries."""
     huge = torch.zeros(1).expand(1, 1 + 2**28, 4)
     line = refused(saved(tmp_path, {"model": tiny_state() | {"pos_embed": huge}}))
@@ -36,7 +44,7 @@ def test_a_few_bytes_do_not_fill_the_memory(tmp_path, refused):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["vit", "vmoe"])
-def test_odd_names(kind, tmp_path, refused):  # noqa: F811
+def test_odd_names(kind, tmp_path, refused):
     """Numbers too long to be numbers, stitches outside blocks, control characters, a megabyte."""
     arch, tensor = {"kind": kind, "heads": 1}, torch.zeros(4, 4)
     names = [
@@ -67,7 +75,7 @@ def test_odd_names_of_what_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["model", "stages", "model_stages"])
-def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):  # noqa: F811
+def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):
     """A finished checkpoint has every tensor three times; one is not enough."""
     content = load(WHOLE)
     names = {"model": "blocks.3.norm1.bias", "stages": "stages.1.blocks.1.norm1.bias"}
@@ -79,7 +87,7 @@ def test_a_tensor_missing_from_one_of_the_copies(copy, tmp_path, refused):  # no
     assert 'tensor "blocks.3.norm1.bias" is missing beside' in line
 
 
-def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
+def test_paths_that_are_no_paths(tmp_path, refused, capfd):
     assert "File name too long" in refused("x" * 5000 + ".pth")
     os.symlink("loop.pth", tmp_path / "loop.pth")
     assert "does not exist" in refused(tmp_path / "loop.pth")
@@ -96,7 +104,7 @@ def test_paths_that_are_no_paths(tmp_path, refused, capfd):  # noqa: F811
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_full_disk(tmp_path, refused, monkeypatch):  # noqa: F811
+def test_a_full_disk(tmp_path, refused, monkeypatch):
     """Orbax tells it by a ValueError with the text of its writer."""
 
     def full(*_):
@@ -128,7 +136,12 @@ def test_fields_of_null_are_not_said(tmp_path):
     )
     fields = read_arch(str(tmp_path / "arch.json"), "vit", 6)
     assert fields == ARCH["a"] | {"experts": 0}
-    assert read_converted(WHOLE, str(tmp_path / "arch.json")).description["depths"] == [2, 2, 1, 1]
+    assert convert_from_torch(WHOLE, str(tmp_path / "arch.json")).description["depths"] == [
+        2,
+        2,
+        1,
+        1,
+    ]
     (tmp_path / "arch.json").write_text('{"kind": "nac", "heads": 3, "truncation": null}')
     assert read_arch(str(tmp_path / "arch.json"), "nac", None)["truncation"] is None
     (tmp_path / "arch.json").write_text('{"head": null}')
@@ -166,7 +179,7 @@ def test_a_student_that_its_network_does_not_have(tmp_path):
     ):
         flag = arch_flag(ARCH["vmoe"] | {"idx": 1} | fields, tmp_path).removeprefix("--arch=")
         with pytest.raises(UserError, match=words):
-            read_converted(file, flag)
+            convert_from_torch(file, flag)
 
 
 def set_at(content: dict, path: tuple, value) -> None:

@@ -16,60 +16,12 @@ from safetensors.torch import save_file
 from m2mkd_jax import convert, predict
 from m2mkd_jax.conversion import from_torch, torch_file, torch_layouts
 from m2mkd_jax.conversion.arch_flag import read_arch
-from m2mkd_jax.conversion.torch_weights import source_of
+from m2mkd_jax.conversion.torch_weights import torch_weights_of
 from m2mkd_jax.errors import UserError
-from tests.published_files import ARCH, arch_flag
+from tests.published_files import ARCH, TINY, arch_flag, saved, tiny_state
 from tests.support import FIXTURES
 
-TINY = {"kind": "vit", "heads": 1}
 MUTATIONS = 500
-
-
-def tiny_state() -> dict[str, torch.Tensor]:
-    """A ViT of one block: the smallest file with everything in it."""
-    d, generator = 4, torch.Generator().manual_seed(0)
-    shapes = {
-        "cls_token": (1, 1, d),
-        "pos_embed": (1, 5, d),
-        "patch_embed.proj.weight": (d, 3, 2, 2),
-        "patch_embed.proj.bias": (d,),
-        "blocks.0.norm1.weight": (d,),
-        "blocks.0.norm1.bias": (d,),
-        "blocks.0.attn.qkv.weight": (3 * d, d),
-        "blocks.0.attn.qkv.bias": (3 * d,),
-        "blocks.0.attn.proj.weight": (d, d),
-        "blocks.0.attn.proj.bias": (d,),
-        "blocks.0.norm2.weight": (d,),
-        "blocks.0.norm2.bias": (d,),
-        "blocks.0.mlp.fc1.weight": (4 * d, d),
-        "blocks.0.mlp.fc1.bias": (4 * d,),
-        "blocks.0.mlp.fc2.weight": (d, 4 * d),
-        "blocks.0.mlp.fc2.bias": (d,),
-        "norm.weight": (d,),
-        "norm.bias": (d,),
-        "head.weight": (3, d),
-        "head.bias": (3,),
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def refused(tmp_path, capfd):
-    """Runs the command on a file; checks that it ends as it should, and returns its line."""
-
-    def check(source, arch=TINY, code=2) -> str:
-        target = tmp_path / "out" / "weights"
-        target.parent.mkdir(exist_ok=True)
-        capfd.readouterr()
-        flags = [arch_flag(arch, tmp_path)] if arch else []
-        assert convert.main([str(source), str(target), *flags]) == code
-        error = capfd.readouterr().err
-        assert error.count("\n") == 1 and "Traceback" not in error, error
-        assert "weights_only" not in error  # torch's advice is to load it all the same
-        assert not list(target.parent.iterdir())
-        return error
-
-    return check
 
 
 def test_the_good_file_is_good(tmp_path):
@@ -207,11 +159,6 @@ def test_the_format_before_zip(tmp_path, refused):
     refused(tmp_path / "cut.pth")
     arguments = [str(tmp_path / "old.pth"), str(tmp_path / "weights"), arch_flag(TINY, tmp_path)]
     assert convert.main(arguments) == 0
-
-
-def saved(tmp_path, content):
-    torch.save(content, tmp_path / "source.pth")
-    return tmp_path / "source.pth"
 
 
 def test_wrong_contents(tmp_path, refused):
@@ -411,9 +358,9 @@ def test_no_shape_of_any_tensor_is_a_bug(file, arch, with_arch, tmp_path):
         if shape is not None:
             changed[name] = dataclasses.replace(state[name], shape=shape, place=(name,))
         with pytest.raises(UserError) as refusal:
-            source = source_of(
+            source = torch_weights_of(
                 torch_layouts.contents_of({key: changed, **rest}, tmp_path), tmp_path
             )
             given = read_arch(flag, source.kind, None) if with_arch else {}
-            from_torch.convert(source, given, tmp_path)
+            from_torch.convert_torch_weights(source, given, tmp_path)
         assert "\n" not in str(refusal.value)

@@ -11,15 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from m2mkd_jax import convert, load
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from tests.published_files import ARCH, assert_same_tensors, converted, run
+from tests.published_files import ARCH, assert_same_tensors, converted, description, run
 from tests.published_files import load as load_torch
 from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
 WHOLE = FIXTURES / "a_vit_large/finished_checkpoint.pth"
-
-
-def description(weights) -> dict:
-    return json.loads((weights / "description.json").read_text())["description"]
 
 
 def plain_state() -> dict[str, torch.Tensor]:

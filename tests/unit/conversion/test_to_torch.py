@@ -1,4 +1,4 @@
-"""Weights that never were in torch: into the published layouts and back, and as `config.init`."""
+"""Weights trained here: into the published layouts and back, and as `config.init`."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ CONFIGS = {"nac": tiny.get_config, "vmoe": tiny_vmoe.get_config}
 FILES = {"nac": "tiny.py", "vmoe": "tiny_vmoe.py"}
 
 
-def random_stage(config, record, name, seed, shardings=None) -> dict:
-    """In place of weights.fresh_stage, which compiles for seconds."""
-    parts, draw = chain.abstract(record.build), np.random.default_rng([seed, *name.encode()])
+def random_stage(config, spec, name, seed, shardings=None) -> dict:
+    """In place of initial_weights.fresh_stage, which compiles for seconds."""
+    parts, draw = chain.abstract(spec.build), np.random.default_rng([seed, *name.encode()])
     trees = {"params": parts.params, "fixed": parts.fixed}
     return jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32), trees)
 

@@ -1,0 +1,95 @@
+"""Config files: the shipped ones by name, any other by path, and what is read from them."""
+
+from __future__ import annotations
+
+import runpy
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.values import check_key, leaves
+from m2mkd_jax.errors import UserError, did_you_mean
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with this package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    # setup.py puts the folder configs/ of the repository into the wheel as shipped_configs.
+    installed = package / "shipped_configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def find_config(name: str) -> str:
+    """The path of a config file.
+
+    Args:
+        name: of a shipped config, or a path: what has a slash or ends in .py.
+
+    Raises:
+        UserError: no config of this name is shipped.
+    """
+    if "/" in name or name.endswith(".py"):
+        return name
+    shipped = shipped_configs()
+    if name not in shipped:
+        hint = did_you_mean(name, shipped)
+        raise UserError(
+            f'--config: no config "{name}" is shipped; {hint} A file is named by a path with a '
+            "slash or .py"
+        )
+    return str(shipped[name])
+
+
+def read_config(path: str, argument: Sequence[str] = ()) -> ConfigDict:
+    """The config that a file's get_config gives.
+
+    config_flags runs the file as well, but hides or delays what goes wrong in it.
+
+    Args:
+        path: of a Python file that defines get_config.
+        argument: nothing, or the one argument of get_config.
+
+    Raises:
+        UserError: the file fails, at the line that is named, or gives no ConfigDict.
+        OSError: the file cannot be read.
+    """
+    try:
+        config = runpy.run_path(path)["get_config"](*argument)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        # A KeyError's text is the repr of its argument.
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"--config={where}: {type(error).__name__}: {text}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: get_config() gives no ConfigDict; see configs/")
+    return config
+
+
+def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Refuses --config.KEY=VALUE for a key that the config does not have.
+
+    Args:
+        arguments: of the command line; what is no such flag is ignored.
+        config: as its file gives it.
+
+    Raises:
+        UserError: names the whole key, and the known one that is nearest to it.
+    """
+    known = [key for key, _ in leaves(config)]
+    for argument in arguments:
+        flag = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or not flag.startswith("config."):
+            continue
+        key = flag.removeprefix("config.").partition("[")[0]
+        check_key(key, known)
+        if any(part.isdigit() for part in key.split(".")):
+            raise UserError(
+                f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
+                "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
+            )

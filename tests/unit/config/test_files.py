@@ -1,0 +1,51 @@
+"""Config files by name and by path, and what a broken one says."""
+
+import pytest
+
+from m2mkd_jax.config import base
+from m2mkd_jax.config.files import check_overrides, find_config, read_config, shipped_configs
+from m2mkd_jax.errors import UserError
+
+
+def test_a_name_is_a_shipped_config_and_a_path_is_left_alone():
+    assert find_config("nac_digits") == str(shipped_configs()["nac_digits"])
+    for path in ("nac_digits.py", "./nac_digits", "some/where.py"):
+        assert find_config(path) == path
+
+
+def test_an_unknown_name_says_which_one_was_meant():
+    with pytest.raises(UserError, match=r'no config "vmoe_digit" .*did you mean "vmoe_digits"'):
+        find_config("vmoe_digit")
+
+
+def test_a_file_gets_its_argument():
+    path = str(shipped_configs()["nac_imnet"])
+    assert read_config(path, ("ring",)).nac.prior == "ring-of-cliques"
+    with pytest.raises(UserError, match='no prior "rings"'):
+        read_config(path, ("rings",))
+
+
+def test_a_broken_file_says_where(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def get_config():\n    return {}['a']\n")
+    with pytest.raises(UserError, match=r"broken\.py, line 2: KeyError: a"):
+        read_config(str(file))
+    with pytest.raises(FileNotFoundError):
+        read_config(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--config.seeed=1", 'did you mean "seed"'),
+        ("--config.data=1", "is a group of keys"),
+        ("--config.recipes.mt.modules.0.epochs=1", "numbers of modules cannot stand in a flag"),
+    ],
+)
+def test_overrides_of_unknown_keys_are_refused(argument, says):
+    with pytest.raises(UserError, match=says):
+        check_overrides([argument], base())
+
+
+def test_other_flags_are_no_overrides():
+    check_overrides(["--config=x", "--workdir=config.y", "--config.seed=1"], base())

@@ -1,0 +1,136 @@
+"""Configs whose keys do not fit together are refused in one line, before any work."""
+
+import pytest
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs.plan import Plan
+from tests.shipped import change, digits, load
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (change("phases", ()), "config.phases is empty"),
+        (change("data.imagesize", 3), 'did you mean "data.image_size"'),
+        (change("data", "digits"), "config.data is a group of keys"),
+        (change("recipes.pt.batch", 0), "config.recipes.pt.batch is 0; it must be above 0"),
+        (change("recipes.pt.stop_within", 0.1), "only mt and m2mkd have a reference"),
+        (change("recipes.mt.stop_within", 0.1), "config.evaluation.every epochs, which is 0"),
+        (change("recipes.e2e.load_weight", 0.1), "a NAC has none"),
+        (change("recipes.pt.accumulate", 3), "multiple of 3"),
+        (change("recipes.pt.epochs", 0), "config.recipes.pt.epochs"),
+        (change("recipes.pt.warmup_epochs", 99), "config.recipes.pt.warmup_epochs"),
+        (change("recipes.pt.schedule", "clena"), 'did you mean "clean"'),
+        (change("recipes.pt.modules", {"0": {"epochs": 1}}), "pt has no modules"),
+        (change("recipes.mt.modules", {"6": {"epochs": 1}}), "0 to 5"),
+        (change("recipes.mt.modules", {"0": {"epoch": 1}}), 'did you mean "epochs"'),
+        (
+            change("recipes.mt.modules", {"0": {"lr": "fast"}}),
+            "recipes.mt.modules.0.lr must be float",
+        ),
+        (change("recipes.mt.modules", {"0": 3}), "recipes.mt.modules.0 is 3"),
+        (change("recipes.mt.lr", "fast"), "config.recipes.mt.lr must be float"),
+        (change("phases", ("pt", "e2ee")), 'did you mean "e2e"'),
+        (change("distillation.kind", "sofd"), 'did you mean "soft"'),
+        (change("teacher.variant", "vit_hueg_patch14_224"), "vit_huge_patch14_224"),
+        (change("teacher.meta_depths", (1, 1)), "meta_depths"),
+        (change("teacher.depths", (2, 2)), "needs 6"),
+        (change("teacher.heads", 7), "multiple of the 7 heads"),
+        (change("nac.iterations", 3), "needs 5"),
+        (change("nac.stitch_dim", 1024), "meta model's width 64"),
+        (change("nac.options", {"m": 2, "n": 7}), "prior"),
+        (change("nac.share_ffn", True), "share_ffn"),
+        (change("nac.pooling", "gumble"), "pooling"),
+        (change("nac.truncation", "far"), "config.nac.truncation"),
+        (change("data.image_size", 36), "36"),
+    ],
+)
+def test_what_cannot_run_is_refused(changed, says):
+    config = digits()
+    changed(config)
+    with pytest.raises(UserError) as error:
+        checks.check_config(config)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (change("family", "vmeo"), 'did you mean "vmoe"'),
+        (change("vmoe.depths", (2, 2)), "needs 2"),
+        (change("vmoe.depths", (4,)), "at least two modules"),
+        (change("vmoe.moe_pos", (0, 4)), "blocks are 0 to 3"),
+        (change("vmoe.router", "publisht"), "publisht"),
+        (change("vmoe.dispatch", "droples"), "droples"),
+        (change("vmoe.top_k", 5), "top"),
+        (change("vmoe.heads", 7), "multiple of the 7 heads"),
+        (change("mesh.expert", 3), "must divide the 4 experts"),
+        (change("regulariser.kind", "hinge"), "has no graph"),
+        (change("phases", ("pt", "mt", "ft", "e2e_upcycled")), "the teacher is 64 wide"),
+    ],
+)
+def test_a_vmoe_that_cannot_run_is_refused(changed, says):
+    config = load("vmoe_digits")
+    changed(config)
+    with pytest.raises(UserError) as error:
+        checks.check_config(config)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_stochastic_block_needs_equal_clusters():
+    config = digits()
+    config.regulariser.kind, config.regulariser.clusters = "stochastic_block", 5
+    with pytest.raises(UserError, match="cannot be split into 5 equal clusters"):
+        checks.check_config(config)
+
+
+def test_a_mixture_needs_as_many_distances_as_components():
+    config = digits()
+    config.regulariser.kind, config.regulariser.components = "gaussian_mixture", 496
+    checks.check_config(config)  # 8 + 16 + 8 latents have 32 * 31 / 2 pairs
+    config.regulariser.components = 497
+    with pytest.raises(UserError, match="only 496 distances"):
+        checks.check_config(config)
+
+
+def test_only_commas_name_no_job():
+    config = load("nac_tinyimnet")
+    assert Plan(config).select("pt, ft") == ["pt", "ft"]
+    with pytest.raises(UserError, match="names no job"):
+        Plan(config).select(",")
+
+
+def test_upcycling_and_stitches_exclude_each_other():
+    config = load("vmoe_fashion")
+    config.vmoe.keep_stitches = True
+    with pytest.raises(UserError, match="has no stitches"):
+        checks.check_config(config)
+
+
+def test_depths_of_a_variant_must_sum():
+    config = load("nac_tinyimnet")
+    config.teacher.depths = (3, 3, 3, 3, 3, 3, 3, 3, 3, 2)
+    with pytest.raises(UserError, match="sum to 29; vit_huge_patch14_224 has 32"):
+        checks.check_config(config)
+
+
+def test_kd_needs_a_teacher_of_the_same_task():
+    config = load("nac_tinyimnet")
+    config.phases = (*config.phases, "e2e_kd")
+    with pytest.raises(UserError, match="1000 classes at 224 px"):
+        checks.check_config(config)
+
+
+def test_stopping_at_the_meta_model_needs_its_accuracy():
+    config = digits()
+    config.recipes.mt.stop_within, config.evaluation.every = 0.1, 1.0
+    checks.check_config(config)
+    config.init.meta = "somewhere"
+    with pytest.raises(UserError, match=r"config\.init\.meta makes unnecessary"):
+        checks.check_config(config)
+
+
+def test_the_batch_must_be_cut_over_the_devices():
+    with pytest.raises(UserError, match="multiple of 8"):
+        checks.check_config(digits(), devices=8)
