@@ -34,9 +34,10 @@ from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.phases.build import END_TO_END
+from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
 from m2mkd_jax.phases.initial_weights import check_given, weights_directory
+from m2mkd_jax.phases.phase import FRESH
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 
@@ -200,6 +201,21 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     )
 
 
+def _check_network(config: ConfigDict, family: StudentFamily) -> None:
+    """Refuses a regulariser without a graph, and stages with names that the teacher's have."""
+    network, kind = family.network(FRESH), config.regulariser.kind
+    require(
+        kind == "none" or network.regulariser is not None,
+        f'config.regulariser.kind is {kind}; the network of config.family="{config.family}" has no '
+        'graph, only "none" fits',
+    )
+    for name in network.stages:
+        require(
+            not name.startswith(TEACHER_STAGES),
+            f"config.family: a stage of the network is called {name}, as the teacher's are",
+        )
+
+
 def _assembles(config: ConfigDict) -> bool:
     """Whether a network is put together from students, by this run or by one before it."""
     measured = config.few_shot.network.partition("/")[0] if "fewshot" in config.phases else ""
@@ -223,13 +239,14 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
     if teaching:
         whole.check()
     family.check(teaching, devices)
+    _check_network(config, family)
     if "fewshot" in phases:
         _check_few_shot(config, family)
     if "m2mkd" in phases or _assembles(config):
         require(
             not teaching or whole.modules == family.modules,
             f"config.teacher.depths names {whole.modules} modules; the student needs "
-            f"{family.modules} ({family.parts})",
+            f"{family.modules}" + (f" ({family.parts})" if family.parts else ""),
         )
     if "e2e_upcycled" in phases:
         family.check_upcycling()
