@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain, registry
+from m2mkd_jax.models import chain, inspection, registry
+from m2mkd_jax.phases import named
 
 
 class Model:
@@ -55,12 +56,40 @@ class Model:
         params = match_tree(tree["params"], parts.params, f"weights {name}")
         return {"params": params, "fixed": tree.get("fixed", {})}
 
-    def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-        stages = [
+    def _merged(self, weights: dict[str, Any]) -> list[chain.Stage]:
+        return [
             chain.merge(parts.graph, weights[name]["params"], weights[name]["fixed"])
             for name, parts in self._parts.items()
         ]
-        return chain.run(chain.join(stages, None)[0], x)
+
+    def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
+        return chain.run(chain.join(self._merged(weights), None)[0], x)
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The parameter count of every stage, by name, in the order of the network."""
+        return {n: chain.count_parameters(w["params"]) for n, w in self._weights.items()}
+
+    @property
+    def parameters(self) -> int:
+        """The parameter count of the network."""
+        return sum(self.stages.values())
+
+    @property
+    def trees(self) -> dict[str, Any]:
+        """{"params", "fixed"} of every stage, by name: what `save_weights` takes."""
+        return {n: {k: v for k, v in w.items() if v} for n, w in self._weights.items()}
+
+    def features(self, x: ArrayLike) -> dict[str, jax.Array]:
+        """Intermediate results by name for a model's input; see models/inspection.py."""
+        names = list(self._parts)
+        run = jax.jit(lambda w, x: inspection.features(self._merged(w), names, x))
+        return run(self._weights, jnp.asarray(x, jnp.float32))
+
+    def attention(self, x: ArrayLike) -> dict[str, jax.Array]:
+        """Attention maps by name for a model's input; see models/inspection.py."""
+        run = jax.jit(lambda w, x: inspection.attention(self._merged(w), x))
+        return run(self._weights, jnp.asarray(x, jnp.float32))
 
     def __call__(self, x: ArrayLike, fixed: Mapping[str, ArrayLike] | None = None) -> jax.Array:
         """Runs the network.
@@ -121,6 +150,22 @@ def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: i
     weights = open_weights(path, arch, seed=seed)
     with description_errors(path):
         return Model(weights, _chosen_trees(weights, path, module))
+
+
+def build(name: str, *, seed: int = 0, **fields: Any) -> Model:
+    """Builds a network by name, with fresh weights.
+
+    Args:
+        name: a published ViT, such as "vit_large_patch16_224", or a shipped config, such as
+            "nac_digits" or "vmoe_digits", whose end-to-end network it is.
+        seed: of the weights.
+        fields: other values of the network's fields, such as classes, image_size, width, depth.
+
+    Raises:
+        UserError: no such name or field, or fields that do not fit together.
+    """
+    weights = Weights(*named.fresh_network(name, seed, fields))
+    return Model(weights, registry.in_order(list(weights.trees)))
 
 
 def _chosen_trees(weights: Weights, path: str | Path, module: int | None) -> list[str]:

@@ -28,7 +28,7 @@ from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require
 from m2mkd_jax.jobs.few_shot import check_episodes
-from m2mkd_jax.jobs.plan import Kind, Plan, check_same_config
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
@@ -36,8 +36,8 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
-from m2mkd_jax.phases.initial_weights import check_given, weights_directory
-from m2mkd_jax.phases.phase import FRESH
+from m2mkd_jax.phases.initial_weights import check_given, check_measured, weights_directory
+from m2mkd_jax.phases.phase import FRESH, StageSpec
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 
@@ -270,6 +270,19 @@ def _check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
                 weights_directory(plan.config, workdir, needed)
     training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
     check_given(plan.config, workdir, training)
+    for job in jobs:
+        for name, stages in _measured(plan.config, job).items():
+            if name not in todo:
+                check_measured(plan.config, workdir, name, stages)
+
+
+def _measured(config: ConfigDict, job: Job) -> dict[str, dict[str, StageSpec]]:
+    """Stages of the finished networks that a job measures or gives new heads, by their jobs."""
+    if job.kind is Kind.FEW_SHOT:
+        return {config.few_shot.network: students(config).network(FRESH).stages}
+    if job.kind is Kind.EVALUATION:
+        return {p.job: {name: p.stages[name] for name in p.student} for p in job.phases}
+    return {}
 
 
 def _check_partition(plan: Plan, todo: Iterable[str], mesh: Mesh) -> None:

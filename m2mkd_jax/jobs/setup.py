@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError, located
@@ -276,3 +277,22 @@ def fresh_setup(config: ConfigDict, job: str) -> Setup:
         name: fresh_stage(config, spec, name, phase.seed) for name, spec in phase.stages.items()
     }
     return set_up(config, phase, stages)
+
+
+def training_step(name: str | ConfigDict, job: str = "e2e_scratch") -> tuple[Setup, dict, Callable]:
+    """A job's training step from a shipped config, on one device, with fresh weights.
+
+    Args:
+        name: of a shipped config or a path, or a config.
+        job: such as "m2mkd/1" or "e2e_scratch".
+
+    Returns:
+        The setup, the state before the first step, and (state, setup.frozen, batch) ->
+        (state, metrics); a batch is {"image": uint8 (B, H, W, 3), "label": int32 (B,)}.
+
+    Raises:
+        UserError: no such config, or one that describes no such job.
+    """
+    config = name if isinstance(name, ConfigDict) else read_config(find_config(name))
+    setup = fresh_setup(config, job)
+    return setup, setup.initial_state(), setup.make_step()

@@ -12,7 +12,6 @@ docs/reference.md#nac, docs/reference.md#nac-iterations.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -207,9 +206,17 @@ class NAC(chain.Stage):
             steps["codes"] = self.mediator_latents.codes[...]
         if key is not None:
             steps["key"] = jax.random.split(key, spec.iterations)
-        if key is not None and rates is not None and any(rates):
-            steps["rate"] = jnp.asarray(rates)
-        step = functools.partial(self._iterate, inputs)
+            if rates is not None and any(rates):
+                steps["rate"] = jnp.asarray(rates)
+
+        def step(
+            layer: LatentLayer,
+            states: jax.Array,
+            own: dict[str, jax.Array],
+            with_inputs: bool = True,
+        ) -> jax.Array:
+            return self._iteration(layer, inputs, states, own, with_inputs)
+
         if trace is None and spec.persistent_inputs and not spec.share_propagators:
             return layers.scan_stack(self.propagators, mediators, steps, step, remat=spec.remat)
         graph, state = nnx.split(self.propagators)
@@ -217,51 +224,49 @@ class NAC(chain.Stage):
             index = 0 if spec.share_propagators else i
             layer = nnx.merge(graph, jax.tree.map(lambda a, index=index: a[index], state))
             own = jax.tree.map(lambda a, i=i: a[i], steps)
-            with_inputs = i == 0 or spec.persistent_inputs
-            mediators = step(layer, mediators, own, with_inputs=with_inputs)
+            mediators = step(layer, mediators, own, i == 0 or spec.persistent_inputs)
             if trace is not None:
                 trace.append(mediators)
         return mediators
 
-    def _iterate(
+    def _iteration(
         self,
-        inputs: jax.Array,
         layer: LatentLayer,
-        states: jax.Array,
-        step: dict[str, jax.Array],
-        *,
-        with_inputs: bool = True,
+        inputs: jax.Array,
+        mediators: jax.Array,
+        own: dict[str, jax.Array],
+        with_inputs: bool,
     ) -> jax.Array:
-        """Computes the mediator states after one iteration.
+        """One iteration of `propagate`.
 
         Args:
-            inputs: states of the input latents (B, U, D).
             layer: the propagator.
-            states: of the mediators, before the iteration (B, U, D).
-            step: what belongs to this iteration: its codes, its key, its drop-path rate.
-            with_inputs: whether mediators also receive from the input latents.
+            inputs: states of the input latents (B, U, D).
+            mediators: states of the mediators (B, U, D).
+            own: the iteration's 'codes', noise 'key' and drop-path 'rate', as far as there are any.
+            with_inputs: whether input latents are among the senders.
 
         Returns:
-            (B, U, D).
+            New states of the mediators (B, U, D).
         """
-        spec = self.spec
-        codes = step["codes"] if "codes" in step else self.mediator_codes(0)
-        senders, sender_codes, sender_signatures = self._senders(inputs, states, codes, with_inputs)
-        keys = _split(step.get("key"), 4)
+        noise = self.spec.code_noise
+        codes = own["codes"] if "codes" in own else self.mediator_codes(0)
+        senders, sender_codes, signatures = self._senders(inputs, mediators, codes, with_inputs)
+        keys = _split(own.get("key"), 4)
         log_kernel = self.propagator_kernel(
-            kernels.distance(self.mediator_latents.signatures[...], sender_signatures),
+            kernels.distance(self.mediator_latents.signatures[...], signatures),
             layer.attention.bandwidth[...],
-            states.shape[0],
+            mediators.shape[0],
             keys[0],
         )
         return layer(
-            states,
-            jitter(codes, spec.code_noise, keys[1]),
+            mediators,
+            jitter(codes, noise, keys[1]),
             senders,
-            jitter(sender_codes, spec.code_noise, keys[2]),
+            jitter(sender_codes, noise, keys[2]),
             log_kernel,
-            step.get("rate"),
-            keys[3] if "rate" in step else None,
+            own.get("rate"),
+            keys[3] if "rate" in own else None,
             self.shared_ffn,
         )
 

@@ -49,19 +49,24 @@ class ReadInAttention(nnx.Module):
         self.exit = ModulatedLinear(inner, d, spec, rngs=rngs)
         self.gamma = nnx.Param(jnp.ones((d,)))
 
+    def weights(self, receivers: jax.Array, codes: jax.Array, x: jax.Array) -> jax.Array:
+        """Receivers (B, U, D), codes (U, S), normalised tokens (B, V, T) -> (B, U, H, V)."""
+        h = self.spec.heads
+        q = rearrange(self.query(self.receiver_norm(receivers), codes), "b u (h c) -> b u h c", h=h)
+        k = rearrange(self.key.kernel[...], "t (h c) -> t h c", h=h)
+        # (U, T) -> (1, U, 1, T): all heads share the latent's modulation.
+        key_scale = self.key.modulation(codes).astype(x.dtype)[None, :, None]
+        folded = jnp.einsum("buhc,thc->buht", q, k) * key_scale
+        scores = jnp.einsum("buht,bvt->buhv", folded, x, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores / math.sqrt(self.spec.head_dim)).astype(x.dtype)
+
     def __call__(self, receivers: jax.Array, codes: jax.Array, tokens: jax.Array) -> jax.Array:
         """Receivers (B, U, D), codes (U, S), tokens (B, V, T) -> (B, U, D)."""
         h = self.spec.heads
         x = self.sender_norm(tokens)
-        q = rearrange(self.query(self.receiver_norm(receivers), codes), "b u (h c) -> b u h c", h=h)
-        k = rearrange(self.key.kernel[...], "t (h c) -> t h c", h=h)
+        weights = self.weights(receivers, codes, x)
         v = rearrange(self.value.kernel[...], "t (h c) -> t h c", h=h)
-        # (U, T) -> (1, U, 1, T): all heads share the latent's modulation.
-        key_scale = self.key.modulation(codes).astype(x.dtype)[None, :, None]
         value_scale = self.value.modulation(codes).astype(x.dtype)[None, :, None]
-        folded = jnp.einsum("buhc,thc->buht", q, k) * key_scale
-        scores = jnp.einsum("buht,bvt->buhv", folded, x, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(self.spec.head_dim)).astype(x.dtype)
         mean_token = jnp.einsum("buhv,bvt->buht", weights, x) * value_scale
         message = jnp.einsum("buht,thc->buhc", mean_token, v)
         message = rearrange(message, "b u h c -> b u (h c)")

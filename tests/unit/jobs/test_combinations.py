@@ -78,11 +78,17 @@ def _outcome(memory: Memory, family: str, seed: int, workdir: Path, places: dict
         ("vmoe", {"teacher.heads": 3}, "config.teacher: vit"),
         ("vmoe", {"data.augment.crop": "shrug"}, "config.data.augment.crop"),
         ("vmoe", {"init.teacher": "{other}"}, "config.init.teacher: .* has shape"),
+        ("nac", {"phases": ("eval",), "init.network": "{other}"}, "config.init.network: .* shape"),
+        (
+            "dense",
+            {"phases": ("fewshot",), "init.network": "{other}"},
+            "config.init.network: ",
+        ),
     ],
 )
 def test_what_was_seen_to_leak_is_refused_at_once(family, changes, says, tmp_path, monkeypatch):
     memory = install(monkeypatch)
-    places = given(memory, family, tmp_path) if "init.teacher" in changes else {}
+    places = given(memory, family, tmp_path) if "{other}" in changes.values() else {}
     config = FAMILIES[family]()
     combinations.few_shot(config)
     apply(config, changes, places)
