@@ -104,7 +104,23 @@ def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.Grad
     if recipe.accumulate > 1:
         steps = optax.MultiSteps(transformation, recipe.accumulate)
         transformation = steps.gradient_transformation()
-    return transformation
+    return _with_implicit_promotion(transformation)
+
+
+def _with_implicit_promotion(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """The same transformation, also under strict dtype promotion.
+
+    optax itself multiplies float32 by its int32 counters: in AdamW's bias correction, and in the
+    mean over accumulated gradients.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return transformation.update(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:

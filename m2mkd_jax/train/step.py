@@ -113,7 +113,7 @@ def make_step(
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             state["params"], frozen, batch, loss_key
         )
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}

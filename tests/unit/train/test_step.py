@@ -27,7 +27,7 @@ def setting(accumulate: int, ema: float):
 def loss(trainable, frozen, batch, key):
     del frozen, key
     x = batch["image"].reshape(len(batch["image"]), -1)
-    logits = x @ trainable["model"]["kernel"] + trainable["model"]["bias"]
+    logits = x @ trainable["model"]["kernel"] + trainable["model"]["bias"][None]
     value = -(batch["target"] * jax.nn.log_softmax(logits)).sum(-1).mean()
     return value, {"loss": value}
 
