@@ -25,7 +25,8 @@ from sklearn.datasets import load_sample_images
 from m2mkd_jax.config import presets
 from m2mkd_jax.config.defaults import base
 from m2mkd_jax.data import augment, rand_augment
-from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
+from m2mkd_jax.data.encoded_source import EncodedImageSource
+from m2mkd_jax.data.formats.folder import FolderFiles
 from m2mkd_jax.data.image_ops import FILL
 from m2mkd_jax.data.pipeline import train_batches
 
@@ -37,7 +38,7 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 BICUBIC = Image.Resampling.BICUBIC
 
 
-def write_files(root: Path, count: int, size: tuple[int, int], quality: int) -> EncodedSource:
+def write_files(root: Path, count: int, size: tuple[int, int], quality: int) -> EncodedImageSource:
     """Pieces of two photographs as JPEG files."""
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     rng, names = np.random.default_rng(0), []
@@ -47,7 +48,7 @@ def write_files(root: Path, count: int, size: tuple[int, int], quality: int) -> 
         piece = photographs[number % 2].crop(box).resize(size, BICUBIC)
         piece.save(root / f"{number}.jpg", quality=quality)
         names.append(f"{number}.jpg".encode())
-    return EncodedSource(FolderFiles(root, np.array(names)), np.zeros(count, np.int32), ("x",))
+    return EncodedImageSource(FolderFiles(root, np.array(names)), np.zeros(count, np.int32), ("x",))
 
 
 def affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -80,7 +81,7 @@ PILLOW = {
 
 
 def with_pillow(
-    source: EncodedSource, indices, augmentation: augment.Augmentation, draws, size: int, erase
+    source: EncodedImageSource, indices, augmentation: augment.Augmentation, draws, size: int, erase
 ) -> tuple[np.ndarray, np.ndarray]:
     """The straightforward version: uint8 images, and what a training step would be handed."""
     rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ from tests import literal
 LEAST = 50
 SPEC = NACSpec(224, 1000, 512, 512, 8, 192, 768, 64, ffn_capacity=1.0)
 BYTES_NEEDED = 3 * 2**30  # of the literal form, per image and with room to spare
+FORMS = {"literal": literal.read_in, "rewritten": ReadInAttention.__call__}
 
 
 def compiled(attend, parts, shapes):
@@ -63,6 +64,66 @@ def random_like(shapes, key):
     return tree.unflatten([draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
 
 
+def input_shapes(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Receivers, codes and tokens of a batch at the ImageNet size."""
+    sizes = (
+        (batch, SPEC.input_latents, SPEC.state_dim),
+        (SPEC.input_latents, SPEC.code_dim),
+        (batch, SPEC.grid**2, SPEC.token_dim),
+    )
+    return tuple(jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
+
+
+def count(parts: chain.SplitStage, batch: int) -> dict[str, float]:
+    """Prints XLA's counts of both forms. Returns literal / rewritten by what was counted."""
+    flops, memory = {}, {}
+    for name, attend in FORMS.items():
+        program = compiled(attend, parts, input_shapes(batch))
+        flops[name] = program.cost_analysis()["flops"]
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        print(
+            f"{name:10s} batch {batch}: {flops[name] / 1e9:9.2f} GFLOP  "
+            f"{memory[name] / 2**20:8.1f} MiB temporary"
+        )
+    ratios = {
+        kind: n["literal"] / n["rewritten"] for kind, n in (("FLOPs", flops), ("memory", memory))
+    }
+    both = compiled(shared, parts, input_shapes(batch)).cost_analysis()["flops"]
+    print(f"literal / rewritten: FLOPs {ratios['FLOPs']:.1f}, memory {ratios['memory']:.1f}")
+    alone = (flops["literal"] - both) / (flops["rewritten"] - both)
+    print(f"literal / rewritten without what they share: FLOPs {alone:.1f}")
+    return ratios
+
+
+def time_forms(parts: chain.SplitStage, batch: int, repeats: int) -> None:
+    """Prints seconds of both forms, run in turn; not where memory is short."""
+    free = available_bytes()
+    if free is not None and free < batch * BYTES_NEEDED:
+        print(
+            f"not timed: {free / 2**30:.1f} GiB free, {batch} x "
+            f"{BYTES_NEEDED / 2**30:.0f} GiB needed"
+        )
+        return
+    args = random_like((parts.params, input_shapes(batch)), jax.random.key(0))
+    programs = {
+        name: compiled(attend, parts, input_shapes(batch)) for name, attend in FORMS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    for repeat in range(repeats + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            if repeat:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+    pairs = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(
+        f"batch {batch}: literal {medians['literal']:.3f} s, rewritten "
+        f"{medians['rewritten']:.4f} s, ratio {statistics.median(pairs):.1f} "
+        f"({min(pairs):.1f} to {max(pairs):.1f})"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8, help="images, for XLA's counts")
@@ -70,60 +131,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     parts = chain.abstract(lambda rngs: ReadInAttention(SPEC, rngs=rngs))
-
-    def shapes(batch):
-        sizes = (
-            (batch, SPEC.input_latents, SPEC.state_dim),
-            (SPEC.input_latents, SPEC.code_dim),
-            (batch, SPEC.grid**2, SPEC.token_dim),
-        )
-        return tuple(jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
-
-    forms = {"literal": literal.read_in, "rewritten": ReadInAttention.__call__}
-    flops, memory = {}, {}
-    for name, attend in forms.items():
-        program = compiled(attend, parts, shapes(options.batch))
-        flops[name] = program.cost_analysis()["flops"]
-        memory[name] = program.memory_analysis().temp_size_in_bytes
-        print(
-            f"{name:10s} batch {options.batch}: {flops[name] / 1e9:9.2f} GFLOP  "
-            f"{memory[name] / 2**20:8.1f} MiB temporary"
-        )
-    ratios = {
-        kind: n["literal"] / n["rewritten"] for kind, n in (("FLOPs", flops), ("memory", memory))
-    }
-    both = compiled(shared, parts, shapes(options.batch)).cost_analysis()["flops"]
-    print(f"literal / rewritten: FLOPs {ratios['FLOPs']:.1f}, memory {ratios['memory']:.1f}")
-    alone = (flops["literal"] - both) / (flops["rewritten"] - both)
-    print(f"literal / rewritten without what they share: FLOPs {alone:.1f}")
-
-    free = available_bytes()
-    if options.timed_batch and free is not None and free < options.timed_batch * BYTES_NEEDED:
-        print(
-            f"not timed: {free / 2**30:.1f} GiB free, {options.timed_batch} x "
-            f"{BYTES_NEEDED / 2**30:.0f} GiB needed"
-        )
-    elif options.timed_batch:
-        key = jax.random.key(0)
-        args = random_like((parts.params, shapes(options.timed_batch)), key)
-        programs = {
-            name: compiled(attend, parts, shapes(options.timed_batch))
-            for name, attend in forms.items()
-        }
-        seconds = {name: [] for name in forms}
-        for repeat in range(options.repeats + 1):
-            for name, program in programs.items():
-                start = time.perf_counter()
-                jax.block_until_ready(program(*args))
-                if repeat:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - start)
-        pairs = [a / b for a, b in zip(*seconds.values(), strict=True)]
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        print(
-            f"batch {options.timed_batch}: literal {medians['literal']:.3f} s, rewritten "
-            f"{medians['rewritten']:.4f} s, ratio {statistics.median(pairs):.1f} "
-            f"({min(pairs):.1f} to {max(pairs):.1f})"
-        )
+    ratios = count(parts, options.batch)
+    if options.timed_batch:
+        time_forms(parts, options.timed_batch, options.repeats)
     if min(ratios.values()) < LEAST:
         print(f"less than {LEAST} times", file=sys.stderr)
         return 1

@@ -1,43 +1,52 @@
 """m2mKD for a plain vision transformer: a small one's modules are students of a larger one's.
 
 python -m m2mkd_jax.main --config=examples/dense_students.py --workdir=runs/dense_digits
-
-First a student family of one's own, then the config of a run on scikit-learn's digits.
 docs/your-own-modules.md walks through this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
+from jax import Array
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import base, module_recipe, teaching_data
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.models import chain, registry
-from m2mkd_jax.models.vit import ViTStage
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.families import Network, Student, StudentFamily, teacher
 from m2mkd_jax.phases.phase import FRESH, StageSpec, WeightsFrom
 
 
 class Stitched(chain.Stage):
-    """Blocks of width D between linear stitches: tokens (B, N, X) of the teacher's width X."""
+    """Blocks of width D; linear stitches to and from tokens (B, N, X) of the teacher's width X."""
 
-    def __init__(self, vit: ViTStage, stitch_dim: int, *, rngs: nnx.Rngs):
-        d, self.depth, self.vit = vit.spec.width, vit.depth, vit
-        self.pre_stitch = None if vit.first else nnx.Linear(stitch_dim, d, rngs=rngs)
-        self.post_stitch = None if vit.last else nnx.Linear(d, stitch_dim, rngs=rngs)
+    def __init__(self, description: Mapping[str, Any], index: int, *, rngs: nnx.Rngs):
+        self.vit = registry.builder({**description, "kind": "vit"}, f"dense_{index}")(rngs)
+        d, x, self.depth = self.vit.spec.width, description["stitch_dim"], self.vit.depth
+        self.pre_stitch = None if self.vit.first else nnx.Linear(x, d, rngs=rngs)
+        self.post_stitch = None if self.vit.last else nnx.Linear(d, x, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, rates=None, key=None, train=False) -> jax.Array:
+    def __call__(self, x: Array, *, rates=None, key=None, train=False) -> Array:
         x = x if self.pre_stitch is None else self.pre_stitch(x)
         x = self.vit(x, rates=rates, key=key, train=train)
         return x if self.post_stitch is None else self.post_stitch(x)
+
+
+def build_student(description: Mapping[str, Any], index: int) -> registry.Builder:
+    return lambda rngs: Stitched(description, index, rngs=rngs)
+
+
+def student_interface(description: Mapping[str, Any], index: int) -> registry.Interface:
+    vit = registry.interface({**description, "kind": "vit"}, [f"dense_{index}"])
+    return dataclasses.replace(vit, width=vit.width and description["stitch_dim"])
+
+
+registry.register_kind("dense_student", build_student, student_interface)
 
 
 class DenseStudents(StudentFamily):
@@ -53,45 +62,34 @@ class DenseStudents(StudentFamily):
         super().__init__(config)
         self.depths = tuple(config.dense.depths)
         self.modules = len(self.depths)
-        self.parts = f"config.dense.depths is {self.depths}"
 
     def check(self, teaching: bool, devices: int) -> None:
         require(self.modules >= 2, "config.dense.depths must name at least two modules")
-        self._spec(self.config.data)
+        with located("config.dense"):
+            self._describe(self.config.data)
 
-    def _spec(self, data: ConfigDict) -> ViTSpec:
+    def _describe(self, data: ConfigDict) -> dict[str, Any]:
         sizes = [self.config.dense[key] for key in ("patch", "width", "heads")]
         require(min(sizes) > 0, "config.dense needs patch, width and heads")
-        with located("config.dense"):
-            return ViTSpec(data.image_size, *sizes, data.classes)
-
-    def _vit(self, spec: ViTSpec, index: int) -> registry.Builder:
-        first, last = index == 0, index == self.modules - 1
-        return registry.vit_builder(spec, self.depths[index], first, last)
+        spec = dataclasses.asdict(ViTSpec(data.image_size, *sizes, data.classes))
+        return {"kind": "vit", "spec": spec, "depths": list(self.depths)}
 
     def student(self, index: int) -> Student:
-        spec, stitch_dim = self._spec(teaching_data(self.config)), teacher(self.config).width
+        describe = self._describe(teaching_data(self.config)) | {"module": index}
+        describe |= {"kind": "dense_student", "stitch_dim": teacher(self.config).width}
         rate = module_recipe(self.config, "m2mkd", index).drop_path
-        rates = chain.linear_rates((self.depths[index],), rate)[0] if rate else None
-        build = _stitched(self._vit(spec, index), stitch_dim)
-        describe = {**self._describe("dense_student", spec), "module": index, "width": stitch_dim}
-        return Student(StageSpec(build, FRESH, "stitched ViT blocks"), rates, describe)
+        rates = chain.linear_rates((self.depths[index],), rate)[0]
+        stage = StageSpec(build_student(describe, index), FRESH, "stitched ViT blocks")
+        return Student(stage, rates, describe)
 
     def network(self, weights: WeightsFrom) -> Network:
-        spec, rate = self._spec(self.config.data), module_recipe(self.config, "e2e").drop_path
-        stages = {
-            f"dense_{i}": StageSpec(self._vit(spec, i), weights, "ViT blocks")
-            for i in range(self.modules)
-        }
-        rates = tuple(chain.linear_rates(self.depths, rate))
-        return Network(stages, rates, self._describe("vit", spec))
+        describe = self._describe(self.config.data)
+        names = [f"dense_{i}" for i in range(self.modules)]
+        stages = {n: StageSpec(registry.builder(describe, n), weights, "ViT blocks") for n in names}
+        rates = chain.linear_rates(self.depths, module_recipe(self.config, "e2e").drop_path)
+        return Network(stages, tuple(rates), describe)
 
-    def _describe(self, kind: str, spec: ViTSpec) -> dict[str, Any]:
-        return {"kind": kind, "spec": dataclasses.asdict(spec), "depths": list(self.depths)}
-
-    def assemble(
-        self, network: Mapping[str, dict], taught: Sequence[dict]
-    ) -> tuple[dict[str, dict], dict[str, str]]:
+    def assemble(self, network: Mapping[str, dict], taught: Sequence[dict]) -> tuple[dict, dict]:
         params = {name: student["vit"] for name, student in zip(network, taught, strict=True)}
         return params, {name: f"m2mkd/{i}" for i, name in enumerate(network)}
 
@@ -100,27 +98,22 @@ class DenseStudents(StudentFamily):
         return f"dense_{self.modules - 1}", ("head",)
 
 
-@functools.cache  # equal modules are traced once
-def _stitched(build: registry.Builder, stitch_dim: int) -> registry.Builder:
-    return lambda rngs: Stitched(build(rngs), stitch_dim, rngs=rngs)
-
-
 def get_config() -> ConfigDict:
     config = base("examples.dense_students:DenseStudents")
     config.name = "dense_digits"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "eval")
-    data, whole, dense = config.data, config.teacher, config.dense
+    data, whole, dense, recipes = config.data, config.teacher, config.dense, config.recipes
     data.name, data.image_size, data.classes = "digits", 32, 10
     data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     data.augment.crop, data.augment.shift = "shift", 2
-    whole.patch, whole.width, whole.heads, whole.depths = 8, 64, 4, (2, 2, 2)
-    dense.patch, dense.width, dense.heads, dense.depths = 8, 48, 4, (1, 1, 1)
-    epochs = {"pt": 16, "mt": 5, "ft": 4, "m2mkd": 5, "e2e": 12}
-    for name, recipe in config.recipes.items():
-        recipe.batch, recipe.lr_per, recipe.lr, recipe.epochs = 48, 0, 2e-3, epochs.get(name, 1)
-        recipe.mixup = recipe.cutmix = 0.0
+    whole.patch, whole.width, whole.heads, whole.depths = 8, 64, 4, (2,) * 4
+    dense.patch, dense.width, dense.heads, dense.depths = 8, 48, 4, (1,) * 4
+    epochs = {"pt": 24, "mt": 6, "ft": 6, "m2mkd": 6, "e2e": 16, "fewshot": 20}
+    for name, recipe in recipes.items():
+        recipe.batch, recipe.lr_per, recipe.lr, recipe.epochs = 48, 0, 2e-3, epochs[name]
         recipe.min_lr, recipe.warmup_lr, recipe.warmup_epochs = 1e-5, 1e-5, 1
-    config.recipes.mt.modules = {"0": {"epochs": 12}}
-    config.recipes.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3}}
-    config.recipes.ft.lr, config.recipes.ft.clip = 1e-3, 1.0
+        recipe.mixup = recipe.cutmix = 0.0
+    recipes.mt.modules = {"0": {"epochs": 24}}
+    recipes.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
+    recipes.ft.lr, recipes.ft.clip = 1e-3, 1.0
     return config

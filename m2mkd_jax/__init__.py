@@ -19,9 +19,16 @@ _WHERE = {
     "Program": "phases.program",
     "make_optimizer": "train.optimizer",
     "make_step": "train.step",
+    "Student": "phases.families",
+    "Network": "phases.families",
     "StudentFamily": "phases.families",
     "Teacher": "phases.families",
     "register_family": "phases.families",
+    "StageSpec": "phases.phase",
+    "WeightsFrom": "phases.phase",
+    "Stage": "models.chain",
+    "register_kind": "models.registry",
+    "Interface": "models.registry",
     "save_weights": "checkpoint.store",
     "UserError": "errors",
 }
@@ -29,6 +36,7 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
+    """Imports a public name when it is asked for."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -86,7 +86,8 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         UserError: there is no such file, or it has no array of inputs.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves a file open that it cannot read.
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {
                 k: file[k] for k in ("images", "tokens", "codes", "states") if k in file.files
             }

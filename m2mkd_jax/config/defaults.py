@@ -75,7 +75,10 @@ DATA: Keys = {
         length=3,
     ),
     "repeated_augmentation": Key(
-        1, "copies of an image in an epoch, each augmented by itself; 3 as published", ABOVE_0
+        1,
+        "copies of an image in an epoch, each augmented anew; an epoch of n copies has one n-th "
+        "of the images; 1: off; 3 as published",
+        ABOVE_0,
     ),
     "augment": {
         "crop": Key("none", "none, shift, random_resized"),
@@ -203,7 +206,9 @@ INIT: Keys = {
     "meta": Key("", "weights of the meta model; makes pt unnecessary"),
     "teacher": Key("", "weights of the teacher; makes mt and ft unnecessary"),
     "students": Key("", "weights of the students; makes m2mkd unnecessary"),
-    "network": Key("", "weights that e2e starts from; makes m2mkd unnecessary"),
+    "network": Key(
+        "", "a whole network that e2e trains on, or that eval measures; makes m2mkd unnecessary"
+    ),
 }
 
 EVALUATION: Keys = {

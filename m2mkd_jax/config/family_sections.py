@@ -111,7 +111,7 @@ VMOE: Keys = {
     ),
     "noise": Key(
         1.0,
-        "standard deviation of the vmoe router's logits in training, in units of 1 / experts",
+        "standard deviation of the vmoe router's noise in training, in units of 1 / experts",
         FROM_0,
     ),
     "dispatch": Key(

@@ -136,7 +136,9 @@ def _check_end(file: BinaryIO, archive: zipfile.ZipFile, members: list[zipfile.Z
     for member in archive.infolist():
         lengths_and_disk = _CENTRAL.unpack(file.read(_CENTRAL.size))[10:14]
         name, extra = member.filename.encode(), member.extra
-        _require(lengths_and_disk == (len(name), len(extra), 0, 0), f"the entry of {name!r}")
+        _require(
+            lengths_and_disk == (len(name), len(extra), 0, 0), f"the entry of {member.filename}"
+        )
         file.seek(len(name) + len(extra), 1)
     size = file.tell() - start
     tail = file.read(_END64.size + _LOCATOR64.size + _END.size + 1)

@@ -1,1 +1,1 @@
-"""Images in, batches out: numpy and Grain only; nothing here knows a `jax.Array`."""
+"""Data sets on disk to batches of numpy arrays. Nothing here imports jax."""

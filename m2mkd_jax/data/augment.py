@@ -1,35 +1,44 @@
-"""Training and evaluation transforms on the host: uint8 in, uint8 out (reference section 6).
+"""Training and evaluation transforms on the host, on uint8 images.
 
-In this order: crop, flip, RandAugment or colour jitter. What needs normalised pixels, erasing and
-mixing, happens on the device (train/step.py).
-Axes: B batch, H height, W width, C channels (3), T tries (10), S the wanted image size.
+Training: crop, flip, then RandAugment or colour jitter. Erasing and mixing need normalised pixels
+and run on the device (train/step.py).
+Axes: B batch, H height, W width, C channels (3), T tries (10), S output size in pixels.
+
+Source: docs/reference.md#augmentation.
 """
 
 import dataclasses
-import difflib
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 
 from m2mkd_jax.data import rand_augment, resample
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.data.image_source import ImageReader
+from m2mkd_jax.errors import UserError, did_you_mean, require
 
 CROPS = ("none", "shift", "random_resized")
 TRIES = 10
 RATIO = (3 / 4, 4 / 3)
-# A JPEG may be decoded at a half, a quarter or an eighth while the crop stays this many times the
-# wanted size: Pillow's own choice for thumbnails, close to resampling the whole.
+Box = tuple[int, int, int, int]  # top, left, height, width
+# A JPEG may be decoded at a half, a quarter or an eighth as long as the crop stays this many times
+# larger than the output: the factor Pillow uses for thumbnails.
 _REDUCING_GAP = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image. Small and picklable: it travels to Grain's workers.
+    """How training images are augmented. Picklable: it is sent to Grain's workers.
 
-    crop: one of CROPS; shift: largest shift in pixels; scale: smallest and largest share of the
-    image's area; flip: mirror half of the images; policy: RandAugment, or None; color_jitter:
-    largest change of brightness, contrast and saturation where there is no policy.
+    Attributes:
+        crop: one of CROPS.
+        shift: largest shift in pixels.
+        scale: smallest and largest share of the image's area in a crop.
+        flip: mirror half of the images.
+        policy: RandAugment, or None.
+        color_jitter: largest change of brightness, contrast and saturation; without policy only.
     """
 
     crop: str
@@ -40,12 +49,15 @@ class Augmentation:
     color_jitter: float = 0.0
 
     @classmethod
-    def from_config(cls, config):
-        """Reads `config.augment`; raises UserError for a value that makes no sense."""
+    def from_config(cls, config: Any) -> "Augmentation":
+        """Reads `config.augment`.
+
+        Raises:
+            UserError: an invalid value.
+        """
         augment = config.augment
         if augment.crop not in CROPS:
-            close = difflib.get_close_matches(str(augment.crop), CROPS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CROPS)}"
+            hint = did_you_mean(str(augment.crop), CROPS, f"use one of {', '.join(CROPS)}")
             raise UserError(f"data.augment.crop is {augment.crop!r}: {hint}")
         if augment.crop == "shift" and not 0 <= augment.shift < config.image_size:
             raise UserError(
@@ -57,35 +69,44 @@ class Augmentation:
             raise UserError(
                 f"data.augment.scale is {scale}: use (smallest, largest) area, within (0, 1]"
             )
-        if not 0 <= augment.color_jitter <= 1:
-            raise UserError(f"data.augment.color_jitter is {augment.color_jitter}: use 0 to 1")
-        if not 0 <= augment.erase <= 1:
-            raise UserError(f"data.augment.erase is {augment.erase}: use a probability, 0 to 1")
+        require(
+            0 <= augment.color_jitter <= 1,
+            f"data.augment.color_jitter is {augment.color_jitter}: use 0 to 1",
+        )
+        require(
+            0 <= augment.erase <= 1,
+            f"data.augment.erase is {augment.erase}: use a probability, 0 to 1",
+        )
         text = augment.rand_augment
         policy = rand_augment.Policy.parse(text) if text else None
         return cls(
             augment.crop,
             int(augment.shift),
-            scale,
+            (scale[0], scale[1]),
             bool(augment.flip),
             policy,
             float(augment.color_jitter),
         )
 
     @property
-    def layers(self):
-        """RandAugment's operations per image."""
+    def layers(self) -> int:
+        """The number of RandAugment operations per image."""
         return self.policy.layers if self.policy else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The random numbers behind B augmentations.
+    """The random numbers of B augmentations, uniform in [0, 1).
 
-    They are drawn for the GLOBAL batch before anything is known about the images, so that every
-    process and worker sees the same numbers for the same image.
-    Uniform in [0, 1): crop (B, T, 2), area and aspect of each try; place (B, 2), row and column;
-    flip (B,); jitter (B, 2, 3), factors and order. choices: of RandAugment.
+    They are drawn for the global batch, independently of the images, so that every process and
+    worker has the same numbers for the same image.
+
+    Attributes:
+        crop: (B, T, 2), area and aspect of each try.
+        place: (B, 2), row and column of the crop.
+        flip: (B,).
+        jitter: (B, 2, 3), factors and order of the colour jitter.
+        choices: of RandAugment.
     """
 
     crop: np.ndarray
@@ -95,8 +116,8 @@ class Draws:
     choices: rand_augment.Choices
 
     @classmethod
-    def of(cls, rng, batch_size, layers=0):
-        """Draws for `batch_size` images from an np.random.Generator."""
+    def of(cls, rng: np.random.Generator, batch_size: int, layers: int = 0) -> "Draws":
+        """Draws the numbers for `batch_size` images with `layers` RandAugment operations each."""
         return cls(
             rng.random((batch_size, TRIES, 2)),
             rng.random((batch_size, 2)),
@@ -105,18 +126,23 @@ class Draws:
             rand_augment.Choices.of(rng, batch_size, layers),
         )
 
-    def __getitem__(self, part):
-        """The draws of some of the images (a slice)."""
+    def __getitem__(self, part: slice) -> "Draws":
+        """The draws of some of the images."""
         return Draws(*(getattr(self, f.name)[part] for f in dataclasses.fields(self)))
 
 
-def shift_batch(images, place, shift):
-    """Pads by `shift` black pixels on every side and cuts a window of the old size.
+def shift_batch(images: np.ndarray, place: np.ndarray, shift: int) -> np.ndarray:
+    """Pads images by `shift` black pixels on every side and crops a window of the original size.
 
-    Zero padding in uint8, before normalising, like the published crop for images of 32 pixels.
-    Args: images uint8 (B, H, W, C); place (B, 2) in [0, 1), shifts are uniform over
-      -shift..shift rows and columns; shift in pixels.
-    Returns: uint8 (B, H, W, C).
+    The padding is black before normalisation, like the published crop for images of 32 pixels.
+
+    Args:
+        images: uint8 (B, H, W, C).
+        place: (B, 2), uniform in [0, 1): the rows and columns of the shift, in -shift..shift.
+        shift: pixels.
+
+    Returns:
+        uint8 (B, H, W, C).
     """
     if shift == 0:
         return images
@@ -124,7 +150,7 @@ def shift_batch(images, place, shift):
     padded = np.zeros((batch, height + 2 * shift, width + 2 * shift, channels), images.dtype)
     padded[:, shift:-shift, shift:-shift] = images
     # Rows as flat bytes: a window is then H contiguous runs, which numpy copies 10 times faster
-    # than single pixels.
+    # than pixels.
     rows = padded.reshape(batch, height + 2 * shift, -1)
     windows = np.lib.stride_tricks.sliding_window_view(
         rows, (height, width * channels), axis=(1, 2)
@@ -133,7 +159,7 @@ def shift_batch(images, place, shift):
     return windows[np.arange(batch), top, left * channels].reshape(images.shape)
 
 
-def flip_batch(images, draws):
+def flip_batch(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Mirrors the images (B, H, W, C) whose draw (B,) in [0, 1) is below 0.5, left to right."""
     flipped = images.copy()
     for i in np.flatnonzero(draws < 0.5):
@@ -141,15 +167,32 @@ def flip_batch(images, draws):
     return flipped
 
 
-def crop_box(height, width, tries, place, scale=(0.08, 1.0), ratio=RATIO):
-    """The box of a random resized crop, as published (reference section 6).
+def crop_box(
+    height: int,
+    width: int,
+    tries: np.ndarray,
+    place: np.ndarray,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = RATIO,
+) -> Box:
+    """The box of a random resized crop.
 
-    A try is an area uniform in `scale` of the image's and an aspect (width / height) log-uniform
-    in `ratio`; the first box that fits inside the image is placed uniformly. If none fits: the
-    largest centred box within the aspect limits.
+    Each try draws an area (a share of the image's, uniform in `scale`) and an aspect (width /
+    height, log-uniform in `ratio`). The first box that fits inside the image is placed uniformly.
+    If none fits, the box is the largest centred one within the aspect limits.
 
-    Args: height, width in pixels; tries (T, 2) and place (2,), uniform in [0, 1).
-    Returns: (top, left, height, width) in pixels.
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        tries: (T, 2), uniform in [0, 1): area and aspect.
+        place: (2,), uniform in [0, 1): row and column.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest aspect.
+
+    Returns:
+        (top, left, height, width) in pixels.
+
+    Source: docs/reference.md#crop.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for area, aspect in tries:
@@ -169,25 +212,38 @@ def crop_box(height, width, tries, place, scale=(0.08, 1.0), ratio=RATIO):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def resized_crop(image, box, size, times=1):
-    """Cuts `box` out of uint8 (H, W, C), bicubic to uint8 (S, S, C).
+def resized_crop(image: np.ndarray, box: Box, size: int, times: int = 1) -> np.ndarray:
+    """Crops `box` out of an image and resizes it, bicubic.
 
-    box: (top, left, height, width) in pixels of an image that is `times` as large as this one.
+    Args:
+        image: uint8 (H, W, C).
+        box: in pixels of an image `times` as large as this one.
+        size: S in pixels.
+        times: the factor by which the image was reduced when it was decoded.
+
+    Returns:
+        uint8 (S, S, C).
     """
     top, left, height, width = (side / times for side in box)
-    # Crop first: the filter must not see pixels outside of the box.
+    # Crop first: the filter must not use pixels outside of the box.
     rows = slice(math.floor(top), math.ceil(top + height))
     columns = slice(math.floor(left), math.ceil(left + width))
     top, left = top - rows.start, left - columns.start
-    box = left, top, left + width, top + height
-    return resample.resize(image[rows, columns], size, size, box)
+    part = left, top, left + width, top + height
+    return resample.resize(image[rows, columns], size, size, part)
 
 
-def evaluation_image(image, size):
-    """Resizes the shorter side to int(256 / 224 * size), bicubic, and cuts the centre.
+def evaluation_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes the shorter side to int(256 / 224 * size), bicubic, and crops the centre.
 
-    Args: image uint8 (H, W, C); size S in pixels.
-    Returns: uint8 (S, S, C).
+    Args:
+        image: uint8 (H, W, C).
+        size: S in pixels.
+
+    Returns:
+        uint8 (S, S, C).
+
+    Source: docs/reference.md#normalisation.
     """
     short = int(256 / 224 * size)
     height, width = image.shape[:2]
@@ -199,12 +255,24 @@ def evaluation_image(image, size):
     return resample.resize(image, height, width)[top : top + size, left : left + size]
 
 
-def training_images(source, indices, augmentation, draws, size):
-    """Loads and augments some images of a source.
+def training_images(
+    source: ImageReader,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    draws: Draws,
+    size: int,
+) -> np.ndarray:
+    """Loads and augments images.
 
-    Args: source, or its reader (see sources.py); indices int (B,); draws for these B images; size S
-      in pixels.
-    Returns: uint8 (B, S, S, 3).
+    Args:
+        source: the reader of an `ImageSource`.
+        indices: int (B,).
+        augmentation: what to do.
+        draws: the random numbers of these B images.
+        size: S in pixels.
+
+    Returns:
+        uint8 (B, S, S, 3).
     """
     if augmentation.crop == "random_resized":
         images = _random_resized(source, indices, augmentation.scale, draws, size)
@@ -217,9 +285,15 @@ def training_images(source, indices, augmentation, draws, size):
     return _recolour(images, augmentation, draws)
 
 
-def _random_resized(source, indices, scale, draws, size):
+def _random_resized(
+    source: ImageReader,
+    indices: np.ndarray,
+    scale: tuple[float, float],
+    draws: Draws,
+    size: int,
+) -> np.ndarray:
     images = np.empty((len(indices), size, size, 3), np.uint8)
-    # The copies of repeated augmentation stand side by side: decoded once, cropped many times.
+    # The copies of repeated augmentation are adjacent: decode each image once for all of them.
     starts = np.flatnonzero(np.diff(indices, prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
         crops = _Crops(draws[start:end], scale, size)
@@ -229,13 +303,14 @@ def _random_resized(source, indices, scale, draws, size):
 
 
 class _Crops:
-    """The crops of one image's copies; it learns the size of the file before it is decoded."""
+    """The crops of the copies of one image, whose size is known only when it is read."""
 
-    def __init__(self, draws, scale, size):
+    def __init__(self, draws: Draws, scale: tuple[float, float], size: int) -> None:
         self._draws, self._scale, self._size = draws, scale, size
-        self._boxes = self._height = None
+        self._boxes: list[Box] | None = None
+        self._height = 0
 
-    def shrink(self, height, width):
+    def shrink(self, height: int, width: int) -> float:
         """How many times smaller an image of this size may be decoded."""
         self._height = height
         self._boxes = [
@@ -244,16 +319,16 @@ class _Crops:
         ]
         return min(min(box[2:]) for box in self._boxes) / (_REDUCING_GAP * self._size)
 
-    def cut(self, image):
-        """The crops: a list of uint8 (S, S, 3)."""
-        if self._boxes is None:  # it came from memory
+    def cut(self, image: np.ndarray) -> Sequence[np.ndarray]:
+        """The crops, each uint8 (S, S, 3)."""
+        if self._boxes is None:  # an image in memory, read without calling `shrink`
             self.shrink(*image.shape[:2])
         times = round(self._height / len(image))
-        return [resized_crop(image, box, self._size, times) for box in self._boxes]
+        return [resized_crop(image, box, self._size, times) for box in self._boxes or ()]
 
 
-def _recolour(images, augmentation, draws):
-    """RandAugment, or colour jitter where there is none. images (B, S, S, 3), may be changed."""
+def _recolour(images: np.ndarray, augmentation: Augmentation, draws: Draws) -> np.ndarray:
+    """Applies RandAugment or colour jitter to (B, S, S, 3), possibly in place."""
     policy, strength = augmentation.policy, augmentation.color_jitter
     if policy is None and not strength:
         return images

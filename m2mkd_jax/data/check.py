@@ -1,14 +1,16 @@
-"""Says what a directory of images holds: layout, counts, damaged files, missing classes.
+"""Reports what a directory of images holds: layout, counts, damaged files, missing classes.
 
     python -m m2mkd_jax.data.check ROOT [--quick]
 
-Every image is decoded, on all cores (--quick: none is). Exit code 0: nothing is wrong; 2: something
-is, or there is nothing.
+Every image is decoded, on all cores (with --quick none is). Exit code 0: no problem found; 2: a
+problem, or no images.
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -16,18 +18,28 @@ from tqdm import tqdm
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
+from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.workers import usable_cores
 from m2mkd_jax.errors import UserError
 
-_SHOWN = 10  # damaged files and missing classes that are named
-_NEARLY = 0.9  # of a known set's classes: then the others are missing
-_CHUNK = 256  # images that a thread takes at once
+_SHOWN = 10  # damaged files or missing classes that are named
+_NEARLY = 0.9  # share of a known data set's classes from which on the others count as missing
+_CHUNK = 256  # images per task of a thread
 
 
-def check(root, quick=False, out=print):
-    """Checks a directory and tells `out` line by line. Returns whether nothing is wrong.
+def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = print) -> bool:
+    """Checks a directory and reports line by line.
 
-    Raises: UserError for a directory that holds nothing, or cannot be read as what it seems to be.
+    Args:
+        root: the directory.
+        quick: decode no image.
+        out: called with each line.
+
+    Returns:
+        Whether no problem was found.
+
+    Raises:
+        UserError: no known layout, or a directory that cannot be read.
     """
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
     out(f"{root}: {layouts.LAYOUTS[layout]}")
@@ -36,7 +48,7 @@ def check(root, quick=False, out=print):
     for split in ("test",) if alone else ("train", "test"):
         try:
             source = layouts.open_split(root, layout, split)
-            source = _within_its_own(source) if alone else source
+            source = _as_renditions(source) if alone else source
         except UserError as error:
             out(f"{split}: {error}")
             good = False
@@ -46,8 +58,8 @@ def check(root, quick=False, out=print):
     return good and found > 0
 
 
-def _within_its_own(source):
-    """Renditions with the classes they have; TFDS numbers ImageNet-R within ImageNet's."""
+def _as_renditions(source: ImageSource) -> ImageSource:
+    """Renumbers renditions within their own classes; TFDS numbers ImageNet-R within ImageNet."""
     held = {source.class_names[label] for label in np.unique(np.asarray(source.labels))}
     for name, parent in PARENTS.items():
         if source.class_names == wordnet_ids(parent) and held <= set(wordnet_ids(name)):
@@ -55,7 +67,10 @@ def _within_its_own(source):
     return source
 
 
-def _check_split(source, split, quick, out):
+def _check_split(
+    source: ImageSource, split: str, quick: bool, out: Callable[[str], object]
+) -> bool:
+    """Reports on one split; returns whether no problem was found."""
     names = source.class_names
     counts = np.bincount(np.asarray(source.labels), minlength=len(names))
     held = counts[counts > 0]
@@ -66,8 +81,8 @@ def _check_split(source, split, quick, out):
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         out(f"{split}: {len(empty)} classes without an image: {_some(empty)}")
-    missing, strange = _beside_known(names)
-    for classes, words in ((missing, "are missing"), (strange, "are none of its")):
+    missing, unknown = _beside_known(names)
+    for classes, words in ((missing, "are missing"), (unknown, "are none of its")):
         if classes:
             out(f"{split}: {len(classes)} classes {words}: {_some(classes)}")
     damaged = [] if quick else _damaged(source, split)
@@ -77,13 +92,13 @@ def _check_split(source, split, quick, out):
             out(f"  {line}")
         if len(damaged) > _SHOWN:
             out(f"  and {len(damaged) - _SHOWN} more")
-    return not (empty or missing or strange or damaged)
+    return not (empty or missing or unknown or damaged)
 
 
-def _damaged(source, split):
-    """The messages of the images that do not decode, in their order."""
+def _damaged(source: ImageSource, split: str) -> list[str]:
+    """The error messages of the damaged images, in the order of the images."""
 
-    def messages(start):
+    def messages(start: int) -> list[str]:
         found = []
         for index in range(start, min(start + _CHUNK, len(source))):
             try:
@@ -94,20 +109,21 @@ def _damaged(source, split):
         return found
 
     bar = tqdm(total=len(source), desc=split, unit=" images", file=sys.stderr)
-    # Decoding lets other threads run.
+    # Decoding releases the interpreter lock.
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
         chunks = pool.map(messages, range(0, len(source), _CHUNK))
         return [line for chunk in chunks for line in chunk]
 
 
-def _known(names):
-    """Whose classes these are, nearly."""
+def _known(names: Sequence[str]) -> str:
+    """A remark naming the known data set that has (nearly) these classes, or nothing."""
     known = _nearest(names)
-    missing, strange = _beside_known(names)
-    return f" ({'nearly ' if missing or strange else ''}the classes of {known})" if known else ""
+    missing, unknown = _beside_known(names)
+    return f" ({'nearly ' if missing or unknown else ''}the classes of {known})" if known else ""
 
 
-def _nearest(names):
+def _nearest(names: Sequence[str]) -> str | None:
+    """The known data set that shares most of these classes, if any."""
     for known in ("imagenet", "tiny_imagenet", *PARENTS):
         ids = wordnet_ids(known)
         if len(set(ids) & set(names)) >= _NEARLY * max(len(ids), len(names)):
@@ -115,20 +131,20 @@ def _nearest(names):
     return None
 
 
-def _beside_known(names):
-    """What `names` lacks of the known set that it nearly is, and what it has beside it."""
+def _beside_known(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The classes missing from the nearest known data set, and those that it does not have."""
     known = _nearest(names)
     ids = wordnet_ids(known) if known else names
     return sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
 
 
-def _some(names):
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
-def main(arguments=None):
-    """The command. Returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m m2mkd_jax.data.check", description=__doc__.splitlines()[0]
     )

@@ -1,13 +1,16 @@
-"""Image files to pixels.
+"""Decodes image files.
 
-Whole JPEG files go to OpenCV, which is a third faster than Pillow and gives the same bytes (both
-use libjpeg-turbo); everything else, and what seems damaged, goes to Pillow, whose judgement counts.
+Complete JPEG files go to OpenCV, which is a third faster than Pillow and gives the same bytes (both
+use libjpeg-turbo). Everything else, including files that seem damaged, goes to Pillow, which
+decides whether they are.
 Axes: H height, W width, C channels (3, RGB).
 """
 
 import io
+import math
 import re
 import struct
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -25,49 +28,57 @@ _FLAGS = {
 }
 _FRAMES = (0xC0, 0xC1, 0xC2)  # markers of a frame: baseline, extended, progressive
 _SCAN = 0xDA
-_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # other than a byte 255 and a restart
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # not an escaped byte 255 or a restart marker
 
 
 class DamagedImage(UserError):
-    """A file that is no image, or only a part of one."""
+    """A file that is not an image, or an incomplete one."""
 
 
-def decode(content, name, shrink=None):
-    """Decodes an image file. Its orientation tag is not followed, as published.
+def decode(
+    content: bytes, name: str, shrink: Callable[[int, int], float] | None = None
+) -> np.ndarray:
+    """Decodes an image file, ignoring its orientation tag (as published).
 
     Args:
-      content: its bytes.
-      name: for the message.
-      shrink: None, or asked with (H, W) before decoding: how many times smaller the caller can do
-        with. A JPEG may then come at a half, a quarter or an eighth of its size, rounded up.
-    Returns: uint8 (H, W, C), contiguous.
-    Raises: DamagedImage.
+        content: the bytes of the file.
+        name: its name in messages.
+        shrink: called with (H, W) before decoding, returns how many times smaller the caller can
+            use the image; a JPEG may then be decoded at a half, a quarter or an eighth of its size,
+            rounded up. None: full size.
+
+    Returns:
+        uint8 (H, W, C), contiguous.
+
+    Raises:
+        DamagedImage: it cannot be decoded.
     """
     size = whole_jpeg(content)
-    if size and size[0] * size[1] < Image.MAX_IMAGE_PIXELS:
+    if size and size[0] * size[1] < (Image.MAX_IMAGE_PIXELS or math.inf):
         times = shrink(*size) if shrink else 1
         flags = _FLAGS[max(k for k in _FLAGS if k <= max(times, 1))] | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-        if image is not None:
-            return image
+        # Typed as never None, which it is for a file that cannot be decoded.
+        decoded: np.ndarray | None = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        if decoded is not None:
+            return decoded
     try:
         with Image.open(io.BytesIO(content)) as image:
             if shrink:
                 shrink(image.height, image.width)
             return np.asarray(image.convert("RGB"))
     except _ERRORS as error:
-        # Pillow's own words for this tell an address in memory.
-        strange = isinstance(error, UnidentifiedImageError)
-        reason = "no known format" if strange else " ".join(str(error).split())
+        # Pillow's own message for this has an address in memory.
+        unidentified = isinstance(error, UnidentifiedImageError)
+        reason = "no known format" if unidentified else " ".join(str(error).split())
         raise DamagedImage(
             f"cannot decode the image {name} ({reason}): replace or remove it"
         ) from error
 
 
-def whole_jpeg(content):
-    """(H, W) of a JPEG file in grey or three colours that seems whole; None for any other.
+def whole_jpeg(content: bytes) -> tuple[int, int] | None:
+    """(H, W) of a JPEG file in grey or three colours that seems complete; else None.
 
-    OpenCV says nothing about what it could not decode, where Pillow raises an error.
+    OpenCV decodes an incomplete file without an error, where Pillow raises one.
     """
     if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
         return None

@@ -1,13 +1,18 @@
-"""Which images make a few-shot task (reference section 7, paper section 4 of arXiv 2402.16918).
+"""Draws the images of few-shot tasks.
 
 Axes: N images of a split, S support images (k_way * n_shot), Q query images.
+
+Source: arXiv 2402.16918, section 4; docs/reference.md#few-shot.
 """
 
 import dataclasses
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.errors import UserError
 
 SELECTIONS = ("disjoint", "published")
@@ -17,10 +22,14 @@ SELECTIONS = ("disjoint", "published")
 class FewShotTask:
     """A k-way task: indices into the splits it was drawn from, and labels 0..k-1.
 
-    classes: int64 (k,), the drawn classes in draw order. Labels follow the ASCENDING order of
-    the classes: the smallest drawn class is label 0.
-    support_indices, support_labels: int64 and int32 (S,).
-    query_indices, query_labels: int64 and int32 (Q,).
+    Labels follow the ascending order of the classes: the smallest drawn class is label 0.
+
+    Attributes:
+        classes: int64 (k,), the drawn classes in draw order.
+        support_indices: int64 (S,).
+        support_labels: int32 (S,).
+        query_indices: int64 (Q,).
+        query_labels: int32 (Q,).
     """
 
     classes: np.ndarray
@@ -30,21 +39,35 @@ class FewShotTask:
     query_labels: np.ndarray
 
 
-def published_selection(targets, k_way, n_shot, val_samples, seed, classes=None):
+def published_selection(
+    targets: np.ndarray,
+    k_way: int,
+    n_shot: int,
+    val_samples: int,
+    seed: int,
+    classes: int | None = None,
+) -> FewShotTask:
     """The published CIFAR-100 and CUB few-shot selection, number for number.
 
-    Both sets come from ONE split with one seed, so every support image is also a query image:
-    the measured accuracy is partly accuracy on the training images. Here for comparison with
-    published numbers; `disjoint_selection` is the default.
+    Both sets are drawn from one split with one seed, so every support image is also a query image
+    and the accuracy is partly measured on training images. For comparison with published numbers;
+    `disjoint_selection` is the default.
 
     Args:
-      targets: int (N,), labels of the split.
-      k_way, n_shot, val_samples: classes, support and query images per class.
-      seed: 1 or larger. The original leaves seed 0 unseeded, and then its two sets even have
-        different classes; there is nothing to reproduce.
-      classes: how many classes to draw from (100, CUB 200); default max(targets) + 1.
-    Returns: FewShotTask, both sets indexing `targets`. A class with too few query images gives all.
-    Raises: UserError for a seed below 1, more ways than classes, or fewer images than shots.
+        targets: int (N,), labels of the split.
+        k_way: classes of the task.
+        n_shot: support images per class.
+        val_samples: query images per class; all of a class that has fewer.
+        seed: 1 or larger. The original does not seed its generators for seed 0.
+        classes: how many classes to draw from (100, CUB 200); default max(targets) + 1.
+
+    Returns:
+        The task; both sets index `targets`.
+
+    Raises:
+        UserError: a seed below 1, more ways than classes, or fewer images than shots.
+
+    Source: docs/reference.md#few-shot.
     """
     if seed < 1:
         raise UserError(
@@ -54,8 +77,8 @@ def published_selection(targets, k_way, n_shot, val_samples, seed, classes=None)
     targets = np.asarray(targets)
     classes = int(targets.max()) + 1 if classes is None else classes
     _check_numbers(k_way, classes, n_shot, val_samples)
-    # Python's own generator draws the classes and numpy's legacy one the images, as published;
-    # both are local, so nobody else's random numbers change.
+    # As published: classes by Python's generator, images by numpy's legacy one. Both are local, so
+    # the global generators are unaffected.
     drawn = np.array(random.Random(seed).sample(range(classes), k_way))
     _check_enough("train", targets, drawn, n_shot)
     support, support_labels = _draw(targets, drawn, n_shot, np.random.RandomState(seed))
@@ -63,16 +86,29 @@ def published_selection(targets, k_way, n_shot, val_samples, seed, classes=None)
     return FewShotTask(drawn, support, support_labels, query, query_labels)
 
 
-def disjoint_selection(train_targets, test_targets, k_way, n_shot, query_samples, seed):
-    """A few-shot task whose queries were never trained on: support from train, queries from test.
+def disjoint_selection(
+    train_targets: np.ndarray,
+    test_targets: np.ndarray,
+    k_way: int,
+    n_shot: int,
+    query_samples: int,
+    seed: int,
+) -> FewShotTask:
+    """A few-shot task with support images from train and query images from test.
 
     Args:
-      train_targets, test_targets: int (N,), labels of the two splits.
-      k_way, n_shot, query_samples: classes, support and query images per class (the paper's
-        protocol has query_samples = 3 * n_shot).
-      seed: 0 or larger; the same seed gives the same task.
-    Returns: FewShotTask; support indices are into train, query indices into test.
-    Raises: UserError for a negative seed, more ways than classes, or too few images of a class.
+        train_targets: int (N,), labels of the training split.
+        test_targets: int, labels of the test split.
+        k_way: classes of the task.
+        n_shot: support images per class.
+        query_samples: query images per class (3 * n_shot in the paper's protocol).
+        seed: 0 or larger; the same seed gives the same task.
+
+    Returns:
+        The task; support indices are into train, query indices into test.
+
+    Raises:
+        UserError: a negative seed, more ways than classes, or too few images of a class.
     """
     if seed < 0:
         raise UserError(f"the few-shot seed is {seed}: use a seed that is 0 or larger")
@@ -88,17 +124,22 @@ def disjoint_selection(train_targets, test_targets, k_way, n_shot, query_samples
     return FewShotTask(drawn, support, support_labels, query, query_labels)
 
 
-def draw_tasks(train, test, config):
-    """The episodes of a few-shot run, one after the other; episode e depends on (seed, e) alone.
+def draw_tasks(
+    train: ImageSource, test: ImageSource, config: Any
+) -> Iterator[tuple[ImageSource, ImageSource]]:
+    """Draws the episodes of a few-shot run; each depends on its own seed alone.
 
     Args:
-      train, test: sources (see sources.py) of the two splits.
-      config: fields ways, shots, episodes, selection ('disjoint' or 'published') and seed; episode
-        e has seed + e. Queries are 3 * shots images per class, as published.
-    Yields: (support, query), sources whose labels are 0..ways-1 and whose class names are those of
-      the drawn classes, in that order.
-    Raises: UserError for what `disjoint_selection` and `published_selection` refuse, and for
-      another selection.
+        train: the training split.
+        test: the test split.
+        config: fields ways, shots, episodes, selection ('disjoint' or 'published') and seed;
+            episode e has the seed `seed + e`. There are 3 * shots query images per class.
+
+    Yields:
+        (support, query): their labels are 0..ways-1, their class names those of the drawn classes.
+
+    Raises:
+        UserError: an unknown selection, or what the selection functions refuse.
     """
     if config.selection not in SELECTIONS:
         raise UserError(
@@ -125,7 +166,7 @@ def draw_tasks(train, test, config):
         )
 
 
-def _check_numbers(k_way, classes, *counts):
+def _check_numbers(k_way: int, classes: int, *counts: int) -> None:
     if not 1 <= k_way <= classes:
         raise UserError(f"few-shot with {k_way} ways of {classes} classes: use 1 to {classes}")
     if min(counts) < 1:
@@ -134,7 +175,7 @@ def _check_numbers(k_way, classes, *counts):
         )
 
 
-def _check_enough(split, targets, drawn, wanted):
+def _check_enough(split: str, targets: np.ndarray, drawn: np.ndarray, wanted: int) -> None:
     for cls in drawn:
         found = int((targets == cls).sum())
         if found < wanted:
@@ -144,8 +185,13 @@ def _check_enough(split, targets, drawn, wanted):
             )
 
 
-def _draw(targets, drawn, count, rng):
-    """`count` images of each drawn class, in draw order, then shuffled together."""
+def _draw(
+    targets: np.ndarray,
+    drawn: np.ndarray,
+    count: int,
+    rng: np.random.Generator | np.random.RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and labels of `count` images of each drawn class, shuffled together."""
     per_class = [rng.permutation(np.flatnonzero(targets == cls))[:count] for cls in drawn]
     chosen = rng.permutation(np.concatenate(per_class))
     return chosen, np.searchsorted(np.sort(drawn), targets[chosen]).astype(np.int32)

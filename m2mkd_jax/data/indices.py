@@ -1,6 +1,6 @@
-"""Which images are in which batch: pure functions of (seed, step), so any step can be asked for.
+"""Which images each training batch contains: pure functions of (seed, step).
 
-Axes: N images, B images of the global batch.
+Axes: N images, B images of the global batch, K indices of a replica.
 """
 
 import functools
@@ -9,70 +9,96 @@ import numpy as np
 
 from m2mkd_jax.errors import UserError
 
-# Streams that share a seed must not share random numbers: each use has its own word.
+# Added to the seed, so that each use has its own stream of random numbers.
 _PERMUTATION, _AUGMENTATION, _SUBSET = 1, 2, 3
-# The published sampler cuts an epoch to a multiple of this (reference section 7).
+# The published sampler cuts an epoch to a multiple of this.
+# Source: docs/reference.md#repeated-augmentation.
 _REPEATED_MULTIPLE = 256
 
 
-def _generator(seed, *words):
+def _generator(seed: int, *words: int) -> np.random.Generator:
     if seed < 0:
         raise UserError(f"the data seed is {seed}: use a seed that is 0 or larger")
     return np.random.default_rng((seed, *words))
 
 
-def step_generator(seed, step):
-    """Random numbers of one training step's augmentation, the same wherever they are drawn.
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of one training step's augmentation, the same in every process and worker.
 
-    Raises UserError for a negative seed.
+    Raises:
+        UserError: a negative seed.
     """
     return _generator(seed, _AUGMENTATION, step)
 
 
-# A step at an epoch's edge is prefetched beside steps of the next epoch, for training and for
-# several jobs in one process: a few arrays are worth keeping (10 MB each for ImageNet).
+# Around the end of an epoch, steps of two epochs are prefetched together, and a process may run
+# several jobs: keep a few permutations (10 MB each for ImageNet).
 @functools.lru_cache(maxsize=4)
-def epoch_permutation(length, seed, epoch):
+def epoch_permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the images in one epoch.
 
-    Args: length N; seed >= 0; epoch counted from 0.
-    Returns: int64 (N,), read-only, a permutation of range(N).
-    Raises: UserError for a negative seed.
+    Args:
+        length: N.
+        seed: 0 or larger.
+        epoch: counted from 0.
+
+    Returns:
+        A permutation of range(N), int64 (N,), read-only.
+
+    Raises:
+        UserError: a negative seed.
     """
     order = _generator(seed, _PERMUTATION, epoch).permutation(length)
     order.setflags(write=False)
     return order
 
 
-def repeated_augmentation(permutation, replicas, rank, repeats=3):
-    """One replica's indices of one epoch of repeated augmentation (reference section 7).
+def repeated_augmentation(
+    permutation: np.ndarray, replicas: int, rank: int, repeats: int = 3
+) -> np.ndarray:
+    """One replica's indices of one epoch of repeated augmentation.
 
-    Every index of the permutation stands `repeats` times in a row; the row is dealt over the
-    replicas like cards, so that the copies of an image land on different replicas, and each hand
-    is cut to floor(N / 256) * 256 / replicas: with 3 repeats an epoch sees a third of the images.
+    Each index of the permutation is repeated `repeats` times; the resulting list is dealt round
+    robin over the replicas, so that the copies of an image go to different replicas, and each
+    replica's part is cut to floor(N / 256) * 256 / replicas. With 3 repeats an epoch sees a third
+    of the images.
 
-    Args: permutation int (N,); replicas >= 1; 0 <= rank < replicas; repeats >= 1.
-    Returns: int (K,), K = floor(floor(N / 256) * 256 / replicas).
-    Raises: ValueError for a rank, replicas or repeats out of range.
+    Args:
+        permutation: int (N,), the epoch's order.
+        replicas: 1 or more.
+        rank: the replica, from 0.
+        repeats: copies of each image, 1 or more.
+
+    Returns:
+        int (K,), K = floor(floor(N / 256) * 256 / replicas).
+
+    Raises:
+        ValueError: a rank, replicas or repeats out of range.
+
+    Source: docs/reference.md#repeated-augmentation.
     """
     if replicas < 1 or not 0 <= rank < replicas or repeats < 1:
         raise ValueError(f"no replica {rank} of {replicas} with {repeats} repeats")
     permutation = np.asarray(permutation)
     length = len(permutation)
     kept = length // _REPEATED_MULTIPLE * _REPEATED_MULTIPLE // replicas
-    # The published row is padded to a multiple of the replicas, but the cut never reaches that.
+    # The published list is padded to a multiple of the replicas, but the cut removes the padding.
     return permutation[(rank + replicas * np.arange(kept)) // repeats]
 
 
-def class_balanced_order(labels, seed=0):
-    """An order of the images whose every prefix is balanced over the classes.
+def class_balanced_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """An order of the images in which every prefix is balanced over the classes.
 
-    The images of a class are shuffled and dealt in rounds, one of each class per round, the
-    classes of a round in random order. Prefixes are nested by construction, and in a prefix two
-    classes differ by at most one image while both have images left.
+    Round by round, one shuffled image of each class is taken, the classes of a round in random
+    order. In any prefix the counts of two classes differ by at most one while both have images
+    left.
 
-    Args: labels int (N,); seed >= 0.
-    Returns: int64 (N,), a permutation of range(N).
+    Args:
+        labels: int (N,).
+        seed: 0 or larger.
+
+    Returns:
+        A permutation of range(N), int64 (N,).
     """
     labels = np.asarray(labels)
     shuffled = _generator(seed, _SUBSET).permutation(len(labels))
@@ -85,19 +111,30 @@ def class_balanced_order(labels, seed=0):
 
 
 class BatchIndices:
-    """Image indices of the global batch at any training step; a batch depends on (seed, step).
+    """The image indices of the global batch at any training step, from (seed, step) alone.
 
-    Each epoch is a fresh permutation, cut to whole batches (the rest is dropped; the next epoch
-    shuffles it back in). With repeats > 1 each index comes `repeats` times and the epoch is cut
-    to floor(N / 256) * 256 of them: batch t is what R replicas of `repeated_augmentation` would
-    see together at step t, for any R that divides it.
+    Each epoch is a new permutation, cut to full batches. With repeats > 1 each index comes
+    `repeats` times and the epoch is cut to floor(N / 256) * 256 of them: batch t is what R replicas
+    of `repeated_augmentation` see together at step t, for any R that divides the batch.
 
-    Args: length N; batch_size B, the global one; seed >= 0; repeats >= 1.
-    Attributes: steps_per_epoch, batch_size, length.
-    Raises: UserError when an epoch has no whole batch or the seed is negative.
+    Attributes:
+        length: N.
+        batch_size: B.
+        steps_per_epoch: full batches of an epoch.
     """
 
-    def __init__(self, length, batch_size, seed, repeats=1):
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
+        """Checks that an epoch has a full batch.
+
+        Args:
+            length: N.
+            batch_size: B, of the global batch.
+            seed: 0 or larger.
+            repeats: copies of each image, 1 or more.
+
+        Raises:
+            UserError: an epoch without a full batch, or a negative seed.
+        """
         if batch_size < 1 or repeats < 1:
             raise UserError(
                 f"batch size {batch_size} with {repeats} repeats: both must be 1 or larger"
@@ -123,8 +160,8 @@ class BatchIndices:
         self._repeats = repeats
         step_generator(seed, 0)  # a bad seed is reported here, not from a prefetch thread
 
-    def __getitem__(self, step):
-        """Indices of the global batch at `step` (0, 1, ...): int64 (B,). IndexError below 0."""
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The indices of the global batch at `step` (0, 1, ...): int64 (B,)."""
         if step < 0:
             raise IndexError(f"no training step {step}")
         epoch, place = divmod(int(step), self.steps_per_epoch)

@@ -1,11 +1,16 @@
-"""What a directory holds: the layouts that are known, how they are told apart and opened."""
+"""The known layouts of a data set on disk: telling them apart, and opening a split.
 
+Each layout is read by a file of formats/. Axes: N images, K classes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
+from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats import cifar, cub, folder, idx, tar, tfds
+from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.errors import UserError
 
 LAYOUTS = {
@@ -20,8 +25,8 @@ LAYOUTS = {
 IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
 
-def detect(root):
-    """The layout of a directory, a key of LAYOUTS; None where it is none of them."""
+def detect(root: str | Path) -> str | None:
+    """The layout of a directory, a key of LAYOUTS; None if it has no known layout."""
     root = Path(root)
     if not root.is_dir():
         return None
@@ -43,13 +48,14 @@ def detect(root):
     return None
 
 
-def require(root, wanted):
-    """The layout of a directory, one of `wanted`.
+def require(root: str | Path, wanted: Sequence[str]) -> str:
+    """The layout of a directory, which must be one of `wanted`.
 
-    Raises: UserError that says what was expected, and where it lies when that is close by.
+    Raises:
+        UserError: another layout; names what is expected, and a nearby folder that has it.
     """
     found = detect(root)
-    if found in wanted:
+    if found is not None and found in wanted:
         return found
     expected = " or ".join(LAYOUTS[name] for name in wanted)
     near = next((place for place in _nearby(root) if detect(place) in wanted), None)
@@ -61,15 +67,16 @@ def require(root, wanted):
     raise UserError(f"no data in {root} (data.root says where to look): it {held}{hint}")
 
 
-def _nearby(root):
+def _nearby(root: str | Path) -> Iterator[Path]:
+    """The parent of a folder and the first folders in it."""
     root = Path(root)
     yield root.parent
     if root.is_dir():
         yield from (path for path in sorted(root.iterdir())[:50] if path.is_dir())
 
 
-def class_names(root, layout):
-    """The classes of a directory as far as listing folders tells: a list, or None."""
+def class_names(root: str | Path, layout: str) -> list[str] | None:
+    """The class names, if listing folders is enough to know them; else None."""
     if layout == "folders":
         return folder.check_layout(root)
     if layout == "classes":
@@ -77,66 +84,97 @@ def class_names(root, layout):
     return None
 
 
-def test_only(root, layout):
-    """Whether a directory holds a test split alone, as renditions do."""
+def test_only(root: str | Path, layout: str) -> bool:
+    """Whether a directory has a test split but no training split, as renditions do."""
     if layout == "shards":
         return not tar.shards(root, "train")
     if layout == "prepared":
-        return not tfds.has_split(tfds.find_prepared(root), "train")
+        return not tfds.has_split(_prepared(root), "train")
     return layout == "classes"
 
 
-def open_split(root, layout, split):
-    """A split of a directory as a source: 'train', or 'test'.
+def open_split(root: str | Path, layout: str, split: str) -> ImageSource:
+    """Opens a split of a directory.
 
-    Raises: UserError for what is missing or broken, and for a split without an image.
+    Args:
+        root: the directory.
+        layout: its layout, from `require`.
+        split: 'train' or 'test'.
+
+    Raises:
+        UserError: files that are missing or broken, or a split without images.
     """
-    source = _open(root, layout, split)
+    source = _OPENERS[layout](root, split)
     if not len(source):
         raise UserError(f"{root} has no {split} images: unpack or prepare it again")
     return source
 
 
-def _open(root, layout, split):
-    if layout == "cifar":
-        return cifar.open_split(root, split)
-    if layout == "idx":
-        return idx.open_split(root, split)
-    if layout == "cub":
-        return cub.open_split(root, split)
-    if layout == "shards":
-        return EncodedSource(*tar.list_images(root, split))
-    if layout == "prepared":
-        files, names = tfds.list_images(tfds.find_prepared(root), split)
-        return EncodedSource(files, tfds.RecordLabels(files), names)
-    if layout == "folders":
-        # What is wrong with val/ is no reason not to read train/.
-        names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
-        paths, labels = folder.list_images(root, split, names)
-    else:
-        names = class_names(root, layout)
-        paths, labels = folder.list_classes(root, "", names)
-    return EncodedSource(FolderFiles(root, paths), labels, names)
+def _prepared(root: str | Path) -> Path:
+    directory = tfds.find_prepared(root)
+    if directory is None:
+        raise UserError(f"{root} does not hold {LAYOUTS['prepared']}")
+    return directory
 
 
-def reordered(source, names):
-    """A source whose labels follow `names`, though its own classes are others or ordered otherwise.
+def _open_prepared(root: str | Path, split: str) -> ImageSource:
+    files, names = tfds.list_images(_prepared(root), split)
+    return EncodedImageSource(files, tfds.RecordLabels(files), names)
 
-    TFDS numbers the classes of ImageNet-R within ImageNet's 1000, for example.
-    Raises: UserError for an image of another class.
+
+def _open_shards(root: str | Path, split: str) -> ImageSource:
+    return EncodedImageSource(*tar.list_images(root, split))
+
+
+def _open_folders(root: str | Path, split: str) -> ImageSource:
+    # A fault in val/ does not keep train/ from being read.
+    names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
+    paths, labels = folder.list_images(root, split, names)
+    return EncodedImageSource(folder.FolderFiles(root, paths), labels, names)
+
+
+def _open_classes(root: str | Path, split: str) -> ImageSource:
+    names = folder.class_folders(root)
+    paths, labels = folder.list_classes(root, "", names)
+    return EncodedImageSource(folder.FolderFiles(root, paths), labels, names)
+
+
+_OPENERS: dict[str, Callable[[str | Path, str], ImageSource]] = {
+    "prepared": _open_prepared,
+    "cifar": cifar.open_split,
+    "cub": cub.open_split,
+    "idx": idx.open_split,
+    "shards": _open_shards,
+    "folders": _open_folders,
+    "classes": _open_classes,
+}
+
+
+def reordered(source: ImageSource, names: Sequence[str]) -> ImageSource:
+    """Renumbers a source's labels so that they follow `names`.
+
+    TFDS, for example, numbers the classes of ImageNet-R within ImageNet's 1000.
+
+    Args:
+        source: images whose classes may be others, or in another order.
+        names: (K,), the class names in the order of the new labels.
+
+    Raises:
+        UserError: an image of another class.
     """
     if source.class_names == tuple(names):
         return source
     place = {name: label for label, name in enumerate(names)}
     new = np.array([place.get(name, -1) for name in source.class_names], np.int32)
-    if isinstance(source.labels, tfds.RecordLabels):
-        labels = tfds.RecordLabels(source.files, new)
-    else:
-        labels = new[source.labels]
-        if (labels < 0).any():
-            first = int(np.argmin(labels))
-            stranger = source.class_names[source.labels[first]]
-            raise UserError(
-                f"{source.name(first)} is of class {stranger}, not one of the {len(names)} expected"
-            )
-    return EncodedSource(source.files, labels, names)
+    if isinstance(source, EncodedImageSource) and isinstance(source.labels, tfds.RecordLabels):
+        # The labels are in the records, and are checked when they are read.
+        return EncodedImageSource(source.files, source.labels.renumbered(new), names)
+    old = np.asarray(source.labels)
+    labels = new[old]
+    if (labels < 0).any():
+        first = int(np.argmin(labels))
+        unknown = source.class_names[old[first]]
+        raise UserError(
+            f"{source.name(first)} is of class {unknown}, not one of the {len(names)} expected"
+        )
+    return source.select(np.arange(len(source)), labels, names)

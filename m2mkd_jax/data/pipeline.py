@@ -1,7 +1,7 @@
-"""Batches from a source, by Grain: the same stream for any number of workers and processes.
+"""Batches from an image source, by Grain: one stream for any number of workers and processes.
 
-One Grain element is one whole batch, made from (seed, step) alone. So a resumed run is a slice
-of the steps, and neither threads, workers nor processes can change what a step sees.
+Each Grain element is a complete batch, computed from (seed, step) alone. A resumed run is a slice
+of the steps, and the number of threads, workers or processes cannot change what a step sees.
 Axes: B global batch, L local batch (B / processes), S image size, C channels (3).
 """
 
@@ -9,53 +9,66 @@ import gc
 import math
 import os
 import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from m2mkd_jax.data import augment
-from m2mkd_jax.data.arrays import ArraySource
-from m2mkd_jax.data.encoded import Damage
+from m2mkd_jax.data.damaged_images import DamagedImageCounter
+from m2mkd_jax.data.image_source import ImageReader, ImageSource
 from m2mkd_jax.data.indices import BatchIndices, step_generator
 from m2mkd_jax.data.workers import automatic_workers, usable_cores
 from m2mkd_jax.errors import UserError
 
-# Batches waiting in memory, per process: more threads are not started than fit.
+# Limit for the batches waiting in memory, per process; it bounds the number of threads.
 _BUFFER_BYTES = 1 << 30
 _MAX_THREADS = 8
-_REPLACED = "replaced"  # a batch's damaged images; the program does not get to see it
+_REPLACED = "replaced"  # entry for a batch's damaged images, removed before the caller sees it
+Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-    source,
-    config,
+    source: ImageSource,
+    config: Any,
     *,
-    batch_size,
-    total_steps,
-    start_step=0,
-    seed,
-    process_index=0,
-    process_count=1,
-):
+    batch_size: int,
+    total_steps: int,
+    start_step: int = 0,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "BatchIterator":
     """The training batches start_step, start_step + 1, ..., total_steps - 1.
 
     Batch t depends on (seed, t) only: starting at t gives exactly what an uninterrupted run
     would have seen from t on. A process gets its contiguous share of the global batch.
 
+    With config.workers > 0 that many processes decode the images, with 0 threads do (better for
+    images in memory); -1 chooses. Processes are spawned: they take about 2 s to start, hold about 4
+    local batches each in shared memory (a container may need a larger --shm-size), and the
+    program's main module must be importable (`if __name__ == "__main__"`).
+
     Args:
-      source: see sources.py; config: fields image_size, augment, repeated_augmentation, workers,
-        damaged_share.
-      batch_size: the global B, a multiple of process_count.
-      config.workers > 0 decodes in that many processes; 0 in threads, which is the better choice
-        for images in memory; -1 chooses. Processes take about 2 s to start and hold about 4 local
-        batches each in shared memory (a container may need a larger --shm-size), and the program's
-        main module must be importable (`if __name__ == "__main__"`), as they are spawned.
-    Returns: an iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,)}. Its `close()`
-      ends workers and threads; dropping it does the same.
-    Raises: UserError for a wrong batch size, seed or augmentation, and from the iterator when more
-      than `config.damaged_share` of the images cannot be decoded; ValueError for steps or a
-      process out of range.
+        source: the images.
+        config: fields image_size, augment, repeated_augmentation, workers and damaged_share.
+        batch_size: B, a multiple of process_count.
+        total_steps: steps of the whole training.
+        start_step: the first step of the iterator.
+        seed: 0 or larger.
+        process_index: this process.
+        process_count: all processes.
+
+    Returns:
+        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,)}. Its `close()` ends
+        workers and threads; so does dropping it.
+
+    Raises:
+        UserError: a wrong batch size, seed or augmentation; raised by the iterator if more than
+            `config.damaged_share` of the images cannot be decoded.
+        ValueError: steps or a process out of range.
     """
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"cannot start at step {start_step} of {total_steps}")
@@ -66,10 +79,20 @@ def train_batches(
     return _iterate(source, load, range(start_step, total_steps), config, share)
 
 
-def first_images(source, config, *, batch_size, seed, count=16):
-    """The first images of the first training batch: 'image' and 'label' as in `train_batches`.
+def first_images(
+    source: ImageSource, config: Any, *, batch_size: int, seed: int, count: int = 16
+) -> Batch:
+    """The first images of the first training batch, made in this process without workers.
 
-    Made in this process, without workers. count: how many, at most batch_size.
+    Args:
+        source: the images.
+        config: as in `train_batches`.
+        batch_size: B.
+        seed: as in `train_batches`.
+        count: how many images, at most B.
+
+    Returns:
+        'image' and 'label' as in `train_batches`.
     """
     indices = BatchIndices(len(source), batch_size, seed, config.repeated_augmentation)
     augmentation = augment.Augmentation.from_config(config)
@@ -79,16 +102,33 @@ def first_images(source, config, *, batch_size, seed, count=16):
     return batch
 
 
-def eval_batches(source, config, *, batch_size, process_index=0, process_count=1):
+def eval_batches(
+    source: ImageSource,
+    config: Any,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "BatchIterator":
     """Every image of a source once, in order, on any number of processes.
 
-    The last global batch is filled with black images of mask 0; every process gets the same
-    number of batches, so that collective operations match.
+    The last global batch is padded with black images of mask 0. Every process gets the same number
+    of batches, so that collective operations match.
 
-    Args: as `train_batches`.
-    Returns: an iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,), 'mask': float32
-      (L,), 1 for an image that counts}.
-    Raises: as `train_batches`.
+    Args:
+        source: the images.
+        config: as in `train_batches`.
+        batch_size: B, a multiple of process_count.
+        process_index: this process.
+        process_count: all processes.
+
+    Returns:
+        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,), 'mask': float32 (L,), 0
+        for padding and else 1}, with `close()` as in `train_batches`.
+
+    Raises:
+        UserError: as in `train_batches`.
+        ValueError: a process out of range.
     """
     share = _share(batch_size, process_index, process_count)
     load = _EvalBatch(source, batch_size, share, config.image_size)
@@ -96,15 +136,23 @@ def eval_batches(source, config, *, batch_size, process_index=0, process_count=1
 
 
 class _TrainBatch:
-    """Step -> batch. A class and not a closure, because it is pickled to Grain's workers."""
+    """Step -> training batch. A class, because it is pickled to Grain's workers."""
 
-    def __init__(self, source, indices, augmentation, seed, share, size):
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: BatchIndices,
+        augmentation: augment.Augmentation,
+        seed: int,
+        share: slice,
+        size: int,
+    ) -> None:
         self._source, self._indices, self._augmentation = source, indices, augmentation
         self._seed, self._share, self._size = seed, share, size
 
-    def __call__(self, step):
-        # Numbers for the whole global batch, of which this process uses its share: the union of
-        # the processes' batches is then the batch of a single process.
+    def __call__(self, step: int) -> Batch:
+        # Numbers for the global batch, of which this process uses its share: together the
+        # processes have the same batch as a single process.
         draws = augment.Draws.of(
             step_generator(self._seed, step), self._indices.batch_size, self._augmentation.layers
         )
@@ -118,13 +166,13 @@ class _TrainBatch:
 
 
 class _EvalBatch:
-    """Number of the batch -> batch."""
+    """Batch number -> evaluation batch."""
 
-    def __init__(self, source, batch_size, share, size):
+    def __init__(self, source: ImageSource, batch_size: int, share: slice, size: int) -> None:
         self._source, self._batch_size = source, batch_size
         self._share, self._size = share, size
 
-    def __call__(self, number):
+    def __call__(self, number: int) -> Batch:
         start = number * self._batch_size
         chosen = np.arange(start + self._share.start, start + self._share.stop)
         chosen = chosen[chosen < len(self._source)]
@@ -144,15 +192,15 @@ class _EvalBatch:
         return batch
 
 
-def _pairs(reader, rows):
-    """Damaged images and what was read in their place, for the main process to count: (rows, 2)."""
+def _pairs(reader: ImageReader, rows: int) -> np.ndarray:
+    """(damaged image, replacement) pairs for the main process to count: (rows, 2), -1 pads."""
     pairs = np.full((rows, 2), -1, np.int64)
     if reader.replaced:
         pairs[: len(reader.replaced)] = list(reader.replaced.items())
     return pairs
 
 
-def _share(batch_size, process_index, process_count):
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     """The slice of the global batch that a process loads."""
     if not 0 <= process_index < process_count:
         raise ValueError(f"no process {process_index} of {process_count}")
@@ -165,33 +213,36 @@ def _share(batch_size, process_index, process_count):
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _iterate(source, load, steps, config, share):
+def _iterate(
+    source: ImageSource, load: Callable[[int], Batch], steps: range, config: Any, share: slice
+) -> "BatchIterator":
+    """The batches of `load` for `steps`, from threads or worker processes."""
     if config.workers < -1:
         raise UserError(
             f"data.workers is {config.workers}: use -1 (as fits the machine), 0 (threads) or more"
         )
-    damage = Damage(source, config.damaged_share)
+    damaged = DamagedImageCounter(source, config.damaged_share)
     if not len(steps):
-        return _Batches(iter(()), damage)
+        return BatchIterator(iter(()), damaged)
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
     batch_bytes = (share.stop - share.start) * config.image_size**2 * 3
     workers = config.workers
     if workers < 0:
-        workers = 0 if isinstance(source, ArraySource) else automatic_workers(batch_bytes)
+        workers = 0 if source.in_memory else automatic_workers(batch_bytes)
     if workers == 0:
         fitting = _BUFFER_BYTES // batch_bytes - 1
         threads = max(1, min(usable_cores(), _MAX_THREADS, fitting))
-        return _Batches(
-            iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + 1))), damage
+        return BatchIterator(
+            iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + 1))), damaged
         )
-    # Grain reads absl flags in mp_prefetch; a caller without absl's app.run has none parsed.
+    # mp_prefetch reads absl flags, which are unparsed in a program without absl's app.run.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    # On a busy machine a worker may end before its last batch is fetched. Python's tracker frees
-    # that shared memory; without its page of warnings, where one line is promised.
+    # On a busy machine a worker may end before its last batch is fetched. Python's resource tracker
+    # then frees the shared memory and would print a page of warnings.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
-    return _Batches(
+    return BatchIterator(
         iter(
             dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -199,27 +250,27 @@ def _iterate(source, load, steps, config, share):
                 )
             )
         ),
-        damage,
+        damaged,
     )
 
 
-class _Batches:
-    """Batches of threads or worker processes, without what they report about damaged images.
+class BatchIterator:
+    """Batches from threads or worker processes; counts their damaged images.
 
-    It gives back threads, processes and shared memory whenever it ends. Grain leaves that to
-    destructors, which at the interpreter's exit find half of their modules gone and print a page
-    of warnings; this also runs at exit, before that.
+    `close()` frees threads, processes and shared memory; it also runs when the iterator ends, is
+    dropped, or the interpreter exits. Grain's own destructors run too late at exit, when modules
+    are already unloaded, and print warnings.
     """
 
-    def __init__(self, iterator, damage):
+    def __init__(self, iterator: Iterator[Batch], damaged: DamagedImageCounter) -> None:
         self._open = [iterator]
-        self._damage = damage
+        self._damaged = damaged
         self.close = weakref.finalize(self, _shut_down, self._open)
 
-    def __iter__(self):
+    def __iter__(self) -> "BatchIterator":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Batch:
         if not self._open:
             raise StopIteration
         try:
@@ -227,18 +278,18 @@ class _Batches:
         except StopIteration:
             self.close()
             raise StopIteration from None
-        # Out of shared memory at once: it is scarce, and its arrays must not outlive the workers.
+        # Copied out of shared memory, which is scarce and must not be used after the workers end.
         batch = {
             name: value if type(value) is np.ndarray else np.array(value, subok=False)
             for name, value in batch.items()
         }
-        self._damage.note(batch.pop(_REPLACED))
+        self._damaged.note(batch.pop(_REPLACED))
         return batch
 
 
-def _shut_down(open_iterators):
+def _shut_down(open_iterators: list[Any]) -> None:
     iterator = open_iterators.pop()
     if hasattr(iterator, "close"):
         iterator.close()
-    # Grain's exhausted iterators hold their last batch in a circle of tracebacks.
+    # Grain's exhausted iterators hold their last batch in a reference cycle of tracebacks.
     gc.collect()

@@ -3,58 +3,67 @@
     python -m m2mkd_jax.data.prepare tiny_imagenet tiny-imagenet-200 ~/tensorflow_datasets
     python -m m2mkd_jax.data.prepare tiny_imagenet_r imagenet-r ~/tensorflow_datasets
 
-The source is the unpacked archive; for tiny_imagenet_r, ImageNet-R will do: the 62 classes are
-taken out of it. The files' bytes are stored as they are, in the order in which folders are read, so
-that a run from prepared data is the run from folders.
+The source is the unpacked archive; tiny_imagenet_r can also be made from ImageNet-R, of which it
+has 62 classes. File contents are stored unchanged, in the order in which folders are read, so that
+training from prepared data equals training from folders. Axes: N images.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
-from m2mkd_jax.data.encoded import FolderFiles
 from m2mkd_jax.data.formats import folder
 from m2mkd_jax.errors import UserError
 
 
 class _Folders(tfds.core.GeneratorBasedBuilder):
-    """A prepared copy of image folders.
+    """Prepares image folders.
 
-    Paths are handed over, not arrays: encoding arrays is what TFDS needs TensorFlow for.
-    Raises, before anything is written: UserError for a source of another layout, with other classes
-    or without images.
+    Examples have paths instead of arrays, which TFDS would need TensorFlow to encode.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     names: tuple[str, ...]
     layout: str
 
-    def __init__(self, *, source, data_dir):
+    def __init__(self, *, source: str, data_dir: str) -> None:
+        """Checks and lists the source.
+
+        Args:
+            source: the unpacked archive.
+            data_dir: the directory of prepared data sets.
+
+        Raises:
+            UserError: another layout, other classes, or no images; nothing is written then.
+        """
         layouts.require(source, (self.layout,))
-        found = layouts.class_names(source, self.layout)
-        missing, strange = set(self.names) - set(found), set(found) - set(self.names)
+        found = layouts.class_names(source, self.layout) or []
+        missing, unknown = set(self.names) - set(found), set(found) - set(self.names)
         if missing:
             raise UserError(
                 f"{source} lacks {len(missing)} of the {len(self.names)} classes"
                 f" (the first: {min(missing)}): unpack the archive again"
             )
-        if strange and self.layout == "folders":  # renditions are taken out of more
+        if unknown and self.layout == "folders":  # renditions may be part of a larger set
             raise UserError(
-                f"{source} has {len(strange)} classes beside the {len(self.names)}"
-                f" (the first: {min(strange)}): remove them"
+                f"{source} has {len(unknown)} classes beside the {len(self.names)}"
+                f" (the first: {min(unknown)}): remove them"
             )
         self._source, self._splits = source, self._list(source)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
-    def _list(self, source):
-        """{split: (paths bytes (N,), labels int (N,))}."""
+    def _list(self, source: str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+        """{split: (paths bytes (N,), labels int32 (N,))}."""
         raise NotImplementedError
 
-    def _info(self):
-        # TFDS's own helper for this asks TensorFlow for the class's documentation.
+    def _info(self) -> Any:
+        # TFDS's helper for this imports TensorFlow.
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(
@@ -67,11 +76,13 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {name: self._generate_examples(*listed) for name, listed in self._splits.items()}
 
-    def _generate_examples(self, paths, labels):
-        files = FolderFiles(self._source, paths)
+    def _generate_examples(
+        self, paths: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        files = folder.FolderFiles(self._source, paths)
         for i, label in enumerate(labels):
             yield (
                 i,
@@ -88,7 +99,7 @@ class TinyImagenet(_Folders):
 
     names, layout = wordnet_ids("tiny_imagenet"), "folders"
 
-    def _list(self, source):
+    def _list(self, source: str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
         return {
             name: folder.list_images(source, split, self.names)
             for name, split in (("train", "train"), ("validation", "test"))
@@ -100,19 +111,19 @@ class TinyImagenetR(_Folders):
 
     names, layout = wordnet_ids("tiny_imagenet_r"), "classes"
 
-    def _list(self, source):
+    def _list(self, source: str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
         return {"test": folder.list_classes(source, "", self.names)}
 
 
 BUILDERS = {"tiny_imagenet": TinyImagenet, "tiny_imagenet_r": TinyImagenetR}
 
 
-def main(arguments=None):
-    """The command. Returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m2mkd_jax.data.prepare")
     parser.add_argument("name", choices=BUILDERS)
     parser.add_argument("source", help="the unpacked archive")
-    parser.add_argument("data_dir", help="where prepared data sets lie")
+    parser.add_argument("data_dir", help="the directory of prepared data sets")
     given = parser.parse_args(arguments)
     try:
         builder = BUILDERS[given.name](source=given.source, data_dir=given.data_dir)

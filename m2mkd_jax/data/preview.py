@@ -1,22 +1,25 @@
-"""A picture of many pictures, with a caption below each.
+"""A grid of captioned images, to look at a batch.
 
 Axes: N images, S image size in pixels, K classes.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-_SMALLEST = 112  # pixels that a tile is enlarged to, so that its caption can be read
-_LINE = 12  # pixels that a line of a caption takes, and two more below the last
-_LETTERS = 18
+_SMALLEST = 112  # smallest side of a tile in pixels, for a readable caption
+_LINE = 12  # height of a caption line in pixels; there are two more below the last
+_LETTERS = 18  # longest line of a caption
 
 
-def draw_grid(images, captions):
-    """A PIL image of uint8 (N, S, S, 3), in as many columns as rows, captions (N,) below each.
+def draw_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Draws images in a square grid, each with its caption below.
 
-    A caption may have several lines.
+    Args:
+        images: uint8 (N, S, S, 3).
+        captions: (N,), each of one or more lines.
     """
     columns = math.ceil(math.sqrt(len(images)))
     times = math.ceil(_SMALLEST / images.shape[1])
@@ -34,8 +37,13 @@ def draw_grid(images, captions):
     return grid
 
 
-def caption(share, class_names):
-    """An image's classes, one a line, with their shares (K,) of it; one class alone without."""
+def caption(share: np.ndarray, class_names: Sequence[str]) -> str:
+    """The one or two main classes of a mixed image, one per line, with percentages if two.
+
+    Args:
+        share: (K,), the share of each class in the image.
+        class_names: (K,).
+    """
     shown = [number for number in np.argsort(-share)[:2] if share[number] > 0.005]
     if len(shown) == 1:
         return class_names[shown[0]][:_LETTERS]

@@ -1,10 +1,13 @@
-"""RandAugment and colour jitter, one image at a time (reference section 6).
+"""RandAugment and colour jitter, one image at a time.
 
 Axes: B batch, H height, W width, C channels (3), L layers (operations per image).
+
+Source: docs/reference.md#rand-augment.
 """
 
 import dataclasses
 import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,10 +31,10 @@ OPERATIONS = (
     "TranslateX",
     "TranslateY",
 )
-LARGEST = 10.0  # magnitude
-PROBABILITY = 0.5  # of each drawn operation to be applied
+LARGEST = 10.0  # largest magnitude
+PROBABILITY = 0.5  # that a drawn operation is applied
 _WORD = re.compile(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)")
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "AutoContrast": image_ops.auto_contrast,
     "Equalize": image_ops.equalize,
     "Invert": image_ops.invert,
@@ -52,11 +55,14 @@ _FUNCTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What a policy string says.
+    """A RandAugment policy.
 
-    magnitude: mean strength, 0 to 10; layers: operations drawn per image, with replacement;
-    spread: standard deviation of the strength; increasing: whether Posterize, Solarize and the
-    blends become stronger with the magnitude (`inc1`).
+    Attributes:
+        magnitude: mean magnitude, 0 to 10.
+        layers: operations drawn per image, with replacement.
+        spread: standard deviation of the magnitude.
+        increasing: whether Posterize, Solarize and the blends become stronger with the magnitude
+            (`inc1`).
     """
 
     magnitude: float = 10.0
@@ -65,26 +71,28 @@ class Policy:
     increasing: bool = False
 
     @classmethod
-    def parse(cls, text):
-        """Reads a string like rand-m9-mstd0.5-inc1; parts left out keep their defaults.
+    def parse(cls, text: str) -> "Policy":
+        """Reads a string like rand-m9-mstd0.5-inc1; missing parts have their defaults.
 
-        Raises: UserError with the position of the first part that makes no sense.
+        Raises:
+            UserError: an invalid part; names its position.
         """
         name, *words = text.split("-")
         if name != "rand":
             raise _bad(text, 0, name, 'a policy starts with "rand"')
-        fields, position = {}, len(name) + 1
+        fields: dict[str, float] = {}
+        position = len(name) + 1
         for word in words:
             found = _WORD.fullmatch(word)
             if not found:
                 raise _bad(text, position, word, "use mNUMBER, nNUMBER, mstdNUMBER or incNUMBER")
             key, value = found[1], float(found[2])
             if key in fields:
-                raise _bad(text, position, word, f"{key} stands there twice")
+                raise _bad(text, position, word, f"{key} is given twice")
             if key == "m" and value > LARGEST:
                 raise _bad(text, position, word, "the magnitude is 0 to 10")
             if key == "n" and (value < 1 or value != int(value)):
-                raise _bad(text, position, word, "n is a whole number from 1 on")
+                raise _bad(text, position, word, "n is a whole number, at least 1")
             if key == "inc" and value not in (0, 1):
                 raise _bad(text, position, word, "inc is 0 or 1")
             fields[key] = value
@@ -97,7 +105,7 @@ class Policy:
         )
 
 
-def _bad(text, position, word, reason):
+def _bad(text: str, position: int, word: str, reason: str) -> UserError:
     return UserError(
         f'data.augment.rand_augment is "{text}": cannot read "{word}" at position {position}:'
         f" {reason} (the published policy is rand-m9-mstd0.5-inc1)"
@@ -106,9 +114,13 @@ def _bad(text, position, word, reason):
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """The random numbers behind the operations of B images.
+    """The random numbers of the operations of B images.
 
-    operation, applied, sign: (B, L), uniform in [0, 1); magnitude: (B, L), standard normal.
+    Attributes:
+        operation: (B, L), uniform in [0, 1).
+        applied: (B, L), uniform in [0, 1).
+        sign: (B, L), uniform in [0, 1).
+        magnitude: (B, L), standard normal.
     """
 
     operation: np.ndarray
@@ -117,20 +129,22 @@ class Choices:
     magnitude: np.ndarray
 
     @classmethod
-    def of(cls, rng, batch_size, layers):
-        """Draws from an np.random.Generator."""
+    def of(cls, rng: np.random.Generator, batch_size: int, layers: int) -> "Choices":
+        """Draws the numbers for `batch_size` images with `layers` operations each."""
         uniform = rng.random((3, batch_size, layers))
         return cls(*uniform, rng.standard_normal((batch_size, layers)))
 
-    def __getitem__(self, part):
-        """The draws of one image, or of some (a slice)."""
+    def __getitem__(self, part: int | slice) -> "Choices":
+        """The draws of one or some of the images."""
         return Choices(*(getattr(self, f.name)[part] for f in dataclasses.fields(self)))
 
 
-def operations(policy, choices):
-    """What happens to one image: a list of (name, argument), argument None where there is none.
+def operations(policy: Policy, choices: Choices) -> list[tuple[str, float | None]]:
+    """The operations applied to one image: (name, argument), None for operations without one.
 
-    Args: policy; choices of one image, arrays (L,).
+    Args:
+        policy: the policy.
+        choices: of one image, arrays (L,).
     """
     number = np.floor(choices.operation * len(OPERATIONS)).astype(int)
     strength = np.clip(policy.magnitude + policy.spread * choices.magnitude, 0, LARGEST)
@@ -144,11 +158,20 @@ def operations(policy, choices):
     ]
 
 
-def argument(name, magnitude, sign, increasing):
-    """The published argument of an operation at a magnitude 0..10 and a sign of +-1.
+def argument(name: str, magnitude: float, sign: float, increasing: bool) -> float | None:
+    """The argument of an operation.
 
-    Degrees, kept bits, a threshold, an added value, a blend factor, a shear, or a share of the
-    image's side; None for operations without.
+    Args:
+        name: one of OPERATIONS.
+        magnitude: 0 to 10.
+        sign: 1 or -1.
+        increasing: see `Policy`.
+
+    Returns:
+        Degrees, kept bits, a threshold, an added value, a blend factor, a shear, or a share of the
+        image's side; None for operations without argument.
+
+    Source: docs/reference.md#rand-augment.
     """
     share = magnitude / LARGEST
     if name == "Rotate":
@@ -168,19 +191,23 @@ def argument(name, magnitude, sign, increasing):
     return None
 
 
-def apply(image, steps):
-    """Applies `operations` to uint8 (H, W, C), which stays as it is; the same shape comes back."""
+def apply(image: np.ndarray, steps: Sequence[tuple[str, float | None]]) -> np.ndarray:
+    """Applies the steps of `operations` to a copy of the image uint8 (H, W, C)."""
     for name, value in steps:
         function = _FUNCTIONS[name]
         image = function(image) if value is None else function(image, value)
     return image
 
 
-def jitter(image, strength, draws):
-    """Brightness, contrast and saturation, in random order, by factors of 1 +- strength.
+def jitter(image: np.ndarray, strength: float, draws: np.ndarray) -> np.ndarray:
+    """Changes brightness, contrast and saturation, in random order, by factors of 1 +- strength.
 
-    Args: image uint8 (H, W, C); strength 0 to 1; draws (2, 3) uniform in [0, 1): the factors, and
-      what the order is sorted by.
+    Args:
+        image: uint8 (H, W, C).
+        strength: 0 to 1.
+        draws: (2, 3), uniform in [0, 1): the factors, and the sort keys of the order.
+
+    Source: docs/reference.md#color-jitter.
     """
     functions = (image_ops.brightness, image_ops.contrast, image_ops.color)
     factors = 1 + strength * (2 * draws[0] - 1)

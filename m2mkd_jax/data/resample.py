@@ -1,7 +1,7 @@
-"""Pillow's bicubic resizing in half of its time; OpenCV's does not smooth where it makes smaller.
+"""Bicubic resizing with antialiasing: Pillow's results in half of its time.
 
-A pass over one axis is a product with a sparse matrix of the whole numbers that Pillow adds up too:
-the bytes are Pillow's.
+OpenCV's bicubic resizing has no antialiasing. Here a pass over one axis is a product with a sparse
+matrix of Pillow's own integer weights, so the bytes are the same as Pillow's.
 Axes: H height, W width, C channels (3), N pixels before a pass, S after it, M pixels across.
 """
 
@@ -12,57 +12,76 @@ import numpy as np
 from PIL import Image
 from scipy import sparse
 
-_BITS = 22  # of the weights, after the point
-_LARGEST = 1 << 23  # bytes; whole numbers take four times the memory
+_BITS = 22  # fractional bits of the weights
+_LARGEST = 1 << 23  # bytes of an image; the int32 copies take four times as much
 
 
-def resize(image, height, width, box=None):
-    """Resizes uint8 (H, W, C) to (height, width, C), bicubic.
+def resize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resizes an image, bicubic.
 
-    box: (left, top, right, bottom), the part to take, in pixels and fractions of them; None: all.
+    Args:
+        image: uint8 (H, W, C).
+        height: of the result.
+        width: of the result.
+        box: (left, top, right, bottom), the part to resize, in fractional pixels; None: all.
+
+    Returns:
+        uint8 (height, width, C).
     """
     old_height, old_width = image.shape[:2]
     if image.size > _LARGEST:
-        image = Image.fromarray(image)
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
-    left, top, right, bottom = np.float32(box or (0, 0, old_width, old_height))
+        whole = Image.fromarray(image)
+        return np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box))
+    # Pillow keeps the box in float32.
+    left, top, right, bottom = np.array(box or (0, 0, old_width, old_height), np.float32)
     rows = _weights(old_height, height, top, bottom)
     columns = _weights(old_width, width, left, right)
     tall = old_height - height > max(0, 2 * (old_width - width))
     return _passes(image, rows, columns, tall and _tall_begins_with_rows())
 
 
-def _passes(image, rows, columns, rows_first):
-    """Both passes. Their order shows, since the first one's result is rounded and cut."""
+def _passes(
+    image: np.ndarray, rows: sparse.csr_array, columns: sparse.csr_array, rows_first: bool
+) -> np.ndarray:
+    """Both passes. The order matters: the result of the first is rounded and clipped."""
     if rows_first:
         return cv2.transpose(_pass(cv2.transpose(_pass(image, rows)), columns))
     return _pass(cv2.transpose(_pass(cv2.transpose(image), columns)), rows)
 
 
 @functools.cache
-def _tall_begins_with_rows():
-    """Whether Pillow begins with the rows where these shrink most; older versions never do."""
+def _tall_begins_with_rows() -> bool:
+    """Whether this Pillow starts with the rows if they shrink most; older versions never do."""
     edges = np.random.default_rng(0).integers(0, 2, (40, 6, 3), np.uint8) * 255
     weights = [_weights(length, 4, 0, length) for length in edges.shape[:2]]
     theirs = Image.fromarray(edges).resize((4, 4), Image.Resampling.BICUBIC)
     return np.array_equal(theirs, _passes(edges, *weights, rows_first=True))
 
 
-def _pass(image, weights):
+def _pass(image: np.ndarray, weights: sparse.csr_array) -> np.ndarray:
     """uint8 (N, M, C), weights (S, N) -> uint8 (S, M, C)."""
     sums = weights @ image.reshape(len(image), -1).astype(np.int32)
     sums += 1 << (_BITS - 1)
     sums >>= _BITS
-    # Adding nothing, OpenCV cuts to 0..255.
+    # Adding 0 makes OpenCV clip to 0..255.
     return cv2.add(sums, 0, dtype=cv2.CV_8U).reshape(len(sums), *image.shape[1:])
 
 
-# Most images of a data set have one of a few sizes; a length takes 12 kB or more.
+# Most images of a data set have one of a few sizes; an entry takes 12 kB or more.
 @functools.lru_cache(maxsize=512)
-def _weights(length, wanted, start, stop):
-    """What N = `length` pixels count in S = `wanted` new ones between start and stop: (S, N).
+def _weights(length: int, wanted: int, start: float, stop: float) -> sparse.csr_array:
+    """The weights of N = `length` pixels in S = `wanted` new ones between start and stop.
 
-    The kernel is Keys's cubic with a = -1/2, stretched to the new pixels where they are larger.
+    The kernel is Keys's cubic with a = -1/2, stretched to the size of the new pixels when they are
+    larger.
+
+    Returns:
+        int32 (S, N), with _BITS fractional bits.
     """
     step = float(stop - start) / wanted
     stretch = max(step, 1.0)

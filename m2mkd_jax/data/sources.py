@@ -1,25 +1,22 @@
-"""The data sets a config can name (reference section 7): where they lie, and how they load.
+"""The data sets a config can name: where they are looked for, and how they are loaded.
 
-A source has `len`, `labels` int32 (N,) or what gives them for `labels[indices]`, `class_names`,
-`name(index)`, `read(index)` -> uint8 (H, W, 3), decoded on the call, and `select(indices)`. Batches
-go through its `reader()`: `evaluation_images(indices, size)` -> uint8 (B, S, S, 3), `labels_of` and
-`replaced`, the damaged images.
-Axes: N images, B batch, H height, W width, S wanted image size in pixels.
+Source: docs/reference.md#data.
 """
 
 import dataclasses
-import difflib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from m2mkd_jax.data import layouts
-from m2mkd_jax.data.arrays import ArraySource, to_images
+from m2mkd_jax.data.array_source import ArrayImageSource, to_images
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.formats import idx
+from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import class_balanced_order
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, did_you_mean
 
 SPLITS = ("train", "test")
 _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -27,10 +24,14 @@ _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set on disk: what its user has to do, where it is looked for, how it may lie there.
+    """A data set on disk.
 
-    folder: below $M2MKD_DATA; tfds: below $TFDS_DATA_DIR; layouts: keys of layouts.LAYOUTS;
-    renditions: whether it is a test set of some classes of another.
+    Attributes:
+        advice: how to get it, for messages.
+        folder: its folder below $M2MKD_DATA.
+        tfds: its prepared folder below $TFDS_DATA_DIR.
+        layouts: the layouts it may have, keys of layouts.LAYOUTS.
+        renditions: whether it is a test set with some classes of another data set.
     """
 
     advice: str
@@ -87,17 +88,18 @@ DATA_SETS = {
 NAMES = ("digits", *DATA_SETS)
 
 
-def data_root(config):
-    """Where a data set is looked for: a Path, or None for the embedded digits.
+def data_root(config: Any) -> Path | None:
+    """The directory where a data set is looked for; None for the embedded digits.
 
-    `config.root`, or by default: Fashion-MNIST where its Debian package puts it; the others below
-    $M2MKD_DATA (~/data), or where they are not there, prepared below $TFDS_DATA_DIR
-    (~/tensorflow_datasets).
-    Raises: UserError for an unknown name, or an image folder without a root.
+    `config.root` if it is set. By default Fashion-MNIST is looked for where its Debian package
+    installs it, the others below $M2MKD_DATA (~/data), then, prepared by TFDS, below
+    $TFDS_DATA_DIR (~/tensorflow_datasets).
+
+    Raises:
+        UserError: an unknown name, or an image folder without a root.
     """
     if config.name not in NAMES:
-        close = difflib.get_close_matches(str(config.name), NAMES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(NAMES)}"
+        hint = did_you_mean(str(config.name), NAMES, f"use one of {', '.join(NAMES)}")
         raise UserError(f"data.name is {config.name!r}: {hint}")
     if config.name == "digits":
         return None
@@ -116,15 +118,16 @@ def data_root(config):
     return prepared if prepared.is_dir() and not own.is_dir() else own
 
 
-def _below(variable, default):
+def _below(variable: str, default: str) -> Path:
+    """The directory that an environment variable names, or the default."""
     return Path(os.environ.get(variable) or default).expanduser()
 
 
-def describe_missing(config):
-    """What stands between this config and its data: one line, or None when all is there.
+def describe_missing(config: Any) -> str | None:
+    """What keeps the config's data from being loaded, in one line; None if nothing does.
 
-    Cheap: lists folders, opens no image. What can only be seen in the files' contents (a broken
-    image, a class folder without images, a subset larger than the data set) is found on loading.
+    Lists folders but opens no image: broken images, class folders without images and subsets larger
+    than the data set are found on loading.
     """
     try:
         _check_present(config)
@@ -133,60 +136,63 @@ def describe_missing(config):
     return None
 
 
-def load_source(config, split):
+def load_source(config: Any, split: str) -> ImageSource:
     """Opens a split of the data set that a config names.
 
     With `config.train_images` (or `test_images`) = n > 0: the first n images of a fixed,
     class-balanced order, so that a smaller subset is part of every larger one.
 
-    Args: config (fields name, root, image_size, classes, train_images, test_images); split,
-      'train' or 'test'.
-    Returns: ArraySource (digits, fashion_mnist, CIFAR's archive) or EncodedSource.
-    Raises: UserError where data is missing, broken or not what the config says; ValueError for
-      another split.
+    Args:
+        config: fields name, root, image_size, classes, train_images and test_images.
+        split: 'train' or 'test'.
+
+    Raises:
+        UserError: data that is missing, broken or not what the config says.
+        ValueError: another split.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: use one of {', '.join(SPLITS)}")
     layout = _check_present(config)
     root = data_root(config)
-    if config.name == "digits":
+    source: ImageSource
+    if root is None or layout is None:
         source = _digits(split, config.image_size)
     elif config.name == "fashion_mnist":
-        source = idx.open_split(root, split)
-        images = to_images(source.images[..., 0], config.image_size)
-        source = ArraySource(images, source.labels, source.class_names)
+        grey = idx.open_split(root, split)
+        images = to_images(grey.images[..., 0], config.image_size)
+        source = ArrayImageSource(images, grey.labels, grey.class_names)
     else:
         source = _open(config, root, layout, split)
     return _subset(source, f"{split}_images", config[f"{split}_images"])
 
 
-def _open(config, root, layout, split):
+def _open(config: Any, root: Path, layout: str, split: str) -> ImageSource:
     data_set = DATA_SETS[config.name]
     if data_set.renditions and split == "train":
         raise UserError(f"data.name is {config.name!r}, which has test images only")
     source = layouts.open_split(root, layout, split)
-    if data_set.renditions:  # data.classes counts the network's, of which these are some
+    if data_set.renditions:  # data.classes is the network's class count, which is larger
         return layouts.reordered(source, wordnet_ids(config.name))
     if len(source.class_names) != config.classes:
         raise _wrong_classes(config, root, len(source.class_names))
     return source
 
 
-def _wrong_classes(config, root, found):
+def _wrong_classes(config: Any, root: Path, found: int) -> UserError:
     return UserError(
         f"{root} has {found} classes and data.classes is {config.classes}: set"
         f" data.classes={found} or point data.root elsewhere; {DATA_SETS[config.name].advice}"
     )
 
 
-def _check_present(config):
-    """Raises UserError where data is missing; returns the layout of a data set on disk."""
+def _check_present(config: Any) -> str | None:
+    """Raises UserError for missing data; returns the layout on disk, None for the digits."""
     root = data_root(config)
     if config.image_size < 1:
         raise UserError(f"data.image_size is {config.image_size}: use a number of pixels above 0")
     if config.name in ("digits", "fashion_mnist") and config.classes != 10:
         raise UserError(f"data.classes is {config.classes} and {config.name} has 10: set it to 10")
-    if config.name == "digits":
+    if root is None:
         return None
     data_set = DATA_SETS[config.name]
     try:
@@ -201,26 +207,31 @@ def _check_present(config):
     return layout
 
 
-def _digits(split, size):
-    """Scikit-learn's 1,797 digits of 8x8 pixels in 0-16: 1,437 to train on, 360 to test on.
+def _digits(split: str, size: int) -> ArrayImageSource:
+    """Scikit-learn's 1,797 digits of 8x8 pixels in 0-16: 1,437 for training, 360 for testing.
 
-    The first fifth of a fixed class-balanced order is the test split; enlarged by bicubic.
+    The test split is the first fifth of a fixed class-balanced order. Enlarged to `size`, bicubic.
     """
-    # scikit-learn takes a second to import and only this data set needs it.
-    from sklearn.datasets import load_digits  # noqa: PLC0415
+    # scikit-learn takes a second to import, and only this data set needs it.
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow import
 
     digits = load_digits()
     order = class_balanced_order(digits.target)
     cut = round(len(order) / 5) + 1  # 360 is a multiple of the 10 classes, 359 is not
     chosen = np.sort(order[:cut] if split == "test" else order[cut:])
     grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ArraySource(to_images(grey, size), digits.target[chosen], "0123456789")
+    return ArrayImageSource(to_images(grey, size), digits.target[chosen], "0123456789")
 
 
-def _subset(source, field, wanted):
+def _subset(source: ImageSource, field: str, wanted: int) -> ImageSource:
+    """The first `wanted` images of the class-balanced order; 0: all."""
     if not 0 <= wanted <= len(source):
         raise UserError(
             f"data.{field} is {wanted} and there are {len(source)} images: use 1 to {len(source)},"
             " or 0 for all"
         )
-    return source.select(class_balanced_order(source.labels)[:wanted]) if wanted else source
+    return (
+        source.select(class_balanced_order(np.asarray(source.labels))[:wanted])
+        if wanted
+        else source
+    )

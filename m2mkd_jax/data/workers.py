@@ -1,4 +1,4 @@
-"""How many processes decode images, where the config leaves it open."""
+"""How many worker processes decode images when the config does not say."""
 
 import math
 import os
@@ -7,15 +7,17 @@ from pathlib import Path
 
 import psutil
 
-# A worker holds about this many local batches in shared memory at once (Grain 0.2), and this much
-# for itself: Python and the libraries.
+# A worker holds about this many local batches in shared memory (Grain 0.2), and this many bytes
+# for Python and the libraries.
 BATCHES_PER_WORKER = 4
 _OWN_BYTES = 500 << 20
 
 
-def usable_cores():
-    """Cores that this process may use, whole ones: affinity and cgroup counted in."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def usable_cores() -> int:
+    """The number of cores this process may use, by its affinity mask and cgroup quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     limit = Path("/sys/fs/cgroup/cpu.max")
     if limit.is_file():
         quota, period = limit.read_text().split()
@@ -24,11 +26,11 @@ def usable_cores():
     return cores
 
 
-def automatic_workers(batch_bytes):
-    """Processes for batches of this size: as many as cores, less one in eight for the program.
+def automatic_workers(batch_bytes: int) -> int:
+    """The number of worker processes for local batches of this size.
 
-    Fewer where shared memory (a container may have 64 MB) or memory does not hold what they keep
-    in flight: at most half of what is free. 0, threads instead, where it does not hold one.
+    Seven eighths of the cores, or fewer if their batches would take more than half of the free
+    memory or shared memory (64 MB in some containers). 0 means threads instead of processes.
     """
     cores = usable_cores()
     kept = BATCHES_PER_WORKER * batch_bytes

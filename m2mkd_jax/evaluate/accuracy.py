@@ -5,7 +5,8 @@ Axes: B batch, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,31 @@ from m2mkd_jax.train.step import normalise
 
 
 def make_counter(
-    logits: Callable, mean, std, out_shardings=None
+    logits: Callable[[dict, dict, jax.Array, jax.Array], jax.Array],
+    mean: Sequence[float],
+    std: Sequence[float],
+    out_shardings: Any = None,
 ) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
-    """(trainable, frozen, batch, key) -> (4,) sums over the images that are not padding.
+    """A compiled function that sums the results of a batch.
 
-    The sums: images, right answers, right among the first five, negative log-likelihood.
-    `logits` is (trainable, frozen, images, key) -> (B, K); the batch has "image" uint8
-    (B, H, W, 3), "label" (B,) and "mask" (B,), 0 for padding. `out_shardings`: where the sums are
-    wanted; with several processes, whole in each.
+    Args:
+        logits: (trainable, frozen, images, key) -> (B, K).
+        mean: (3,), of the pixels.
+        std: (3,).
+        out_shardings: of the sums; with several processes they must be replicated.
+
+    Returns:
+        (trainable, frozen, batch, key) -> (4,), summed over the images that are not padding:
+        images, top-1 correct, top-5 correct, negative log-likelihood. The batch has "image" uint8
+        (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 0 for padding.
+
+    Source: docs/reference.md#evaluation.
     """
 
-    def count(trainable, frozen, batch, key):
+    def count(trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> jax.Array:
         images = normalise(batch["image"], mean, std)
         outputs = logits(trainable, frozen, images, key)
-        label, mask = batch["label"], batch["mask"]
+        label, mask = batch["label"], batch["mask"].astype(jnp.float32)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(outputs), label[:, None], -1)[:, 0]
         sums = (
             jnp.ones_like(mask),
@@ -37,13 +49,32 @@ def make_counter(
             top_k_correct(outputs, label, 5),
             nll,
         )
-        return jnp.stack([jnp.sum(value * mask) for value in sums])
+        return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
 
     return jax.jit(count, out_shardings=out_shardings)
 
 
-def evaluate(count: Callable, trainable: dict, frozen: dict, batches: Iterable[dict], key) -> dict:
-    """Metrics over all batches: every image counts once; the host waits once, at the end."""
+def evaluate(
+    count: Callable[[dict, dict, dict, jax.Array], jax.Array],
+    trainable: dict,
+    frozen: dict,
+    batches: Iterable[dict],
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Metrics over all batches; the host waits for the device once, at the end.
+
+    Args:
+        count: from `make_counter`.
+        trainable: {stage: parameters}.
+        frozen: {stage: parameters}.
+        batches: the batches of `eval_batches`.
+        key: random key.
+
+    Returns:
+        eval_accuracy, eval_top5, eval_loss (means over all images) and eval_images.
+
+    Source: docs/reference.md#evaluation.
+    """
     sums = [count(trainable, frozen, b, jax.random.fold_in(key, i)) for i, b in enumerate(batches)]
     images, top1, top5, nll = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return {

@@ -1,10 +1,11 @@
-"""Counting floating-point operations and kept activations without compiling anything."""
+"""Counts FLOPs and the memory of activations from the jaxpr, without compiling."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -12,17 +13,21 @@ from jax.extend import core
 from m2mkd_jax.models.moe.grouped import LOOP_FLOPS
 
 
-def count_flops(function: Callable, *args) -> int:
-    """FLOPs of the matrix products and convolutions of `function(*args)`, loops included.
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the matrix products and convolutions of a function, with all iterations of loops.
 
-    Args may be shapes (jax.ShapeDtypeStruct). A multiply-add counts as two. XLA's own analysis
-    counts the body of a loop once, which is why this walks the jaxpr. A loop whose length only the
-    data decide counts once too, but for those of models/moe/grouped.py.
+    A multiply-add counts as two. XLA's own analysis counts the body of a loop once. Loops whose
+    length depends on data count once here too, except those of models/moe/grouped.py.
+
+    Args:
+        function: a traceable function.
+        *args: its arguments: arrays or shapes (jax.ShapeDtypeStruct).
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:
+    """FLOPs of a jaxpr and the jaxprs in it."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -33,12 +38,12 @@ def _count(jaxpr: core.Jaxpr) -> int:
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             contract, _ = numbers.dot_dimension_numbers[0]
             lhs, sizes = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
-            # Ragged rows that are summed over are shared out among the groups of the result.
+            # A contracted ragged axis is divided among the groups of the result.
             groups = sizes[-1] if set(contract) & set(numbers.lhs_ragged_dimensions) else 1
             summed = math.prod(lhs[i] for i in contract)
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * summed // groups
         elif eqn.params.get("name") in LOOP_FLOPS:
-            # What rematerialisation cuts off such a function may hold no product at all.
+            # Remat may split off parts of such a function that have no product.
             if any(_count(inner) for inner in _inner(eqn.params.values())):
                 shapes = [v.aval.shape for v in eqn.invars]
                 rows, kernel = (next(s for s in shapes if len(s) == n) for n in (2, 3))
@@ -54,7 +59,8 @@ def _count(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def _inner(values):
+def _inner(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
+    """The jaxprs in the parameters of an equation."""
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr
@@ -64,16 +70,20 @@ def _inner(values):
             yield from _inner(value)
 
 
-def kept_bytes(function: Callable, trainable, *args) -> int:
-    """Bytes that a backward pass keeps from the forward pass, arguments left out.
+def kept_bytes(function: Callable[..., Any], trainable: Any, *args: Any) -> int:
+    """Bytes saved by the forward pass for the backward pass, without the arguments.
 
-    `function`: (trainable, *args) -> scalar, differentiated by `trainable`. An upper bound: XLA
-    may recompute or fuse some of it away.
+    An upper bound: XLA may recompute or fuse some of it.
+
+    Args:
+        function: (trainable, *args) -> scalar.
+        trainable: what to differentiate by: arrays or shapes.
+        *args: arrays or shapes.
     """
     residuals = jax.eval_shape(
         lambda p, *a: jax.vjp(lambda p: function(p, *a), p)[1], trainable, *args
     )
-    # An argument that is kept is among the residuals under its own shape.
+    # Saved arguments appear among the residuals with their own shapes.
     arguments = Counter((a.shape, a.dtype) for a in jax.tree.leaves((trainable, *args)))
     kept = Counter((r.shape, r.dtype) for r in jax.tree.leaves(residuals)) - arguments
     return sum(n * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())

@@ -1,12 +1,15 @@
-"""Evaluation on a part of a network's classes: ImageNet-R, Tiny-ImageNet-R (reference section 7).
+"""Evaluation on a part of a network's classes: ImageNet-R, Tiny-ImageNet-R.
 
-A network keeps all of its logits; only those of the set's classes compete, in their order.
-Axes: B batch, K classes of the network, P classes of the set.
+The logits are restricted to the classes of the data set, in its order.
+Axes: B batch, K classes of the network, P classes of the data set.
+
+Source: docs/reference.md#renditions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +20,18 @@ from m2mkd_jax.errors import UserError
 
 
 def positions(name: str, classes: Sequence[str] | None = None) -> np.ndarray:
-    """Where the logits of a set's classes stand among a network's: int32 (P,).
+    """The positions of a data set's classes among a network's logits.
 
-    name: 'imagenet_r' or 'tiny_imagenet_r'. classes: the network's, as WordNet ids in the order of
-    its logits; by default those of ImageNet-1k or Tiny-ImageNet.
+    Args:
+        name: 'imagenet_r' or 'tiny_imagenet_r'.
+        classes: (K,), the network's classes as WordNet ids in the order of its logits; None: those
+            of ImageNet-1k or Tiny-ImageNet.
+
+    Returns:
+        int32 (P,).
 
     Raises:
-        UserError: a network that lacks one of the classes.
+        UserError: the network lacks one of the classes.
     """
     classes = wordnet_ids(PARENTS[name]) if classes is None else classes
     place = {wordnet_id: number for number, wordnet_id in enumerate(classes)}
@@ -39,9 +47,17 @@ def positions(name: str, classes: Sequence[str] | None = None) -> np.ndarray:
 
 
 def restricted(logits: Callable[..., jax.Array], where: np.ndarray) -> Callable[..., jax.Array]:
-    """A function like `logits`, whose (B, K) it narrows to the positions `where` (P,): (B, P)."""
+    """Restricts the logits of a function to some classes.
 
-    def narrowed(*arguments):
+    Args:
+        logits: returns (B, K).
+        where: int (P,), from `positions`.
+
+    Returns:
+        A function of the same arguments that returns (B, P).
+    """
+
+    def narrowed(*arguments: Any) -> jax.Array:
         return jnp.take(logits(*arguments), jnp.asarray(where), axis=-1)
 
     return narrowed

@@ -28,15 +28,16 @@ from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require
 from m2mkd_jax.jobs.few_shot import check_episodes
-from m2mkd_jax.jobs.plan import Kind, Plan, check_same_config
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.phases.build import END_TO_END
+from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
-from m2mkd_jax.phases.initial_weights import check_given, weights_directory
+from m2mkd_jax.phases.initial_weights import check_given, check_measured, weights_directory
+from m2mkd_jax.phases.phase import FRESH, StageSpec
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 
@@ -200,6 +201,21 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     )
 
 
+def _check_network(config: ConfigDict, family: StudentFamily) -> None:
+    """Refuses a regulariser without a graph, and stages with names that the teacher's have."""
+    network, kind = family.network(FRESH), config.regulariser.kind
+    require(
+        kind == "none" or network.regulariser is not None,
+        f'config.regulariser.kind is {kind}; the network of config.family="{config.family}" has no '
+        'graph, only "none" fits',
+    )
+    for name in network.stages:
+        require(
+            not name.startswith(TEACHER_STAGES),
+            f"config.family: a stage of the network is called {name}, as the teacher's are",
+        )
+
+
 def _assembles(config: ConfigDict) -> bool:
     """Whether a network is put together from students, by this run or by one before it."""
     measured = config.few_shot.network.partition("/")[0] if "fewshot" in config.phases else ""
@@ -223,13 +239,14 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
     if teaching:
         whole.check()
     family.check(teaching, devices)
+    _check_network(config, family)
     if "fewshot" in phases:
         _check_few_shot(config, family)
     if "m2mkd" in phases or _assembles(config):
         require(
             not teaching or whole.modules == family.modules,
             f"config.teacher.depths names {whole.modules} modules; the student needs "
-            f"{family.modules} ({family.parts})",
+            f"{family.modules}" + (f" ({family.parts})" if family.parts else ""),
         )
     if "e2e_upcycled" in phases:
         family.check_upcycling()
@@ -253,6 +270,19 @@ def _check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
                 weights_directory(plan.config, workdir, needed)
     training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
     check_given(plan.config, workdir, training)
+    for job in jobs:
+        for name, stages in _measured(plan.config, job).items():
+            if name not in todo:
+                check_measured(plan.config, workdir, name, stages)
+
+
+def _measured(config: ConfigDict, job: Job) -> dict[str, dict[str, StageSpec]]:
+    """Stages of the finished networks that a job measures or gives new heads, by their jobs."""
+    if job.kind is Kind.FEW_SHOT:
+        return {config.few_shot.network: students(config).network(FRESH).stages}
+    if job.kind is Kind.EVALUATION:
+        return {p.job: {name: p.stages[name] for name in p.student} for p in job.phases}
+    return {}
 
 
 def _check_partition(plan: Plan, todo: Iterable[str], mesh: Mesh) -> None:

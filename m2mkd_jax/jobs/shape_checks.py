@@ -20,8 +20,11 @@ from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.models import chain
+from m2mkd_jax.phases.build import TEACHER_STAGES
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
+
+DATA = "the data"  # in place of a stage before the first
 
 
 def check_shapes(plan: Plan) -> None:
@@ -71,10 +74,11 @@ def _check_chain(
     """Raises UserError where a stage does not take what the one before gives, or not (B, K)."""
     size = phase.data.image_size
     x = jax.ShapeDtypeStruct((_images(phase), size, size, 3), jnp.float32)
-    before, key = "the data", "data"
+    before = DATA
     for name, ramp in zip(names, rates, strict=True):
-        # The module to be put right is more likely the one that is not this package's.
-        key = _key(config, name) if key in ("data", "teacher") else key
+        # Where a student and a module of the teacher do not fit, it is the student that is wrong.
+        keys = (_key(config, before), _key(config, name))
+        key = "family" if "family" in keys else keys[1]
         where = f"config.{key}: {phase.job}: {name}"
         build = phase.stages[name].build
         try:
@@ -90,19 +94,22 @@ def _check_chain(
                 f"{where} does not take what {before} gives, {x.shape}: {_reason(error)}"
             ) from None
         require(isinstance(y, jax.ShapeDtypeStruct), f"{where} gives {type(y).__name__}, no array")
-        x, before, key = y, name, _key(config, name)
+        x, before = y, name
     if names:
         require(
             x.shape == (_images(phase), classes),
-            f"config.{key}: {phase.job}: the last stage, {before}, gives {x.shape}, not logits "
-            f"{(_images(phase), classes)}",
+            f"config.{_key(config, before)}: {phase.job}: {before}, the last, gives {x.shape}, not "
+            f"the logits {(_images(phase), classes)}",
         )
 
 
 def _key(config: ConfigDict, name: str) -> str:
     """The key of the config that decides what a stage is."""
-    taught = name.startswith(("meta_", "module_"))
-    return ("teacher.family" if config.teacher.family else "teacher") if taught else "family"
+    if name == DATA:
+        return "data"
+    if not name.startswith(TEACHER_STAGES):
+        return "family"
+    return "teacher.family" if config.teacher.family else "teacher"
 
 
 def _images(phase: Phase) -> int:

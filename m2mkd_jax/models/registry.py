@@ -15,6 +15,8 @@ weights beside it are named by stage, PREFIX_INDEX:
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +87,21 @@ def register_kind(
             once.
         interface: (description, index of a stage) -> what that stage takes and gives.
 
+    The file that calls it may run more than once, as a config and as a module.
+
     Raises:
         ValueError: another kind has this name.
     """
     new = Kind(builder, interface)
-    if _KINDS.setdefault(kind, new) != new:
+    if kind in _KINDS and _defined_at(_KINDS[kind]) != _defined_at(new):
         raise ValueError(f"there is a kind of network {kind!r} already")
+    _KINDS[kind] = new
+
+
+def _defined_at(kind: Kind) -> list[tuple[str, int]]:
+    """Files and lines of a kind's functions."""
+    codes = [inspect.unwrap(function).__code__ for function in (kind.builder, kind.interface)]
+    return [(os.path.realpath(code.co_filename), code.co_firstlineno) for code in codes]
 
 
 def kind_of(description: Description) -> Kind:

@@ -17,21 +17,24 @@ from m2mkd_jax.parallel.process import CONNECT_SECONDS, watch
 
 
 def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` needs to know here; None: this process runs alone.
+    """The arguments of `jax.distributed.initialize`; None for a run of a single process.
 
-    In this order:
-        M2MKD_PROCESSES=1 (this process alone, whatever else is set)
+    The first of these that applies:
+        M2MKD_PROCESSES=1: a single process, whatever else is set
         M2MKD_COORDINATOR=host:port, M2MKD_PROCESSES=N, M2MKD_PROCESS=i (launch/local.sh)
         M2MKD_PROCESSES=auto: a TPU pod (launch/tpu_pod.sh) or a cluster that jax recognises
-        a SLURM step of several tasks (launch/slurm.sh nodes). An array job has one task per
-            element, so its elements run alone.
+        a SLURM step of several tasks (launch/slurm.sh nodes); the elements of an array job have
+            one task each and run as single processes
         several names in TPU_WORKER_HOSTNAMES
 
+    Args:
+        environment: the environment variables.
+
     Raises:
-        UserError: the three variables are incomplete or make no sense.
+        UserError: the three M2MKD variables are incomplete or invalid.
     """
-    given = {name: environment.get(f"M2MKD_{name}", "")
-             for name in ("COORDINATOR", "PROCESSES", "PROCESS")}  # fmt: skip
+    variables = ("COORDINATOR", "PROCESSES", "PROCESS")
+    given = {name: environment.get(f"M2MKD_{name}", "") for name in variables}
     if given["PROCESSES"] == "1":
         return None
     if given["PROCESSES"] == "auto":
@@ -41,17 +44,17 @@ def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | No
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         alone_on_node = tasks == environment.get("SLURM_STEP_NUM_NODES")
-        # jax would give each task the one device of its local number.
-        own = {"local_device_ids": []} if alone_on_node else {}
+        # By default jax gives each task a single device, that of its local number.
+        own: dict[str, Any] = {"local_device_ids": []} if alone_on_node else {}
         return own | _slurm_coordinator(environment)
     return {} if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
 
 
 def _slurm_coordinator(environment: Mapping[str, str]) -> dict[str, str]:
-    """The first node of a step, at jax's port; jax itself makes n1 of n[1-4]-ib."""
+    """The first node of a step, at jax's port; jax itself misreads lists such as n[1-4]-ib."""
     nodes, job = (environment.get(f"SLURM_{name}", "") for name in ("STEP_NODELIST", "JOB_ID"))
-    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)[0]
-    host = re.sub(r"\[([^],-]*)[^]]*]", r"\1", first)
+    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)
+    host = re.sub(r"\[([^],-]*)[^]]*]", r"\1", first[0] if first else "")
     if not host or not job.isdigit() or environment.get("JAX_COORDINATOR_ADDRESS"):
         return {}
     port = environment.get("JAX_COORDINATOR_PORT") or int(job) % 2**12 + 2**16 - 2**12
@@ -59,6 +62,7 @@ def _slurm_coordinator(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments from the three M2MKD variables."""
     for name, value in given.items():
         if not value:
             raise UserError(
@@ -84,36 +88,38 @@ def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def start_distributed() -> None:
-    """Joins this process to the others of its run, if there are others; before jax is used.
+    """Connects this process to the others of its run, if any; call it before jax is used.
 
-    Where they do not all come within CONNECT_SECONDS it says so and ends the process, exit code 2.
+    If not all connect within CONNECT_SECONDS, it ends the process with a message and exit code 2.
 
     Raises:
-        UserError: wrong variables.
+        UserError: invalid variables, or jax could not connect.
     """
     arguments = distributed_arguments(os.environ)
     if arguments is None:
         return
-    # At its own time limit jax aborts with a page of stack, and nothing can be caught.
-    patience = threading.Timer(CONNECT_SECONDS, _nobody_comes)
-    patience.daemon = True
-    patience.start()
+    # At its own time limit jax aborts the process with a stack trace, which cannot be caught.
+    timeout = threading.Timer(CONNECT_SECONDS, _give_up)
+    timeout.daemon = True
+    timeout.start()
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=2 * CONNECT_SECONDS)
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot join the other processes of this run: {reason}") from None
     finally:
-        patience.cancel()
+        timeout.cancel()
     watch(distributed.global_state.client)
 
 
-def _nobody_comes() -> None:
+def _give_up() -> None:
+    """Ends the process because others are missing."""
     state = distributed.global_state
     print(
         f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
         f"are at {state.coordinator_address}; look at what the others say, and whether they can "
         "reach it",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(2)

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk."""
+"""The cache of compiled programs on disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path
     """Keeps compiled programs on disk, so that a second run of the same job starts at once.
 
     Args:
-      directory: where; by default $JAX_COMPILATION_CACHE_DIR, else ~/.cache/m2mkd_jax/xla.  Entries
-        go in a subdirectory for this jax version and CPU.
+        directory: by default $JAX_COMPILATION_CACHE_DIR, else ~/.cache/m2mkd_jax/xla. Entries go in
+            a subdirectory for this jax version and CPU.
 
     Returns:
-      The subdirectory, or None (with one line on stderr) where it cannot be written: a run without
-      a cache is slower, not wrong.
+        The subdirectory; None, with one line on stderr, if it cannot be written.
     """
     base = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/m2mkd_jax/xla"
     path = Path(base).expanduser().absolute() / _machine_key()
@@ -33,16 +32,19 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path
         print(f"no compilation cache: {path}: {error.strerror}", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
-    # The default skips whatever compiled in under a second: on a small model, everything.
+    # The default leaves out programs compiled in under a second: on a small model, all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # jax looks for the cache once, at the first compilation: make it look again.
+    # jax looks for the cache only at the first compilation: make it look again.
     compilation_cache.reset_cache()
     return path
 
 
 def _machine_key() -> str:
-    """jax version and CPU: jax's own key leaves out the CPU's instruction set, and a home directory
-    is often shared by unlike machines (a program for the wrong one dies by SIGILL)."""
+    """The jax version and a fingerprint of the CPU.
+
+    jax's own key lacks the CPU's instruction set, and a home directory may be shared by different
+    machines: a program for another one would end with SIGILL.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line for line in lines if line.startswith(("flags", "Features")))

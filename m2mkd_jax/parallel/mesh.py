@@ -1,12 +1,13 @@
-"""The device mesh and where a batch lies on it.
+"""The device mesh and the sharding of a batch.
 
-Axes: 'data' (D groups) and 'expert' (E devices per group, over which expert layers are cut).  The
-batch is cut over both, D * E parts: every device has its own images whatever E is, and a process's
-share of the batch is always B / processes (cut over 'data' alone it is not, where a group spans
-processes).
+Axes: 'data' (D groups) and 'expert' (E devices per group, over which expert layers are sharded).
+The batch (B) is sharded over both: every device has its own images whatever E is, and a process's
+share of the batch is always B / processes, which sharding over 'data' alone would not give when a
+group spans processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,51 +17,59 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import alone, wait_for_all
 
 AXES = ("data", "expert")
-REST = -1
+REMAINING = -1
 
 
-def mesh_shape(devices: int, data: int = REST, expert: int = 1) -> tuple[int, int]:
-    """(D, E) with D * E = devices; one of the two may be -1, the rest.
+def mesh_shape(devices: int, data: int = REMAINING, expert: int = 1) -> tuple[int, int]:
+    """The shape (D, E) of the mesh, D * E = devices.
+
+    Args:
+        devices: number of devices.
+        data: D; -1 means the remaining devices.
+        expert: E; -1 means the remaining devices. Only one of the two may be -1.
 
     Raises:
-      UserError: there is no such shape.
+        UserError: there is no such shape.
     """
     asked = f"config.mesh: data {data} x expert {expert}"
-    if any(size < 1 and size != REST for size in (data, expert)):
-        raise UserError(f"{asked} is no mesh; give numbers of devices, or -1 for the rest")
-    if data == expert == REST:
-        raise UserError(f"{asked}: only one of them can be the rest")
-    known = expert if data == REST else data
-    if REST in (data, expert):
+    if any(size < 1 and size != REMAINING for size in (data, expert)):
+        raise UserError(
+            f"{asked} is not a valid mesh shape; give numbers, or -1 for the remaining devices"
+        )
+    if data == expert == REMAINING:
+        raise UserError(f"{asked}: only one of them can be -1")
+    known = expert if data == REMAINING else data
+    if REMAINING in (data, expert):
         if devices % known:
             fitting = [n for n in range(1, devices + 1) if devices % n == 0]
             raise UserError(
                 f"{asked}: {known} does not divide {devices} device(s); use one of {fitting}"
             )
-        return (devices // known, known) if data == REST else (known, devices // known)
+        return (devices // known, known) if data == REMAINING else (known, devices // known)
     if data * expert != devices:
         raise UserError(
-            f"{asked} is {data * expert} device(s), but there are {devices}; -1 means the rest"
+            f"{asked} is {data * expert} device(s), but there are {devices};"
+            " -1 means the remaining devices"
         )
     return data, expert
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | None = None, data: int = REST, expert: int = 1
+    devices: Sequence[jax.Device] | None = None, data: int = REMAINING, expert: int = 1
 ) -> Mesh:
-    """The mesh ('data', 'expert') of these devices.
+    """The mesh ('data', 'expert') of some devices.
 
-    They are lined up process by process, groups one after the other: a group lies within one
-    process wherever `expert` divides a process's devices (tokens are exchanged within groups, and
-    between processes that is slow), and a process's images are consecutive ones of the batch.
+    The devices are ordered by process, so a group lies within one process if `expert` divides a
+    process's devices (tokens are exchanged within groups, which is slow between processes), and a
+    process's images are consecutive in the batch.
 
     Args:
-      devices: the devices to use; all of them, over all processes, by default.
-      data: groups; -1: the rest.
-      expert: devices per group; -1: the rest.
+        devices: the devices to use; by default all, of all processes.
+        data: number of groups; -1 means the remaining devices.
+        expert: devices per group; -1 means the remaining devices.
 
     Raises:
-      UserError: no such shape.
+        UserError: there is no such shape.
     """
     devices = in_line(jax.devices() if devices is None else devices)
     shape = mesh_shape(len(devices), data, expert)
@@ -69,43 +78,43 @@ def make_mesh(
 
 
 def warm_up_collectives(mesh: Mesh) -> None:
-    """Lets every group of devices that will exchange something do so once, all processes together.
+    """Runs one collective per mesh axis, so that communicators form while processes are in step.
 
-    On CPUs such a group comes to be at its first exchange, and fails where one process is half a
-    minute later than another: by the first training step, after minutes of compiling, they can be.
+    On CPUs a communicator forms at its first collective, and fails if one process is half a minute
+    behind another, which can happen at the first training step, after minutes of compiling.
     """
     if alone():
         return
 
-    def sums(x):
+    def sums(x: jax.Array) -> list[jax.Array]:
         return [jax.lax.psum(x, axes) for axes in (*AXES, AXES)]
 
     x = jax.device_put(np.ones(()), replicated(mesh))
-    whole = PartitionSpec()
-    program = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=whole))
-    program = program.lower(x).compile()
-    wait_for_all("meet")
-    jax.block_until_ready(program(x))
+    spec = PartitionSpec()
+    program = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=spec, out_specs=spec))
+    compiled = program.lower(x).compile()
+    wait_for_all("warm_up_collectives")
+    jax.block_until_ready(compiled(x))
 
 
 def in_line(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Process by process."""
+    """The devices ordered by process."""
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def spanning_groups(mesh: Mesh) -> int:
-    """How many processes the widest group lies in; above 1, tokens cross the network."""
+    """The largest number of processes in a group; above 1, tokens cross the network."""
     return max(len({device.process_index for device in group}) for group in mesh.devices)
 
 
-def with_mesh(mesh: Mesh | AbstractMesh, function: Callable) -> Callable:
-    """`function`, traced where layers find the mesh by `jax.sharding.get_abstract_mesh()`.
+def with_mesh(mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced so that layers find the mesh by `jax.sharding.get_abstract_mesh()`.
 
-    Set while tracing alone: `jax.set_mesh` around a run would also spread every small array that
-    is made beside it over all devices and processes.
+    The mesh is set only during tracing: `jax.set_mesh` around a run would also place every small
+    array created meanwhile on all devices and processes.
     """
 
-    def traced(*args):
+    def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
@@ -113,28 +122,28 @@ def with_mesh(mesh: Mesh | AbstractMesh, function: Callable) -> Callable:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis (images) cut over all devices of the mesh, the others whole."""
+    """The first axis (images) sharded over all devices of the mesh, the others not."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device of the mesh."""
+    """A full copy on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's host arrays as global arrays, cut over the mesh by `batch_sharding`.
+    """Turns this process's host arrays into global arrays, sharded by `batch_sharding`.
 
     Args:
-      mesh: from `make_mesh`.
-      batch: name -> (B / processes, ...): every process gives its own, equally large share, and the
-        shares lie one after the other in the order of the mesh's devices.
+        mesh: from `make_mesh`.
+        batch: name -> (B / processes, ...), this process's share of the global batch; the shares
+            follow the order of the mesh's devices.
 
     Returns:
-      name -> (B, ...).
+        name -> (B, ...).
 
     Raises:
-      UserError: the share cannot be cut equally over this process's devices.
+        UserError: the share is not divisible by the number of this process's devices.
     """
     sharding = batch_sharding(mesh)
     local = len(mesh.local_devices)

@@ -1,13 +1,13 @@
-"""Which part of each array of a training state a device holds: every rule by path is here.
+"""The sharding of a training state: all rules by path.
 
-    a leaf under 'experts'    its expert axis over 'expert': a device holds its own experts alone
-    with fsdp, a large leaf   also its longest axis that is still whole and divides, over 'data'
-    everything else           a copy on every device
+    a leaf under 'experts'    its expert axis over 'expert': a device holds its own experts only
+    a large leaf with fsdp    also its longest remaining divisible axis over 'data'
+    everything else           replicated
 
-Moments, accumulated gradients and averages of the weights have the parameter's path inside their
-own, so one rule serves a parameter and all that is kept for it.
+The paths of optimizer moments, accumulated gradients and averaged weights contain the parameter's
+path, so one rule serves a parameter and everything kept for it.
 
-Axes: L stacked layers (never cut: every device runs every layer), E experts.
+Axes: L stacked layers (never sharded: every device runs every layer), E experts.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2mkd_jax import tree_paths
 from m2mkd_jax.errors import UserError
 
-# Numbers in one layer's array. A smaller one takes longer to ask for than to keep.
+# Smallest parameter worth sharding: elements in one layer's array.
 LARGE = 2**16
 
 
 def spec(names: Sequence[Any], shape: Sequence[int], sizes: dict, fsdp: bool) -> PartitionSpec:
-    """The rule for one leaf.
+    """The partition of one leaf.
 
     Args:
         names: keys from the root to the leaf.
         shape: of the leaf.
         sizes: {'data': groups, 'expert': devices per group}.
-        fsdp: cut large leaves over 'data'.
+        fsdp: shard large leaves over 'data'.
 
     Raises:
-        UserError: the experts cannot be dealt equally.
+        UserError: the number of experts is not divisible by the devices of a group.
     """
     cut: list[str | None] = [None] * len(shape)
     first = int(tree_paths.is_stacked(names))
@@ -58,10 +58,17 @@ def spec(names: Sequence[Any], shape: Sequence[int], sizes: dict, fsdp: bool) ->
     return PartitionSpec(*cut)
 
 
-def shardings(mesh, tree: Any, fsdp: bool) -> Any:
-    """The tree of `NamedSharding` for a tree of arrays (or of shapes).
+def shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
+    """The shardings of a tree.
 
-    Replicated leaves get a NamedSharding too: Orbax cannot restore onto a mesh without.
+    Args:
+        mesh: from `make_mesh`.
+        tree: arrays or shapes.
+        fsdp: shard large leaves over 'data'.
+
+    Returns:
+        A tree of `NamedSharding`, also for replicated leaves, which Orbax needs to restore onto a
+        mesh.
 
     Raises:
         UserError: see `spec`.
@@ -76,16 +83,20 @@ def shardings(mesh, tree: Any, fsdp: bool) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays, each equal in all processes, on the devices that `shardings` names.
+    """Places arrays, each equal in all processes, by their shardings.
 
-    A device receives its part alone; what lies right already is not copied.
+    A device receives only its part; arrays already placed so are not copied.
+
+    Args:
+        tree: arrays of the host or of devices.
+        shardings: of `shardings`.
     """
 
-    def place(leaf, sharding):
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         placed = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         if jax.process_count() == 1 or placed:
             return jax.device_put(leaf, sharding)
-        # device_put would compare the processes' arrays, whole, over the network.
+        # device_put would compare the complete arrays of all processes over the network.
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -93,7 +104,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays (or shapes) that one device holds."""
+    """The bytes of a tree of arrays (or shapes) on one device."""
     parts = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         tree,

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, agree, and end together.
+"""The processes of a run: barriers, shared values, signals and joint termination.
 
-Every process runs the same program on its own devices and its own share of each batch. Process 0
-is the main one: it alone writes files and prints.
+Every process runs the same program on its own devices and its own share of each batch. Only
+process 0, the main process, writes files and prints.
 """
 
 import atexit
@@ -28,29 +28,29 @@ _steps = itertools.count()
 
 
 def alone() -> bool:
-    """True where the run has no other process."""
+    """Whether the run has a single process."""
     return distributed.global_state.client is None
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and prints for all (process 0)."""
+    """Whether this is the process that writes files and prints (process 0)."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints in the main process alone."""
+    """Prints in the main process only."""
     if is_main():
         print(text, flush=True)
 
 
 def barrier(name: str) -> None:
-    """Returns once every process has called it with this name; nothing to do with one process."""
+    """A barrier over all devices: returns once every process has called it with this name."""
     if not alone():
         multihost_utils.sync_global_devices(name)
 
 
 def wait_for_all(name: str) -> None:
-    """`barrier` without the devices, for once: a name cannot be used again."""
+    """A host-only barrier; each name can be used only once."""
     if not alone():
         distributed.global_state.client.wait_at_barrier(
             f"m2mkd_jax/{name}", timeout_in_ms=1000 * CONNECT_SECONDS
@@ -58,34 +58,39 @@ def wait_for_all(name: str) -> None:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value (JSON) in every process; the others' values are dropped.
+    """The main process's value in every process, for values that may differ between processes.
 
-    For what may look different to each: clocks, and files seen through a network.
+    Such as clocks, and files seen through a network.
+
+    Args:
+        value: anything that JSON can represent; ignored outside of the main process.
     """
     if alone():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
-    # Of the others only the number of bytes matters.
+    # The other processes need a buffer of the same length.
     text = text if is_main() else np.zeros(length, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Gives a function, called after each step: whether SIGTERM or SIGINT wants a stop here.
+    """Catches SIGTERM and SIGINT, in the main thread only.
 
-    With several processes a signal to one of them is enough, and all stop after the same step.
-    A second SIGINT (with one process, also SIGTERM) raises KeyboardInterrupt. Signals are caught in
-    the main thread only.
+    A second SIGINT (with one process, also SIGTERM) raises KeyboardInterrupt.
+
+    Yields:
+        A function to be called after each step: whether to stop. With several processes a signal
+        to one of them is enough, and all stop after the same step.
     """
     by_itself = alone()
     arrived: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
-    def handler(number, _):
+    def handler(number: int, _: Any) -> None:
         arrived.append(number)
-        if len(arrived) > 1:  # a second one means it
+        if len(arrived) > 1:
             raise KeyboardInterrupt
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -93,8 +98,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
     def stop() -> bool:
         if by_itself:
             return bool(arrived)
-        # jax catches SIGTERM itself, and agrees in the background on a step that no process has
-        # reached; the numbers must never go down, so they count the steps of all jobs.
+        # jax catches SIGTERM itself, and the processes agree in the background on a step that none
+        # has reached. The numbers must never decrease, so they count the steps of all jobs.
         return multihost_utils.reached_preemption_sync_point(next(_steps))
 
     with contextlib.suppress(ValueError):  # not the main thread
@@ -108,11 +113,18 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 def fail(message: str, code: int) -> int:
-    """Says on stderr why the run ends, once for all processes, and ends them all.
+    """Ends all processes of the run with a message on stderr.
 
-    With one process it returns `code`. With several it does not return: the others may be waiting
-    for this one in the middle of a step, so every process watches for this and leaves as it is.
-    The first process to fail is the one that speaks, and its code is everybody's.
+    With several processes it does not return: the others may be waiting for this one in the middle
+    of a step, so each polls for a failure and exits at once. The first process to fail prints its
+    message, and all exit with its code.
+
+    Args:
+        message: printed on stderr.
+        code: the exit code.
+
+    Returns:
+        `code`, with a single process.
     """
     if alone():
         print(message, file=sys.stderr, flush=True)
@@ -120,7 +132,7 @@ def fail(message: str, code: int) -> int:
     client = distributed.global_state.client
     try:
         client.key_value_set(_END, str(code))
-    except Exception:  # another process was first, or process 0 is gone and with it the store
+    except Exception:  # another process failed first, or process 0 has ended and with it the store
         with contextlib.suppress(Exception):
             code = int(client.key_value_try_get(_END))
     else:
@@ -129,12 +141,16 @@ def fail(message: str, code: int) -> int:
 
 
 def watch(client: Any) -> None:
-    """Leaves, in the background, when another process has called `fail`."""
+    """Polls in the background whether another process has called `fail`, and then exits.
+
+    Args:
+        client: of jax's distributed key-value store.
+    """
     over = threading.Event()
 
-    def poll():
+    def poll() -> None:
         while not over.wait(_POLL_SECONDS):
-            with contextlib.suppress(Exception):  # not there: the usual case
+            with contextlib.suppress(Exception):  # no failure yet
                 code = client.key_value_try_get(_END)
                 _leave(client, int(code))
 
@@ -144,7 +160,7 @@ def watch(client: Any) -> None:
 
 
 def _leave(client: Any, code: int) -> None:
-    """Ends this process at once; the one that keeps the store (process 0) as the last."""
+    """Exits at once; process 0, which keeps the store, waits for the others first."""
     sys.stdout.flush()
     state = distributed.global_state
     with contextlib.suppress(Exception):

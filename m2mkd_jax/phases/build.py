@@ -27,6 +27,7 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
 
+TEACHER_STAGES = ("meta_", "module_")  # what the names of the teacher's stages begin with
 END_TO_END = {
     "e2e": WeightsFrom("assembled"),
     "e2e_scratch": FRESH,

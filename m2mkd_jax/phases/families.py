@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 from flax import nnx
 from ml_collections import ConfigDict
@@ -86,7 +86,7 @@ class StudentFamily(Protocol):
         return 0
 
     @staticmethod
-    def defaults() -> dict[str, Any]:
+    def defaults() -> Mapping[str, Any]:
         """The keys of the family's section, with their defaults."""
         return {}
 
@@ -229,10 +229,7 @@ def register_family(name: str, family: type[StudentFamily]) -> None:
         SECTIONS.setdefault(family.section, family.defaults)
 
 
-Interface = TypeVar("Interface", StudentFamily, Teacher)
-
-
-def _instance(found: Any, interface: type[Interface], config: ConfigDict, key: str) -> Interface:
+def _instance(found: Any, interface: Any, config: ConfigDict, key: str) -> Any:
     """An object of the class `found`, which config.`key` names.
 
     Raises:

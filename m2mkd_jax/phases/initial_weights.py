@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from m2mkd_jax.conversion.open_weights import HUB, Weights, local_path, open_wei
 from m2mkd_jax.conversion.torch_layouts import has_weights
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain, registry
+from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
@@ -111,7 +112,9 @@ def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
             f"config.init.{INIT_FIELD[phase]}: torch files cannot be read into the networks of "
             f"config.{key}; give a directory of weights that a run has made"
         )
-    return vit_fields(registry.spec_of(describe)) | {"depths": list(describe["depths"])}
+    spec = registry.spec_of(describe)
+    assert isinstance(spec, ViTSpec)
+    return vit_fields(spec) | {"depths": list(describe["depths"])}
 
 
 def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[dict, str]:
@@ -215,6 +218,29 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
             with located("config.init.students"):
                 jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
             assembled = True
+
+
+def check_measured(
+    config: ConfigDict, workdir: Path, job: str, stages: Mapping[str, StageSpec]
+) -> None:
+    """Reads the weights that `config.init` names for a network that is measured, and lets them go.
+
+    Args:
+        config: of the run.
+        workdir: its directory.
+        job: whose weights they stand for.
+        stages: of the network, by the names of their trees.
+
+    Raises:
+        UserError: they are damaged, or of another shape.
+    """
+    field, given = init_path(config, job)
+    if not given:
+        return
+    with located(f"config.init.{field}"):
+        for name, spec in stages.items():
+            weights = WeightsFrom("job", job, name)
+            load_stage(config, workdir, weights, chain.abstract(spec.build))
 
 
 def load_stages(

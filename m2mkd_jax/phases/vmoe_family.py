@@ -65,18 +65,13 @@ class VMoEFamily(StudentFamily):
         self._check_surroundings()
 
     def _check_surroundings(self) -> None:
-        """Refuses phases, regulariser or mesh that a V-MoE has no use for."""
+        """Refuses phases or a mesh that a V-MoE has no use for."""
         config, fields = self.config, self.config.vmoe
         require(
             not fields.keep_stitches
             or "m2mkd" in config.phases
             or bool(config.init.students or config.init.network),
             "config.vmoe.keep_stitches: without students there are no stitches to keep",
-        )
-        require(
-            config.regulariser.kind == "none",
-            f"config.regulariser.kind is {config.regulariser.kind}; a V-MoE has no graph, only "
-            '"none" fits',
         )
         expert = config.mesh.expert
         require(

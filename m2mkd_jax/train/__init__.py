@@ -1,0 +1,1 @@
+"""The training step and loop, the optimizer and its schedule, mixing and erasing."""

@@ -1,6 +1,6 @@
-"""The one training loop: steps, logs, evaluations, checkpoints, stops.
+"""The training loop: steps, logs, evaluations, checkpoints, early stops and preemption.
 
-It knows neither models nor phases: it is handed a compiled step, batches and callbacks.
+It is independent of models and phases: it takes a compiled step, batches and callbacks.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from m2mkd_jax.parallel.process import alone, from_main, stopping
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT arrived (in one of the processes); the state has been saved."""
+    """SIGTERM or SIGINT arrived in one of the processes; the state has been saved."""
 
 
 @dataclass
 class Loop:
-    """What the loop needs.
+    """The training loop of a job.
 
     Attributes:
         name: the job, for messages.
         step: (state, frozen, batch) -> (state, metrics).
-        frozen: parameters that stand still.
+        frozen: the frozen parameters.
         total_steps: calls of `step` in the whole job.
-        log_every: steps between metric records.
+        log_every: steps between log entries.
         evaluate_every: steps between evaluations; 0: only after the last step.
         evaluate: state -> metrics (`eval_*`).
-        log: (record) -> None; called with plain numbers.
+        log: takes a log entry, a dict of plain numbers and lists.
         save: (step, state, metrics) -> None; must copy before it returns.
-        save_seconds: longest time without a checkpoint (several processes: looked at when logging).
-        stop: metrics of an evaluation -> whether to end early; None: never.
+        save_seconds: longest time without a checkpoint; several processes check it when logging.
+        stop: metrics of an evaluation -> whether to stop early; None: never.
         learning_rate: update number -> rate, for the log.
         accumulate: calls of `step` per optimizer update.
     """
 
     name: str
-    step: Callable
+    step: Callable[[dict, dict, Any], tuple[dict, dict]]
     frozen: dict
     total_steps: int
     log_every: int
@@ -59,6 +59,11 @@ class Loop:
     def run(self, state: dict, batches: Iterator[dict], start: int = 0) -> tuple[dict, dict, int]:
         """Trains from step `start` on.
 
+        Args:
+            state: the training state after `start` steps.
+            batches: the batches from step `start` on.
+            start: steps already done.
+
         Returns:
             The final state, the metrics of the last evaluation, and the number of steps done.
 
@@ -72,7 +77,7 @@ class Loop:
         done = start
         evaluated = self.evaluate_every and done and done % self.evaluate_every == 0
         if self.stop and evaluated:
-            # The run before this one may have been killed after deciding to stop here.
+            # A previous run may have been killed after deciding to stop here.
             metrics = self.evaluate(state)
             if self.stop(metrics):
                 return state, metrics, done
@@ -84,7 +89,7 @@ class Loop:
                 last = done == self.total_steps
                 logs = last or len(pending) == self.log_every
                 if logs:
-                    # The only place where the host waits for the device between evaluations.
+                    # Between evaluations, the host waits for the device only here.
                     clock = self._log(done, pending, clock)
                     pending = []
                 metrics = {}
@@ -95,7 +100,7 @@ class Loop:
                 early = bool(metrics and self.stop and self.stop(metrics))
                 overdue = time.monotonic() - saved > self.save_seconds
                 if not alone():
-                    # Their clocks differ; asking at every step would be a wait at every step.
+                    # Clocks differ between processes, and agreeing at every step would be slow.
                     overdue = logs and from_main(overdue)
                 stopped = asked_to_stop()
                 if metrics or overdue or stopped:
@@ -110,12 +115,19 @@ class Loop:
         return state, metrics, done
 
     def _log(self, done: int, pending: list[dict], clock: float) -> float:
-        values = jax.device_get(pending)
-        # Scalars become numbers, what is measured per layer becomes lists.
+        """Logs the means of the pending metrics; returns the time.
+
+        Args:
+            done: steps done.
+            pending: metrics of the steps since the last log entry, on the device.
+            clock: when the last log entry was written.
+        """
+        rate = self.learning_rate(max(done // self.accumulate - 1, 0))
+        values, rate = jax.device_get((pending, rate))
+        # Scalars become numbers, arrays per layer become lists.
         mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in values[0]}
         now = time.monotonic()
         first = done - len(pending) + 1
-        rate = self.learning_rate(max(done // self.accumulate - 1, 0))
         seconds = (now - clock) / len(pending)
         self.log({"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean})
         if not math.isfinite(mean["loss"]):

@@ -1,7 +1,9 @@
 """The optimizer of a recipe as one optax transformation.
 
-recipe fields read here: optimizer ('adamw' | 'sgd'), weight_decay, decay_rule, momentum (sgd
-only), clip (0 = off), accumulate (1 = off), and the fields of train/schedule.py.
+Recipe fields: optimizer ('adamw' or 'sgd'), weight_decay, decay_rule, momentum (sgd only), clip
+(0 = off), accumulate (1 = off), and those of train/schedule.py.
+
+Source: docs/reference.md#optimizer.
 """
 
 from typing import Any
@@ -10,7 +12,7 @@ import jax
 import optax
 
 from m2mkd_jax import tree_paths
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import require
 from m2mkd_jax.train.schedule import learning_rate
 
 DECAY_RULES = ("published", "published_stage", "all", "none")
@@ -19,19 +21,31 @@ EMBEDDINGS = ("pos_embed", "cls_token")
 
 
 def decay_mask(params: Any, rule: str) -> Any:
-    """Which parameters weight decay acts on: a tree of bools like `params` (nested dicts).
+    """The parameters on which weight decay acts.
 
-    'published': all but leaves named bias, one-dimensional ones (norm scales, layer scales) and
-    pos_embed and cls_token. Scalars (the gain of a modulated layer, a bandwidth) ARE decayed.
-    'published_stage': the same, but pos_embed and cls_token are decayed, as in the published MT of
-    stage 0. 'all', 'none': what they say (NAC end to end decays all). Dimensions are counted
-    without the axis along which blocks are stacked. Source: reference section 6.
-    Raises UserError on an unknown rule.
+    Args:
+        params: nested dicts of arrays or shapes.
+        rule:
+            'published': all except leaves named bias, one-dimensional leaves (norm scales, layer
+            scales), pos_embed and cls_token; scalars (gain of a modulated layer, bandwidth) are
+            decayed. 'published_stage': also pos_embed and cls_token, as in the published MT of
+            stage 0. 'all' (NAC end to end), 'none'. Dimensions are counted without the axis along
+            which blocks are stacked.
+
+    Returns:
+        A tree of bools like `params`.
+
+    Raises:
+        UserError: an unknown rule.
+
+    Source: docs/reference.md#weight-decay.
     """
-    if rule not in DECAY_RULES:
-        raise UserError(f"decay rule {rule!r} is unknown: use one of {', '.join(DECAY_RULES)}")
+    require(
+        rule in DECAY_RULES,
+        f"decay rule {rule!r} is unknown: use one of {', '.join(DECAY_RULES)}",
+    )
 
-    def decays(path, leaf) -> bool:
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         if rule in ("all", "none"):
             return rule == "all"
         names = tree_paths.names(path)
@@ -44,27 +58,36 @@ def decay_mask(params: Any, rule: str) -> Any:
 
 
 def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.GradientTransformation:
-    """Clipping, AdamW(0.9, 0.999, eps 1e-8) or SGD with Nesterov momentum, accumulation.
+    """Clipping, AdamW (0.9, 0.999, eps 1e-8) or SGD with Nesterov momentum, accumulation.
 
-    params: the trainable parameters (only names and shapes are used, jax.ShapeDtypeStruct will
-    do). steps_per_epoch counts optimizer UPDATES: with recipe.accumulate = n the transformation
-    is called n times per update with the gradients of n equal parts of a batch, returns zeros for
-    the first n - 1, and the learning rate advances once; metrics should be averaged likewise.
+    With recipe.accumulate = n the transformation is called n times per update, with the gradients
+    of n equal parts of a batch; it returns zeros for the first n - 1 calls, and the learning rate
+    advances once per update.
 
-    AdamW's decay is decoupled and multiplied by the current rate, as in torch; SGD's is added to
-    the gradient before the momentum, as in torch. Clipping is optax's, by the global norm of the
-    accumulated gradient: torch divides by norm + 1e-6 instead of norm, a relative difference of
-    at most 1e-6 / clip. Raises UserError on an unknown optimizer, decay rule or schedule.
+    AdamW's decay is decoupled and multiplied by the current rate, SGD's is added to the gradient
+    before the momentum, both as in torch. Clipping is optax's, by the global norm of the
+    accumulated gradient; torch divides by norm + 1e-6 instead of norm, a relative difference of at
+    most 1e-6 / clip.
+
+    Args:
+        recipe: see the top of the file.
+        steps_per_epoch: optimizer updates per epoch, not accumulation passes.
+        params: the trainable parameters, or their shapes (jax.ShapeDtypeStruct).
+
+    Raises:
+        UserError: an unknown optimizer, decay rule or schedule, or an invalid number.
+
+    Source: docs/reference.md#optimizer, docs/reference.md#gradient-clipping.
     """
-    if recipe.optimizer not in OPTIMIZERS:
-        raise UserError(
-            f"optimizer {recipe.optimizer!r} is unknown: use one of {', '.join(OPTIMIZERS)}"
-        )
-    if recipe.accumulate < 1 or recipe.clip < 0:
-        raise UserError(
-            f"accumulate must be at least 1 and clip not negative: they are "
-            f"{recipe.accumulate} and {recipe.clip}"
-        )
+    require(
+        recipe.optimizer in OPTIMIZERS,
+        f"optimizer {recipe.optimizer!r} is unknown: use one of {', '.join(OPTIMIZERS)}",
+    )
+    require(
+        recipe.accumulate >= 1 and recipe.clip >= 0,
+        "accumulate must be at least 1 and clip not negative: they are "
+        f"{recipe.accumulate} and {recipe.clip}",
+    )
     rate = learning_rate(recipe, steps_per_epoch)
     mask = decay_mask(params, recipe.decay_rule)
     parts = []
@@ -85,5 +108,5 @@ def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.Grad
 
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:
-    """decay * ema + (1 - decay) * params, leaf by leaf: a moving average of the weights."""
+    """The moving average of the weights after an update: decay * ema + (1 - decay) * params."""
     return optax.incremental_update(params, ema, 1.0 - decay)

@@ -1,27 +1,38 @@
-"""Learning rates: a pure function of the number of optimizer updates done (reference section 6).
+"""Learning rates, as pure functions of the number of optimizer updates.
 
-recipe fields read here: lr (already scaled to the batch), min_lr, warmup_lr, epochs,
-warmup_epochs, schedule.
+Recipe fields: lr (already scaled to the batch), min_lr, warmup_lr, epochs, warmup_epochs, schedule.
+
+Source: docs/reference.md#schedules.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import require
 
 SCHEDULES = ("clean", "published", "published_nac")
 
 
-def epoch_table(recipe, kind: str) -> np.ndarray:
-    """The published rates, one per epoch: float64 of length ceil(epochs).
+def epoch_table(recipe: Any, kind: str) -> np.ndarray:
+    """The published rates, one per epoch.
 
-    f(t) warms up linearly from warmup_lr; from t = warmup_epochs on it is the cosine over ALL
-    epochs, which is therefore already below lr where the warmup ends (a jump down). kind
-    'published_nac': epoch e runs at f(e). kind 'published': the rate was set after each epoch from
-    that epoch's number, so epochs 0 and 1 run at f(0) and epoch e at f(e - 1).
+    f(t) warms up linearly from warmup_lr; from t = warmup_epochs on it is the cosine over all
+    epochs, which is already below lr when the warmup ends (a jump down).
+
+    Args:
+        recipe: see the top of the file.
+        kind: 'published_nac': epoch e has the rate f(e). 'published': the original sets the rate
+            after each epoch from that epoch's number, so epochs 0 and 1 have f(0) and epoch e has
+            f(e - 1).
+
+    Returns:
+        float64 (ceil(epochs),).
+
+    Source: docs/reference.md#schedules.
     """
     t = np.arange(int(np.ceil(recipe.epochs)), dtype=np.float64)
     if kind == "published":
@@ -33,46 +44,57 @@ def epoch_table(recipe, kind: str) -> np.ndarray:
     return np.where(t < recipe.warmup_epochs, recipe.warmup_lr + t * slope, cosine)
 
 
-def learning_rate(recipe, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
-    """A schedule: optimizer update (int, from 0) -> learning rate (float32 scalar), jit-able.
+def learning_rate(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """The schedule of a recipe.
 
-    'clean': per update, linear from warmup_lr to lr over the warmup, then one cosine from lr to
-    min_lr over the rest. 'published', 'published_nac': constant within an epoch, see
-    `epoch_table`. steps_per_epoch counts optimizer updates, not accumulation passes. After the
-    last epoch: min_lr (clean) or the last epoch's rate. Raises UserError on an unknown schedule,
-    a warmup longer than the training, or epochs or steps below 1.
+    'clean': per update, linear from warmup_lr to lr during the warmup, then one cosine from lr to
+    min_lr, which it keeps after the last epoch. 'published', 'published_nac': constant within an
+    epoch, see `epoch_table`; after the last epoch the last rate.
+
+    Args:
+        recipe: see the top of the file.
+        steps_per_epoch: optimizer updates per epoch, not accumulation passes.
+
+    Returns:
+        A function: number of the update (int, from 0) -> learning rate (float32 scalar), jittable.
+
+    Raises:
+        UserError: an unknown schedule, a warmup longer than the training, or no step at all.
+
+    Source: docs/reference.md#schedules.
     """
     kind = recipe.schedule
-    if kind not in SCHEDULES:
-        raise UserError(f"schedule {kind!r} is unknown: use one of {', '.join(SCHEDULES)}")
-    if recipe.epochs <= 0 or steps_per_epoch < 1:
-        raise UserError(
-            f"training needs at least one step: epochs is {recipe.epochs}, "
-            f"steps per epoch {steps_per_epoch}"
-        )
-    if not 0 <= recipe.warmup_epochs <= recipe.epochs:
-        raise UserError(
-            f"warmup_epochs ({recipe.warmup_epochs}) must lie between 0 and "
-            f"epochs ({recipe.epochs})"
-        )
+    require(kind in SCHEDULES, f"schedule {kind!r} is unknown: use one of {', '.join(SCHEDULES)}")
+    require(
+        recipe.epochs > 0 and steps_per_epoch >= 1,
+        f"training needs at least one step: epochs is {recipe.epochs}, "
+        f"steps per epoch {steps_per_epoch}",
+    )
+    require(
+        0 <= recipe.warmup_epochs <= recipe.epochs,
+        f"warmup_epochs ({recipe.warmup_epochs}) must lie between 0 and epochs ({recipe.epochs})",
+    )
     if kind == "clean":
         return _clean(recipe, steps_per_epoch)
     table = np.asarray(epoch_table(recipe, kind), np.float32)
 
-    def staircase(step):
+    def staircase(step: jax.Array | int) -> jax.Array:
         epoch = jnp.clip(jnp.asarray(step) // steps_per_epoch, 0, len(table) - 1)
         return jnp.asarray(table)[epoch]
 
     return staircase
 
 
-def _clean(recipe, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+def _clean(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """Linear warmup, then a cosine, per update."""
     warmup, decay = recipe.warmup_epochs, recipe.epochs - recipe.warmup_epochs
 
-    def schedule(step):
+    def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step)
-        # Whole epochs and the rest apart: a float32 step count would lose steps beyond 2^24.
-        epoch = step // steps_per_epoch - warmup + (step % steps_per_epoch) / steps_per_epoch
+        # Whole epochs and the fraction separately: float32 cannot count steps beyond 2^24.
+        whole = (step // steps_per_epoch).astype(jnp.float32)
+        fraction = (step % steps_per_epoch).astype(jnp.float32) / steps_per_epoch
+        epoch = whole - warmup + fraction
         rising = recipe.lr + (recipe.lr - recipe.warmup_lr) * epoch / max(warmup, 1e-12)
         progress = jnp.clip(epoch / max(decay, 1e-12), 0.0, 1.0)
         # cos^2(x/2) = (1 + cos x) / 2 without the cancellation near the end.

@@ -3,14 +3,14 @@
 Axes: B batch, H height, W width, K classes.
 
 The training state is a plain dict: "step" (int32 scalar), "params" {stage: params}, "opt_state",
-"fixed" {stage: random arrays that are drawn once and must survive a restart} and, when an average
-of the weights is kept, "ema" like "params".
+"fixed" {stage: random arrays, drawn once and saved} and, if a moving average of the weights is
+kept, "ema" like "params".
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +21,36 @@ from m2mkd_jax.train import erasing, mixing
 from m2mkd_jax.train.optimizer import ema_update
 
 
-def normalise(images: jax.Array, mean, std) -> jax.Array:
-    """uint8 (B, H, W, 3) -> float32, ((x / 255) - mean) / std per channel."""
-    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Normalises pixels: (x / 255 - mean) / std per channel.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        mean: (3,).
+        std: (3,).
+
+    Returns:
+        float32 (B, H, W, 3).
+
+    Source: docs/reference.md#normalisation.
+    """
+    mean_array, std_array = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (mean, std))
+    return (images.astype(jnp.float32) / 255.0 - mean_array) / std_array
 
 
 def prepare(
     keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """What a step does to a batch from the host: normalise, erase, mix.
+    """Normalises, erases and mixes a batch from the host.
 
-    keys: of erasing and of mixing. Returns images (B, H, W, 3) float32 and targets (B, K).
+    Args:
+        keys: for erasing and for mixing.
+        batch: "image" uint8 (B, H, W, 3) and "label" int32 (B,).
+        recipe: see train/mixing.py.
+        data: mean, std, classes and augment.erase.
+
+    Returns:
+        Images, float32 (B, H, W, 3), and targets, float32 (B, K).
     """
     images = normalise(batch["image"], data.mean, data.std)
     images = erasing.erase(keys[0], images, data.augment.erase)
@@ -41,7 +60,14 @@ def prepare(
 def initial_state(
     params: dict, fixed: dict, optimizer: optax.GradientTransformation, recipe: Any
 ) -> dict:
-    """State before the first step."""
+    """The training state before the first step.
+
+    Args:
+        params: {stage: trainable parameters}.
+        fixed: {stage: random arrays drawn once}.
+        optimizer: of train/optimizer.py.
+        recipe: with ema > 0 the state has a moving average of the weights.
+    """
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -62,18 +88,20 @@ def make_step(
     seed: int,
     out_shardings: Any = None,
 ) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
-    """(state, frozen, batch) -> (state, metrics), compiled, the old state's buffers reused.
+    """The compiled training step; it donates the old state's buffers.
 
     Args:
-        loss: (trainable, frozen, batch, key) -> (scalar, metrics); losses.Program.loss.
+        loss: (trainable, frozen, batch, key) -> (scalar, metrics).
         optimizer: of train/optimizer.py.
-        recipe: mixing, ema and accumulate fields.
-        data: mean, std, classes, augment.erase.
-        seed: of all randomness; a step's key depends on it and on the step number alone.
-        out_shardings: (of the state, of the metrics); the new state must lie where the old one
-            does, or its buffers cannot be reused. None: the compiler's choice.
+        recipe: the fields of train/mixing.py, ema and accumulate.
+        data: mean, std, classes and augment.erase.
+        seed: of all randomness; a step's key depends on it and the step number alone.
+        out_shardings: (of the state, of the metrics); the new state needs the old one's shardings,
+            or its buffers cannot be reused. None: the compiler's choice.
 
-    The batch holds "image" uint8 (B, H, W, 3) and "label" int32 (B,).
+    Returns:
+        (state, frozen, batch) -> (state, metrics); the batch has "image" uint8 (B, H, W, 3) and
+        "label" int32 (B,).
     """
 
     def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
@@ -92,7 +120,7 @@ def make_step(
         if recipe.ema:
             new["ema"] = ema_update(state["ema"], params, recipe.ema)
         if recipe.ema and recipe.accumulate > 1:
-            # The weights move with the last part of a batch alone, and so must their average.
+            # The weights change with the last part of a batch only, and so must their average.
             moved = new["step"] % recipe.accumulate == 0
             new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
         return new, metrics
@@ -101,10 +129,10 @@ def make_step(
 
 
 def with_fixed(frozen: dict, fixed: dict) -> dict:
-    """The frozen stages, and the fixed arrays of the trained ones."""
+    """The frozen stages, with the fixed arrays of the trained stages added."""
     return frozen | {n: {**frozen.get(n, {}), "fixed": arrays} for n, arrays in fixed.items()}
 
 
 def evaluated_params(state: dict) -> dict:
-    """What evaluation and the finished weights use: the average if one is kept."""
+    """The weights to evaluate and export: the moving average if there is one."""
     return state.get("ema", state["params"])

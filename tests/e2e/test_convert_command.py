@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.e2e import command as commands
 from tests.e2e.command import ROOT, TIMEOUT
@@ -172,8 +173,6 @@ runpy.run_module("m2mkd_jax.main", run_name="__main__")
 
 
 def test_everything_imports_without_torch(python, tmp_path):
-    from safetensors.torch import save_file  # noqa: PLC0415
-
     source = FIXTURES / "a_vit_large_meta/finished_checkpoint.pth"
     state = torch.load(source, weights_only=True)["model"]
     state = {k: v.contiguous() for k, v in state.items() if not k.startswith("stages.")}

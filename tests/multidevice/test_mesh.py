@@ -44,9 +44,9 @@ def test_the_mesh_has_the_axes_asked_for():
     [
         (-1, 3, "3 does not divide 8 .*one of [1, 2, 4, 8]"),
         (16, -1, "16 does not divide 8"),
-        (-1, 0, "no mesh"),
-        (-2, 1, "no mesh"),
-        (-1, -1, "only one of them can be the rest"),
+        (-1, 0, "not a valid mesh shape"),
+        (-2, 1, "not a valid mesh shape"),
+        (-1, -1, "only one of them can be -1"),
         (2, 3, "is 6 device(s), but there are 8"),
         (8, 8, "is 64 device(s), but there are 8"),
     ],

@@ -1,7 +1,7 @@
 """Names, shapes and sizes of the published networks (manifests of their checkpoints).
 
 Nothing is allocated: our shapes come from `chain.abstract`, theirs from the manifests, and the
-tables of checkpoint/names.py join them.
+tables of conversion/names.py join them.
 """
 
 import pytest

@@ -113,10 +113,10 @@ def distillation_case(name: str, kind: str, temperature: float):
     table = vit_stage_names(depths[index], first=index == 0, last=last, qkv_bias=False)
     teacher_params = arrays_from_torch(table, arrays(f"b_vit_huge/module_{index}.npz"))
     states = len(io["states"]) if "states" in io else 1
-    pupil = chain.abstract(
+    student = chain.abstract(
         lambda rngs: build_student(STUDENT_SPEC, index, len(depths), STITCH_DIM, states, rngs=rngs)
     )
-    fixed = {k: jnp.asarray(io[k]) for k in pupil.fixed}
+    fixed = {k: jnp.asarray(io[k]) for k in student.fixed}
     frozen = {f"meta/{i}": {"params": p, "fixed": {}} for i, p in enumerate(meta_params)}
     frozen |= {"teacher": {"params": teacher_params, "fixed": {}}, "student": {"fixed": fixed}}
     graphs = {
@@ -125,7 +125,7 @@ def distillation_case(name: str, kind: str, temperature: float):
         ).graph
         for i in range(len(depths))
     }
-    graphs |= {"teacher": teacher.graph, "student": pupil.graph}
+    graphs |= {"teacher": teacher.graph, "student": student.graph}
     names = [f"meta/{i}" for i in range(len(depths))]
     hybrid = lambda middle: (*names[:index], middle, *names[index + 1 :])
     program = Program(

@@ -1,17 +1,21 @@
-"""WordNet ids of ImageNet, Tiny-ImageNet and their renditions (reference section 7)."""
+"""WordNet ids of ImageNet, Tiny-ImageNet and their renditions.
+
+Source: docs/reference.md#renditions.
+"""
 
 import functools
 from importlib import resources
 
-# A set of renditions -> the set whose classes, and logits, it takes its own from.
+# Renditions -> the data set whose classes they are some of.
 PARENTS = {"imagenet_r": "imagenet", "tiny_imagenet_r": "tiny_imagenet"}
 
 
 @functools.cache
-def wordnet_ids(name):
-    """The classes of a set in the order of its logits: a tuple of ids.
+def wordnet_ids(name: str) -> tuple[str, ...]:
+    """The class ids of a data set, in the order of the logits.
 
-    Args: name, 'imagenet', 'imagenet_r', 'tiny_imagenet' or 'tiny_imagenet_r'.
+    Args:
+        name: 'imagenet', 'imagenet_r', 'tiny_imagenet' or 'tiny_imagenet_r'.
     """
-    lines = (resources.files(__package__) / f"{name}.txt").read_text().splitlines()
+    lines = (resources.files("m2mkd_jax.data.class_lists") / f"{name}.txt").read_text().splitlines()
     return tuple(line for line in lines if not line.startswith("#"))

@@ -1,0 +1,1 @@
+"""Layouts of data sets on disk, one file each; layouts.py tells them apart and opens them."""

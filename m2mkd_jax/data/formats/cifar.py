@@ -1,16 +1,18 @@
-"""CIFAR-100 as published: the binary archive, or the Python one, whose pickles are not run.
+"""The CIFAR-100 archives: the binary one, or the Python one, whose pickles are never executed.
 
     root[/cifar-100-binary]/train.bin, test.bin, fine_label_names.txt
     root[/cifar-100-python]/train, test, meta
 
-Axes: N images; 32 pixels, planes of red, green, blue.
+Axes: N images, P values per image (3 planes of 32 x 32 pixels: red, green, blue).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from m2mkd_jax.data.arrays import ArraySource
+from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.formats.pickles import read_pickle
 from m2mkd_jax.errors import UserError
 
@@ -21,8 +23,8 @@ _PIXELS = 3 * 32 * 32
 _ROW = 2 + _PIXELS  # coarse label, fine label, pixels
 
 
-def find(root):
-    """('binary' or 'python', the folder), or None."""
+def find(root: str | Path) -> tuple[str, Path] | None:
+    """('binary' or 'python', the folder of the files), or None if there is no archive."""
     for kind, names in (("binary", BINARY), ("python", PYTHON)):
         for folder in (Path(root), Path(root) / f"cifar-100-{kind}"):
             if all((folder / name).is_file() for name in names):
@@ -30,17 +32,29 @@ def find(root):
     return None
 
 
-def open_split(root, split):
-    """ArraySource of a split, 32 pixels. Raises: UserError for files that are broken."""
-    kind, folder = find(root)
+def open_split(root: str | Path, split: str) -> ArrayImageSource:
+    """Reads a split, at 32 pixels.
+
+    Args:
+        root: the folder that holds the archive.
+        split: 'train' or 'test'.
+
+    Raises:
+        UserError: no archive, or broken files.
+    """
+    found = find(root)
+    if found is None:
+        raise UserError(f"{root} does not hold CIFAR-100: {' '.join(BINARY)} are expected")
+    kind, folder = found
     pixels, labels = (_binary if kind == "binary" else _python)(folder / PYTHON[split == "test"])
     if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
         raise UserError(f"{folder} has the label {labels.max()} of 100 classes: download it again")
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ArraySource(np.ascontiguousarray(images), labels, _names(kind, folder))
+    return ArrayImageSource(np.ascontiguousarray(images), labels, _names(kind, folder))
 
 
-def _binary(path):
+def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 (N, P) and fine labels (N,) of a binary file."""
     path = path.with_suffix(".bin")
     rows = np.fromfile(path, np.uint8)
     if len(rows) % _ROW:
@@ -49,10 +63,11 @@ def _binary(path):
     return rows[:, 2:], rows[:, 1]
 
 
-def _python(path):
-    pixels, labels = map(np.asarray, _fields(path, "data", "fine_labels"))
-    whole = pixels.dtype == np.uint8 and labels.dtype.kind in "iu"
-    if not whole or labels.ndim != 1 or pixels.shape != (len(labels), _PIXELS):
+def _python(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 (N, P) and fine labels (N,) of a pickle."""
+    pixels, labels = (np.asarray(value) for value in _fields(path, "data", "fine_labels"))
+    integers = pixels.dtype == np.uint8 and labels.dtype.kind in "iu"
+    if not integers or labels.ndim != 1 or pixels.shape != (len(labels), _PIXELS):
         raise UserError(
             f"{path} has labels of shape {labels.shape} and pixels of shape {pixels.shape}:"
             " download it again"
@@ -60,21 +75,23 @@ def _python(path):
     return pixels, labels
 
 
-def _fields(path, *keys):
+def _fields(path: Path, *keys: str) -> list[Any]:
+    """The values of some keys of a pickled dict."""
     content = read_pickle(path)
-    content = dict(content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
     content = {_text(key): value for key, value in content.items()}
     if not content.keys() >= set(keys):
         raise UserError(f"{path} is not CIFAR-100's: it has no {' and '.join(keys)}")
     return [content[key] for key in keys]
 
 
-def _text(value):
-    """Python 2's strings come as bytes; in files that were written again they may be text."""
+def _text(value: Any) -> Any:
+    """Decodes bytes (Python 2's strings); anything else is returned unchanged."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _names(kind, folder):
+def _names(kind: str, folder: Path) -> Sequence[str]:
+    """The names of the fine classes."""
     if kind == "binary":
         names = (folder / BINARY[2]).read_text().split()
     else:

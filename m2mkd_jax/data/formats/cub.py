@@ -1,4 +1,4 @@
-"""CUB-200-2011's own files: images/, and tables of lines "number value" beside it.
+"""The CUB-200-2011 archive: images/ and tables with lines of "number value".
 
     root[/CUB_200_2011]/images.txt, image_class_labels.txt, train_test_split.txt, classes.txt
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
+from m2mkd_jax.data.encoded_source import EncodedImageSource
+from m2mkd_jax.data.formats.folder import FolderFiles
 from m2mkd_jax.errors import UserError
 
 TABLES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
 
 
-def find(root):
+def find(root: str | Path) -> Path | None:
     """The folder of the tables, or None."""
     for folder in (Path(root), Path(root) / "CUB_200_2011"):
         if all((folder / name).is_file() for name in TABLES):
@@ -24,9 +25,19 @@ def find(root):
     return None
 
 
-def open_split(root, split):
-    """A split, in the order of the tables. Raises: UserError for tables that do not agree."""
+def open_split(root: str | Path, split: str) -> EncodedImageSource:
+    """Opens a split, in the order of the tables.
+
+    Args:
+        root: the folder that holds the archive.
+        split: 'train' or 'test'.
+
+    Raises:
+        UserError: no archive, or tables that contradict each other.
+    """
     folder = find(root)
+    if folder is None:
+        raise UserError(f"{root} does not hold CUB-200-2011: {', '.join(TABLES)} are expected")
     paths, labels, training, classes = (_table(folder / name) for name in TABLES)
     if not paths.keys() == labels.keys() == training.keys():
         raise UserError(f"the tables of {folder} name different images: unpack the archive again")
@@ -42,13 +53,13 @@ def open_split(root, split):
             f"{folder / TABLES[1]} names class {error}, {TABLES[3]} does not: unpack it again"
         ) from error
     files = [os.fsencode(os.path.join("images", paths[number])) for number in chosen]
-    return EncodedSource(FolderFiles(folder, np.array(files)), numbers, classes.values())
+    return EncodedImageSource(FolderFiles(folder, np.array(files)), numbers, classes.values())
 
 
-def _table(path):
+def _table(path: Path) -> dict[str, str]:
     """{first word: second word} of every line."""
     lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
     short = next((number for number, words in enumerate(lines, 1) if len(words) != 2), None)
     if short:
         raise UserError(f"{path} line {short}: two words expected: unpack the archive again")
-    return dict(lines)
+    return {first: second for first, second in lines}

@@ -1,14 +1,15 @@
-"""Folders of image files: ImageNet's layout, the original Tiny-ImageNet archive's, ImageNet-R's.
+"""Folders of image files, as in ImageNet, the Tiny-ImageNet archive and ImageNet-R.
 
     root/train/CLASS/*.JPEG          or   root/train/CLASS/images/*.JPEG
     root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt
 
-    root/CLASS/*.jpg                 only a test split, as ImageNet-R has
+    root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
-Classes are the folder names, sorted; the class of a file is its folder. Axes: N images.
+Classes are the folder names, sorted. Axes: N images.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,45 @@ _NAMED = 10  # classes that a message names
 EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
-def check_layout(root):
-    """Looks whether train/ and val/ are there and agree, by listing folders only.
+class FolderFiles:
+    """`EncodedFiles` that are image files below one folder."""
 
-    Returns: the class names, sorted.
-    Raises: UserError for a missing folder, a val/ without classes, or with others than train/.
+    def __init__(self, root: str | Path, paths: np.ndarray) -> None:
+        """Refers to files below a folder.
+
+        Args:
+            root: the folder.
+            paths: bytes (N,), the files' paths below it.
+        """
+        self.root = os.fspath(root)
+        # Encoded, in one array: a million str objects take 150 MB in every worker.
+        self.paths = np.asarray(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """The path of a file."""
+        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+
+    def content(self, index: int) -> bytes:
+        """A file's bytes."""
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
+    def take(self, indices: np.ndarray) -> "FolderFiles":
+        """The files at `indices`, in this order."""
+        return FolderFiles(self.root, self.paths[indices])
+
+
+def check_layout(root: str | Path) -> list[str]:
+    """Checks that train/ and val/ exist and have the same classes, by listing folders only.
+
+    Returns:
+        The class names, sorted.
+
+    Raises:
+        UserError: a missing folder, a val/ without classes, or with other classes than train/.
     """
     root, names = Path(root), train_classes(root)
     _require_folder(root, "val")
@@ -43,8 +78,12 @@ def check_layout(root):
     return names
 
 
-def train_classes(root):
-    """The class names, sorted, whatever val/ holds. Raises: UserError for a train/ without any."""
+def train_classes(root: str | Path) -> list[str]:
+    """The class names of train/, sorted; val/ is not looked at.
+
+    Raises:
+        UserError: train/ is missing or has no class folders.
+    """
     _require_folder(root, "train")
     names = class_folders(Path(root) / "train")
     if not names:
@@ -52,18 +91,26 @@ def train_classes(root):
     return names
 
 
-def _require_folder(root, name):
+def _require_folder(root: str | Path, name: str) -> None:
     if not (Path(root) / name).is_dir():
         raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
 
 
-def list_images(root, split, names):
-    """The files of a split, in a fixed order, without opening any.
+def list_images(
+    root: str | Path, split: str, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists the files of a split, in a fixed order, without opening any.
 
-    Args: root, a path that `check_layout` accepts, or for 'train' `train_classes`; split
-      'train' or 'test'; names, the classes.
-    Returns: paths bytes (N,), below root; labels int32 (N,).
-    Raises: UserError for a class without images or a broken annotation file.
+    Args:
+        root: the folder of train/ and val/.
+        split: 'train' or 'test'.
+        names: the classes.
+
+    Returns:
+        Paths below root, bytes (N,), and labels, int32 (N,).
+
+    Raises:
+        UserError: a class without images or a broken annotation file.
     """
     root = Path(root)
     if split == "test" and (root / "val" / _ANNOTATIONS).is_file():
@@ -71,12 +118,20 @@ def list_images(root, split, names):
     return list_classes(root, _FOLDERS[split], names)
 
 
-def list_classes(root, folder, names):
-    """The files of the class folders `names` in root/folder: paths bytes (N,), labels int32 (N,).
+def list_classes(
+    root: str | Path, folder: str, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists the files of the class folders `names` in root/folder.
 
-    Raises: UserError for a class without images.
+    Returns:
+        Paths below root, bytes (N,), and labels, int32 (N,).
+
+    Raises:
+        UserError: a class without images.
     """
-    root, files, labels = Path(root), [], []
+    root = Path(root)
+    files: list[bytes] = []
+    labels: list[int] = []
     for label, name in enumerate(names):
         below = os.path.join(folder, name)
         if (root / below / "images").is_dir():
@@ -89,8 +144,8 @@ def list_classes(root, folder, names):
     return np.array(files), np.array(labels, np.int32)
 
 
-def _annotated(root, names):
-    """Tiny-ImageNet's val/: flat, with lines of file name, tab, class, tab, box."""
+def _annotated(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tiny-ImageNet's flat val/, whose table has lines of file name, tab, class, tab, box."""
     path = root / "val" / _ANNOTATIONS
     present = set(image_files(root / "val" / "images"))
     numbers = {name: label for label, name in enumerate(names)}
@@ -109,8 +164,7 @@ def _annotated(root, names):
         if file not in present:
             raise UserError(
                 f"{path} line {number}: no image {file!r} in {root / 'val' / 'images'}, or named"
-                " before:"
-                " unpack the archive again"
+                " before: unpack the archive again"
             )
         present.remove(file)  # a second line finds it missing
         files.append(os.fsencode(os.path.join("val", "images", file)))
@@ -124,8 +178,17 @@ def _annotated(root, names):
     return np.array(files), np.array(labels, np.int32)
 
 
-def check_same_classes(where, names, found):
-    """Raises UserError unless the classes `found` in `where` are those of training, `names`."""
+def check_same_classes(where: str | Path, names: Sequence[str], found: Sequence[str]) -> None:
+    """Checks that a test split has the classes of the training split.
+
+    Args:
+        where: the place of the test split, for messages.
+        names: the training classes.
+        found: the test classes.
+
+    Raises:
+        UserError: a class is missing or unknown.
+    """
     missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if missing:
         raise UserError(
@@ -134,24 +197,23 @@ def check_same_classes(where, names, found):
         )
     if unknown:
         raise UserError(
-            f"{where} has {len(unknown)} classes that train/ lacks (the first:"
-            f" {_some(unknown)}):"
+            f"{where} has {len(unknown)} classes that train/ lacks (the first: {_some(unknown)}):"
             " remove them or add them to train/"
         )
 
 
-def _some(names):
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED])
 
 
-def class_folders(folder):
-    """Names of the folders in a folder, sorted; hidden ones left out."""
+def class_folders(folder: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def image_files(folder):
-    """Names of the image files in a folder; none where it is not there."""
+def image_files(folder: str | Path) -> list[str]:
+    """The names of the image files in a folder, without hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
         return []
     return [

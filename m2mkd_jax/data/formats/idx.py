@@ -1,4 +1,4 @@
-"""Reads the IDX files that MNIST and its relatives come in, plain or gzipped.
+"""IDX files, plain or gzipped: MNIST and Fashion-MNIST.
 
     root/train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-..., t10k-labels-...   [.gz]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data.arrays import ArraySource
+from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.errors import UserError
 
 _UINT8 = 0x08
@@ -31,36 +31,40 @@ CLASSES = (
 )
 
 
-def check_present(root):
-    """Raises UserError where one of the four files is not there."""
+def check_present(root: str | Path) -> None:
+    """Raises UserError if one of the four files is missing."""
     for stem in _STEMS.values():
         for name in _names(stem):
-            if find_idx(root, name) is None:
-                raise UserError(f"{root} has no {name} or {name}.gz")
+            _require_idx(root, name)
 
 
-def open_split(root, split):
-    """A split, 28 pixels, three equal channels, with Fashion-MNIST's class names: ArraySource.
+def open_split(root: str | Path, split: str) -> ArrayImageSource:
+    """Reads a split of Fashion-MNIST: 28 pixels, three equal channels.
 
-    Raises: UserError for files that are missing, broken or do not belong together.
+    Args:
+        root: the folder of the four files.
+        split: 'train' or 'test'.
+
+    Raises:
+        UserError: files that are missing, broken or do not belong together.
     """
-    check_present(root)
-    images_path, labels_path = (find_idx(root, name) for name in _names(_STEMS[split]))
+    images_path, labels_path = (_require_idx(root, name) for name in _names(_STEMS[split]))
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
         raise UserError(
             f"{images_path} with shape {images.shape} and {labels_path} with {labels.shape} do not"
             " belong together: download both again"
         )
-    return ArraySource(np.repeat(images[..., None], 3, -1), labels, CLASSES)
+    return ArrayImageSource(np.repeat(images[..., None], 3, -1), labels, CLASSES)
 
 
-def _names(stem):
+def _names(stem: str) -> tuple[str, str]:
+    """The files of images and of labels."""
     return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
 
-def find_idx(root, stem):
-    """The path of `stem` or `stem.gz` in folder `root`; None where neither is there."""
+def find_idx(root: str | Path, stem: str) -> Path | None:
+    """The path of `stem` or `stem.gz` in a folder; None if it has neither."""
     for name in (stem, stem + ".gz"):
         path = Path(root) / name
         if path.is_file():
@@ -68,16 +72,27 @@ def find_idx(root, stem):
     return None
 
 
-def read_idx(path):
-    """Reads an IDX file of unsigned bytes: uint8 (N, ...), as many axes as the file says.
+def _require_idx(root: str | Path, stem: str) -> Path:
+    path = find_idx(root, stem)
+    if path is None:
+        raise UserError(f"{root} has no {stem} or {stem}.gz")
+    return path
 
-    The format: two zero bytes, a type code, the number of axes, then each axis as a big-endian
-    32-bit number, then the values.
-    Raises: UserError for a file that is not IDX, of another type, cut short or too long.
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes.
+
+    The format: two zero bytes, a type code, the number of axes, the length of each axis as a
+    big-endian 32-bit number, then the values.
+
+    Returns:
+        uint8 (N, ...), of the shape in the file's header.
+
+    Raises:
+        UserError: not an IDX file, of another type, or of the wrong length.
     """
-    opener = gzip.open if Path(path).suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
+        with gzip.open(path, "rb") if Path(path).suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error}): download it again") from error

@@ -1,11 +1,13 @@
-"""Reads the pickles of the CIFAR archives without running anything that stands in them.
+"""Reads the pickles of the CIFAR archives without executing code from them.
 
-A pickle is a program; Python's own reader calls whatever functions it names. This one walks over
-the instructions and knows only those that plain values and numpy arrays are made of.
+A pickle is a program: Python's own reader calls any function it names. This reader interprets only
+the instructions that plain values and numpy arrays consist of.
 """
 
 import pickletools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,20 +45,23 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Array:
-    """An array; mostly its contents come later, in a BUILD."""
+    """An array whose contents may come later, in a BUILD instruction."""
 
-    def __init__(self, value=None):
+    def __init__(self, value: np.ndarray | None = None) -> None:
         self.value = value
 
 
-def read_pickle(path):
-    """The value in a pickle file: an array, or a dict of arrays, lists, numbers, text and bytes.
+def read_pickle(path: str | Path) -> Any:
+    """Reads a pickle file.
 
-    Python 2's strings come as bytes.
-    Raises: UserError for anything else, and for a broken file.
+    Returns:
+        An array, or a dict of arrays, lists, numbers, text and bytes (also Python 2's strings).
+
+    Raises:
+        UserError: the file is broken or holds anything else.
     """
     try:
-        # From memory: a file that says it has a string of 2^60 bytes is then just cut short.
+        # From memory: a file that announces a string of 2^60 bytes is then just too short.
         return _plain(_run(pickletools.genops(Path(path).read_bytes())))
     except UserError as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
@@ -64,8 +69,10 @@ def read_pickle(path):
         raise UserError(f"cannot read the pickle {path} ({error}): download it again") from error
 
 
-def _run(instructions):
-    stack, memo = [], {}
+def _run(instructions: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
+    """Interprets the instructions and returns the pickled value, arrays wrapped in `_Array`."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
     for opcode, argument, _ in instructions:
         name = opcode.name
         if name in _VALUES:
@@ -115,25 +122,27 @@ def _run(instructions):
     raise ValueError("it ends too early")
 
 
-def _marked(stack):
-    """Takes what lies above the last mark."""
+def _marked(stack: list[Any]) -> list[Any]:
+    """Pops the items above the last mark, and the mark."""
     place = len(stack) - 1 - stack[::-1].index(_MARK)
     items = stack[place + 1 :]
     del stack[place:]
     return items
 
 
-def _pairs(items):
+def _pairs(items: list[Any]) -> dict[Any, Any]:
     return dict(zip(items[::2], items[1::2], strict=True))
 
 
-def _known(function):
+def _known(function: tuple[str, str]) -> tuple[str, str]:
+    """The function, if it is one that arrays need; else raises UserError."""
     if function not in {_ARRAY, _DTYPE, _ENCODE} | _RECONSTRUCT | _FROM_BUFFER:
         raise UserError(f"the pickle calls {'.'.join(map(str, function))}: it is not CIFAR's")
     return function
 
 
-def _make(function, arguments):
+def _make(function: tuple[str, str], arguments: Any) -> Any:
+    """The result of calling a known function."""
     if function in _RECONSTRUCT and arguments[0] == _ARRAY:
         return _Array()
     if function == _DTYPE:
@@ -147,14 +156,15 @@ def _make(function, arguments):
     raise UserError("the pickle calls something that no array needs: it is not CIFAR's")
 
 
-def _filled(state):
+def _filled(state: Any) -> np.ndarray:
+    """The array of a BUILD instruction's state."""
     _, shape, dtype, fortran, content = state
     content = content.encode("latin-1") if isinstance(content, str) else content
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _plain(value):
-    """The value, with the arrays that stand in its dict in their final form."""
+def _plain(value: Any) -> Any:
+    """The value, its `_Array`s (or those in its dict) unwrapped."""
     if isinstance(value, dict):
         return {k: v.value if isinstance(v, _Array) else v for k, v in value.items()}
     return value.value if isinstance(value, _Array) else value

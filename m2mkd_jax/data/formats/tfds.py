@@ -1,10 +1,12 @@
-"""Data sets that TensorFlow Datasets prepared, read without TensorFlow.
+"""Data sets prepared by TensorFlow Datasets as ArrayRecord files, read without TensorFlow.
 
-A prepared directory holds dataset_info.json and *.array_record files: prepare with
-`file_format="array_record"`. Axes: N images.
+    root[/name[/version]]/dataset_info.json, *.array_record
+
+Axes: N images, R records of the split, B batch.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,43 +14,53 @@ import tensorflow_datasets as tfds
 from m2mkd_jax.errors import UserError
 
 _INFO = "dataset_info.json"
-# imagenet2012 has a test split without labels: validation comes first.
+# imagenet2012 has a test split without labels, so validation is preferred.
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}
 
 
 class RecordFiles:
-    """Encoded images of a prepared split.
+    """`EncodedFiles` that are records of a prepared split."""
 
-    records: TFDS's data source, whose items hold "image" as bytes and "label"; rows int (N,), which
-    of them. Labels stand in the records alone: `known` int32 (records,) keeps those seen, else -1.
-    """
+    def __init__(
+        self,
+        directory: str | Path,
+        records: Any,
+        rows: np.ndarray | None = None,
+        known: np.ndarray | None = None,
+    ) -> None:
+        """Refers to records of a split.
 
-    def __init__(self, directory, records, rows=None, known=None):
+        Args:
+            directory: the prepared directory, for messages.
+            records: TFDS's data source of R records with "image" (bytes) and "label".
+            rows: int (N,), the records to use; None: all.
+            known: int32 (R,), labels read so far (-1: not yet), shared by selections of a split.
+        """
         self.directory = str(directory)
         self._records = records
         self._rows = np.arange(len(records)) if rows is None else rows
         self._known = np.full(len(records), -1, np.int32) if known is None else known
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows)
 
-    def name(self, index):
-        """Where a record lies."""
+    def name(self, index: int) -> str:
+        """A record's number and directory."""
         return f"number {self._rows[index]} of {self._records.split} in {self.directory}"
 
-    def content(self, index):
+    def content(self, index: int) -> bytes:
         """An image's bytes."""
         row = int(self._rows[index])
         record = self._records[row]
         self._known[row] = record["label"]
         return record["image"]
 
-    def take(self, indices):
-        """Only these records, in this order."""
+    def take(self, indices: np.ndarray) -> "RecordFiles":
+        """The records at `indices`, in this order."""
         return RecordFiles(self.directory, self._records, self._rows[indices], self._known)
 
-    def labels_of(self, indices):
-        """Labels of the records at `indices` int (B,): int32 (B,)."""
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of the records at `indices` int (B,): int32 (B,)."""
         rows = self._rows[indices]
         for row in rows[self._known[rows] < 0]:
             self._known[row] = self._records[int(row)]["label"]
@@ -56,19 +68,29 @@ class RecordFiles:
 
 
 class RecordLabels:
-    """Labels that are read when they are asked for.
+    """`Labels` read from the records on request.
 
-    `labels[indices]` costs nothing for images just read; `np.asarray(labels)` reads the split once.
-    new: None, or int32 (classes,), other numbers for the classes.
+    `labels[indices]` costs nothing for images just read; `np.asarray(labels)` reads the split.
     """
 
-    def __init__(self, files, new=None):
+    def __init__(self, files: RecordFiles, new: np.ndarray | None = None) -> None:
+        """Refers to the labels of records.
+
+        Args:
+            files: the records.
+            new: int32 (classes,), the new number of each class, -1 for a class that must not occur;
+                None: unchanged.
+        """
         self._files, self._new = files, new
 
-    def __len__(self):
+    def renumbered(self, new: np.ndarray) -> "RecordLabels":
+        """The same labels with other numbers; `new` as in the constructor."""
+        return RecordLabels(self._files, new)
+
+    def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, indices):
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         labels = self._files.labels_of(indices)
         if self._new is None:
             return labels
@@ -76,12 +98,12 @@ class RecordLabels:
             raise UserError(f"{self._files.directory} has images of classes that are not expected")
         return self._new[labels]
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[np.arange(len(self))], dtype)
 
 
-def find_prepared(root):
-    """The newest prepared version in `root`, in a folder of it, or one below that; None if none."""
+def find_prepared(root: str | Path) -> Path | None:
+    """The newest prepared version in `root` or up to two folders below it, or None."""
     root = Path(root)
     for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}"):
         found = [path.parent for path in root.glob(pattern)]
@@ -90,20 +112,28 @@ def find_prepared(root):
     return None
 
 
-def _number(text):
+def _number(text: str) -> int:
     return int(text) if text.isdigit() else -1
 
 
-def has_split(directory, split):
-    """Whether a prepared directory holds a split."""
+def has_split(directory: str | Path, split: str) -> bool:
+    """Whether a prepared directory holds the split 'train' or 'test'."""
     splits = tfds.builder_from_directory(str(directory)).info.splits
     return any(name in splits for name in _SPLITS[split])
 
 
-def list_images(directory, split):
-    """A split of a prepared directory: RecordFiles, class names.
+def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[str, ...]]:
+    """Opens a split of a prepared directory.
 
-    Raises: UserError for one that is not array_record, lacks the split, or has no image and label.
+    Args:
+        directory: from `find_prepared`.
+        split: 'train' or 'test'.
+
+    Returns:
+        The records and the class names.
+
+    Raises:
+        UserError: not prepared as ArrayRecord, no such split, or no image and label features.
     """
     builder = tfds.builder_from_directory(str(directory))
     features = builder.info.features
@@ -118,7 +148,7 @@ def list_images(directory, split):
             f" {' or '.join(_SPLITS[split])}"
         )
     try:
-        # None: CUB's records hold a mask too, which nobody looks at.
+        # All images stay undecoded: CUB's records also hold a mask, which is not used.
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]
         records = builder.as_data_source(
             name, decoders={key: tfds.decode.SkipDecoding() for key in images}

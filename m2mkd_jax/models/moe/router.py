@@ -161,8 +161,8 @@ class Router(nnx.Module):
             The routing, and scalars: 'entropy' of the softmax over all experts without noise (mean
             over the tokens, in nats), 'importance_loss' and 'load_loss' (losses/balance.py). These
             losses are over all groups together, so that they do not depend on the number of
-            devices; the code of Riquelme et al. takes them group by group. The load loss is defined by
-            the noise and is 0 without it.
+            devices; the code of Riquelme et al. takes them group by group. The load loss is defined
+            by the noise and is 0 without it.
         """
         spec = self.spec
         logits = noisy = self.logits(x)

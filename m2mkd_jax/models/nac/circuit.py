@@ -201,44 +201,21 @@ class NAC(chain.Stage):
             (B, U, D).
         """
         spec = self.spec
-        signatures = self.mediator_latents.signatures[...]
-        noisy_paths = key is not None and rates is not None and any(rates)
         steps: dict[str, jax.Array] = {}
         if spec.codes_per_iteration:
             steps["codes"] = self.mediator_latents.codes[...]
         if key is not None:
             steps["key"] = jax.random.split(key, spec.iterations)
-        if noisy_paths:
-            steps["rate"] = jnp.asarray(rates)
+            if rates is not None and any(rates):
+                steps["rate"] = jnp.asarray(rates)
 
         def step(
             layer: LatentLayer,
             states: jax.Array,
-            step: dict[str, jax.Array],
-            *,
+            own: dict[str, jax.Array],
             with_inputs: bool = True,
         ) -> jax.Array:
-            codes = step["codes"] if "codes" in step else self.mediator_codes(0)
-            senders, sender_codes, sender_signatures = self._senders(
-                inputs, states, codes, with_inputs
-            )
-            keys = _split(step.get("key"), 4)
-            log_kernel = self.propagator_kernel(
-                kernels.distance(signatures, sender_signatures),
-                layer.attention.bandwidth[...],
-                states.shape[0],
-                keys[0],
-            )
-            return layer(
-                states,
-                jitter(codes, spec.code_noise, keys[1]),
-                senders,
-                jitter(sender_codes, spec.code_noise, keys[2]),
-                log_kernel,
-                step.get("rate"),
-                keys[3] if noisy_paths else None,
-                self.shared_ffn,
-            )
+            return self._iteration(layer, inputs, states, own, with_inputs)
 
         if trace is None and spec.persistent_inputs and not spec.share_propagators:
             return layers.scan_stack(self.propagators, mediators, steps, step, remat=spec.remat)
@@ -247,11 +224,51 @@ class NAC(chain.Stage):
             index = 0 if spec.share_propagators else i
             layer = nnx.merge(graph, jax.tree.map(lambda a, index=index: a[index], state))
             own = jax.tree.map(lambda a, i=i: a[i], steps)
-            with_inputs = i == 0 or spec.persistent_inputs
-            mediators = step(layer, mediators, own, with_inputs=with_inputs)
+            mediators = step(layer, mediators, own, i == 0 or spec.persistent_inputs)
             if trace is not None:
                 trace.append(mediators)
         return mediators
+
+    def _iteration(
+        self,
+        layer: LatentLayer,
+        inputs: jax.Array,
+        mediators: jax.Array,
+        own: dict[str, jax.Array],
+        with_inputs: bool,
+    ) -> jax.Array:
+        """One iteration of `propagate`.
+
+        Args:
+            layer: the propagator.
+            inputs: states of the input latents (B, U, D).
+            mediators: states of the mediators (B, U, D).
+            own: the iteration's 'codes', noise 'key' and drop-path 'rate', as far as there are any.
+            with_inputs: whether input latents are among the senders.
+
+        Returns:
+            New states of the mediators (B, U, D).
+        """
+        noise = self.spec.code_noise
+        codes = own["codes"] if "codes" in own else self.mediator_codes(0)
+        senders, sender_codes, signatures = self._senders(inputs, mediators, codes, with_inputs)
+        keys = _split(own.get("key"), 4)
+        log_kernel = self.propagator_kernel(
+            kernels.distance(self.mediator_latents.signatures[...], signatures),
+            layer.attention.bandwidth[...],
+            mediators.shape[0],
+            keys[0],
+        )
+        return layer(
+            mediators,
+            jitter(codes, noise, keys[1]),
+            senders,
+            jitter(sender_codes, noise, keys[2]),
+            log_kernel,
+            own.get("rate"),
+            keys[3] if "rate" in own else None,
+            self.shared_ffn,
+        )
 
     def propagator_kernel(
         self,

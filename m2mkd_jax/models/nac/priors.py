@@ -223,7 +223,8 @@ def _fit(
         slack = jnp.where(i < steps, 0.0, SLACK)
         gradient, now = gradient_of(signatures, adjacency, margin, slack)
         best = jnp.where(now <= best_score, signatures, best)
-        updates, state = adam.update(gradient, state)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, state = adam.update(gradient, state)
         signatures = optax.apply_updates(signatures, updates)
         return i + 1, signatures, state, best, jnp.minimum(now, best_score)
 

@@ -42,7 +42,7 @@ def test_policies_are_parsed(text, policy):
         ("rand-m9-x3", 'cannot read "x3" at position 8'),
         ("rand-m9-mstd-inc1", 'cannot read "mstd" at position 8'),
         ("rand-m9--inc1", 'cannot read "" at position 8'),
-        ("rand-m9-inc1-m7", 'cannot read "m7" at position 13: m stands there twice'),
+        ("rand-m9-inc1-m7", 'cannot read "m7" at position 13: m is given twice'),
         ("rand-m11", "position 5: the magnitude is 0 to 10"),
         ("rand-m9-n0", "position 8: n is a whole number"),
         ("rand-m9-n1.5", "position 8: n is a whole number"),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from m2mkd_jax.data.arrays import ArraySource, to_images
+from m2mkd_jax.data.array_source import ArrayImageSource, to_images
 from m2mkd_jax.data.augment import (
     Augmentation,
     Draws,
@@ -149,7 +149,7 @@ def test_grey_pictures_of_28_pixels_are_padded_to_32():
 
 def test_every_crop_gives_images_of_the_wanted_size():
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    source = ArraySource(images, np.arange(4), "abcd")
+    source = ArrayImageSource(images, np.arange(4), "abcd")
     draws = Draws.of(np.random.default_rng(0), 3)
     for crop in ("none", "shift", "random_resized"):
         out = training_images(
@@ -159,7 +159,7 @@ def test_every_crop_gives_images_of_the_wanted_size():
         assert (out == images[[3, 0, 1]]).all() == (crop == "none")
 
 
-class CountingSource(ArraySource):
+class CountingSource(ArrayImageSource):
     """Counts how often it decodes."""
 
     reads = 0
@@ -259,11 +259,11 @@ def test_a_crop_of_a_reduced_image_is_nearly_that_of_the_whole():
     """640x427 to 32 pixels: crops of 128 pixels and more are taken at a half or less."""
     content = encoded(PHOTO, format="JPEG", quality=95)
 
-    class Whole(ArraySource):
+    class Whole(ArrayImageSource):
         def read(self, index, shrink=None):
             return decode(content, "it")
 
-    class Reduced(ArraySource):
+    class Reduced(ArrayImageSource):
         def read(self, index, shrink=None):
             image = decode(content, "it", shrink)
             self.reduced = self.reduced or image.shape[0] < 427
@@ -288,7 +288,7 @@ def test_a_crop_of_a_reduced_image_is_nearly_that_of_the_whole():
 
 def test_rand_augment_comes_after_the_flip_and_to_every_image_its_own():
     images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
-    source = ArraySource(np.repeat(images, 40, 0), np.zeros(40), "a")
+    source = ArrayImageSource(np.repeat(images, 40, 0), np.zeros(40), "a")
     policy = Policy.parse("rand-m9-mstd0.5-inc1")
     draws = Draws.of(np.random.default_rng(0), 40, policy.layers)
     augmentation = Augmentation("none", 0, (0.08, 1.0), True, policy, 0.4)
@@ -303,7 +303,7 @@ def test_rand_augment_comes_after_the_flip_and_to_every_image_its_own():
 
 def test_colour_jitter_acts_only_without_a_policy():
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    source = ArraySource(images, np.zeros(2), "a")
+    source = ArrayImageSource(images, np.zeros(2), "a")
     draws = Draws.of(np.random.default_rng(0), 2, 1)
     # A policy whose draws are never applied.
     draws.choices.applied[:] = 0.9
@@ -316,7 +316,7 @@ def test_colour_jitter_acts_only_without_a_policy():
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("crop", "random_resize", "did you mean 'random_resized'"),
+        ("crop", "random_resize", 'did you mean "random_resized"'),
         ("shift", 16, "use 0 to 15"),
         ("scale", (0.5, 0.1), "within"),
         ("rand_augment", "rand-m9-k2", 'cannot read "k2" at position 8'),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from m2mkd_jax.data.arrays import ArraySource
+from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.few_shot import disjoint_selection, draw_tasks
 from m2mkd_jax.data.indices import (
     BatchIndices,
@@ -119,7 +119,7 @@ def splits():
         labels = rng.permutation(np.arange(count) % 10)
         images = np.zeros((count, 4, 4, 3), np.uint8)
         images[:, 0, 0, 0] = first + np.arange(count)
-        sources.append(ArraySource(images, labels, [f"class {i}" for i in range(10)]))
+        sources.append(ArrayImageSource(images, labels, [f"class {i}" for i in range(10)]))
     return sources
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2mkd_jax.data import check, layouts, prepare, sources
 from m2mkd_jax.data.class_lists import wordnet_ids
-from m2mkd_jax.data.encoded import Damage
+from m2mkd_jax.data.damaged_images import DamagedImageCounter
 from tests.data_files import CLASSES, make_config, message, write_cub, write_folders
 
 
@@ -336,7 +336,7 @@ def test_a_damaged_image_is_replaced_by_the_next_with_its_label(damaged):
 
 
 def test_damaged_images_are_named_once_and_counted_up_to_the_limit(damaged, capsys):
-    counter = Damage(damaged, share=0.2)  # of nine: one
+    counter = DamagedImageCounter(damaged, share=0.2)  # of nine: one
     pairs = np.array([[-1, -1], [4, 6], [4, 6]])
     counter.note(pairs)
     counter.note(pairs)
@@ -351,7 +351,7 @@ def test_the_limit_is_the_share_rounded_down(folders, capsys):
     source = sources.load_source(make_config("imagenet", folders), "train")
     hundred = source.select(np.zeros(100, int))
     for share, limit in ((0.29, 29), (0.299, 29), (0.001, 0), (1.0, 100)):
-        counter = Damage(hundred, share)
+        counter = DamagedImageCounter(hundred, share)
         counter.note(np.array([[i, 0] for i in range(limit)]).reshape(-1, 2))
         if limit < 100:
             message(counter.note, np.array([[99, 0]]))

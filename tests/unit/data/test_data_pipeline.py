@@ -20,9 +20,9 @@ from PIL import Image
 
 from m2mkd_jax.data import pipeline
 from m2mkd_jax.data import workers as workers_module
-from m2mkd_jax.data.arrays import ArraySource
-from m2mkd_jax.data.encoded import EncodedSource, FolderFiles
-from m2mkd_jax.data.formats.folder import list_images
+from m2mkd_jax.data.array_source import ArrayImageSource
+from m2mkd_jax.data.encoded_source import EncodedImageSource
+from m2mkd_jax.data.formats.folder import FolderFiles, list_images
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def make_config(crop="random_resized", workers=0, repeats=1, policy="rand-m9-mst
 def array_source(count):
     """Noise, so that no two images are alike; the label of image i is i."""
     images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
-    return ArraySource(images, np.arange(count), [str(i) for i in range(count)])
+    return ArrayImageSource(images, np.arange(count), [str(i) for i in range(count)])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def folder_source(tmp_path_factory):
 
 def open_folder(root, names):
     paths, labels = list_images(root, "train", names)
-    return EncodedSource(FolderFiles(root, paths), labels, names)
+    return EncodedImageSource(FolderFiles(root, paths), labels, names)
 
 
 def check_equal(first, second):
@@ -303,7 +303,7 @@ def test_a_killed_program_goes_on_with_the_same_bytes(workers, folder_source, tm
 def test_memory_stays_flat_over_two_thousand_batches(workers):
     """A batch has 0.4 MB: keeping one in ten of 1,500 would show as 60 MB."""
     images = np.zeros((64, 64, 64, 3), np.uint8)
-    source = ArraySource(images, np.arange(64), [str(i) for i in range(64)])
+    source = ArrayImageSource(images, np.arange(64), [str(i) for i in range(64)])
     config = make_config("shift", workers, policy="")
     config.image_size = 64
     batches = train_batches(source, config, batch_size=32, total_steps=2000, seed=0)
@@ -351,13 +351,14 @@ def test_a_program_that_stops_in_the_middle_ends_silently(tmp_path):
         "import sys\n"
         "import numpy as np\n"
         "from ml_collections import ConfigDict\n"
-        "from m2mkd_jax.data.arrays import ArraySource\n"
+        "from m2mkd_jax.data.array_source import ArrayImageSource\n"
         "from m2mkd_jax.data.pipeline import train_batches\n"
         "if __name__ == '__main__':\n"
         "    config = ConfigDict(dict(image_size=4, workers=1, repeated_augmentation=1,\n"
         "        damaged_share=0.0, augment=dict(crop='none', shift=0, scale=(0.1, 1.0),\n"
         "        flip=False, rand_augment='', color_jitter=0.0, erase=0.0)))\n"
-        "    source = ArraySource(np.zeros((8, 4, 4, 3), np.uint8), np.arange(8), '12345678')\n"
+        "    images = np.zeros((8, 4, 4, 3), np.uint8)\n"
+        "    source = ArrayImageSource(images, np.arange(8), '12345678')\n"
         "    batches = train_batches(source, config, batch_size=4, total_steps=99, seed=0)\n"
         "    batch = next(batches)\n"
         "    sys.exit(3)\n"

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2mkd_jax.data import sources
-from m2mkd_jax.data.encoded import EncodedSource
+from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.errors import UserError
 
 CLASSES = ("n01", "n02", "n03")
@@ -146,7 +146,7 @@ def test_subsets_are_balanced_and_nested(tmp_path, name):
         counts = np.bincount(source.labels, minlength=classes)
         assert len(source) == count and counts.max() - counts.min() <= 1
         pictures = [
-            source.name(i) if isinstance(source, EncodedSource) else source.images[i].tobytes()
+            source.name(i) if isinstance(source, EncodedImageSource) else source.images[i].tobytes()
             for i in range(count)
         ]
         assert larger is None or pictures == larger[:count]
@@ -273,7 +273,7 @@ def test_damaged_idx_files_are_told_in_one_line(tmp_path, damage, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"name": "fashion-mnist"}, "did you mean 'fashion_mnist'"),
+        ({"name": "fashion-mnist"}, 'did you mean "fashion_mnist"'),
         ({"name": "xyz"}, "use one of digits"),
         ({"name": "digits", "classes": 100}, "data.classes is 100 and digits has 10"),
         ({"name": "image_folder"}, "data.root is empty"),

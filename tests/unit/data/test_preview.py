@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2mkd_jax.data.arrays import ArraySource
+from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.pipeline import first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
 from m2mkd_jax.jobs.training import draw_images
@@ -40,7 +40,7 @@ def config(**augment):
 
 def noise():
     images = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)
-    return ArraySource(images, np.arange(20), [f"class {i}" for i in range(20)])
+    return ArrayImageSource(images, np.arange(20), [f"class {i}" for i in range(20)])
 
 
 def tiles(path):

@@ -322,6 +322,18 @@ class Memory:
         self.finish(run.workdir, phase)
 
 
+def install(monkeypatch: Any) -> Memory:
+    """A memory in place of weights in files, and random stages in place of fresh ones."""
+    memory, module = Memory(), "m2mkd_jax.phases.initial_weights"
+
+    def fresh(config: ConfigDict, spec: Any, name: str, seed: int, shardings: Any = None) -> dict:
+        return random_stage(spec.build, name, seed)
+
+    monkeypatch.setattr(f"{module}.open_weights", memory.open)
+    monkeypatch.setattr(f"{module}.fresh_stage", fresh)
+    return memory
+
+
 def step(setup: Any, phase: Phase, data: ConfigDict) -> None:
     """The shapes of a training step and of an evaluation."""
     images, size = phase.recipe.batch // phase.recipe.accumulate, data.image_size

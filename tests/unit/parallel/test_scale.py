@@ -36,7 +36,7 @@ ENTRY %main.9 (p: f32[4]) -> f32[] {
   %mirror = f32[2,3]{1,0} collective-permute(%z), source_target_pairs={{0,1},{1,0}}
   ROOT %total = f32[10]{0} all-reduce(%w), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
 }
-"""  # noqa: E501
+"""  # noqa: E501 (lines as XLA writes them)
 
 
 def test_loops_count_as_often_as_they_run():

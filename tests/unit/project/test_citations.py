@@ -28,7 +28,7 @@ MUST_CITE = (
     "data/sources.py",
     "evaluate/label_spaces.py",
     "conversion/torch_layouts.py",
-    "conversion/names*.py",
+    "conversion/names_*.py",
 )
 # A section of a reference that the reader does not have.
 BARE = re.compile(r"\breference,? sections? \d|\(paper \d")

@@ -1,0 +1,101 @@
+"""What happens to images that cannot be decoded: they are replaced, counted and reported.
+
+Axes: B batch, H height, W width, S size in pixels, K damaged images of a batch.
+"""
+
+import sys
+
+import numpy as np
+
+from m2mkd_jax.data import augment
+from m2mkd_jax.data.decode import DamagedImage
+from m2mkd_jax.data.image_source import ImageSource, Shrink
+from m2mkd_jax.errors import UserError
+
+
+class SubstitutingReader:
+    """An `ImageReader` that reads the next decodable image in place of a damaged one.
+
+    The replacement depends on the images alone, so every run and every worker picks the same one.
+
+    Attributes:
+        replaced: index of a damaged image -> index of the image read in its place.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+        self.replaced: dict[int, int] = {}
+
+    def read(self, index: int, shrink: Shrink | None = None) -> np.ndarray:
+        """One image: uint8 (H, W, 3).
+
+        Raises:
+            UserError: no image of the source can be decoded.
+        """
+        count = len(self._source)
+        for offset in range(count):
+            candidate = (index + offset) % count
+            try:
+                image = self._source.read(candidate, shrink)
+            except DamagedImage:
+                continue
+            if offset:
+                self.replaced[int(index)] = int(candidate)
+            return image
+        raise UserError(f"none of the {count} images can be decoded: {self._source.name(index)}...")
+
+    def evaluation_images(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, 3)."""
+        return np.stack([augment.evaluation_image(self.read(i), size) for i in indices])
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of the images read for `indices` (B,), replacements included: int32 (B,)."""
+        return self._source.labels[np.array([self.replaced.get(int(i), i) for i in indices])]
+
+
+class DamagedImageCounter:
+    """Counts the distinct damaged images of a run, names each once, and limits their number."""
+
+    def __init__(self, source: ImageSource, share: float) -> None:
+        """Starts with no damaged image seen.
+
+        Args:
+            source: where the images come from.
+            share: the largest share of its images that may be damaged.
+        """
+        self._source = source
+        self._limit = int(share * len(source) + 1e-6)  # 29% of 100 are 28.999... in floats
+        self._share = share
+        self._seen: set[int] = set()
+
+    def note(self, replaced: np.ndarray) -> None:
+        """Counts the damaged images of a batch and warns of new ones on stderr.
+
+        Args:
+            replaced: int (K, 2), pairs (image, replacement); -1 pads.
+
+        Raises:
+            UserError: more images are damaged than the limit allows.
+        """
+        for index, instead in replaced:
+            if index < 0 or index in self._seen:
+                continue
+            self._seen.add(index)
+            reason = self._reason(int(index))
+            if len(self._seen) > self._limit:
+                raise UserError(
+                    f"{len(self._seen)} damaged images are more than {self._share:.2%} of"
+                    f" {len(self._source)} (data.damaged_share); the last: {reason}"
+                )
+            print(
+                f"warning: {reason}; {self._source.name(int(instead))} stands in for it"
+                f" ({len(self._seen)} of at most {self._limit})",
+                file=sys.stderr,
+            )
+
+    def _reason(self, index: int) -> str:
+        try:
+            self._source.read(index)
+        except DamagedImage as error:
+            return str(error)
+        return f"the image {self._source.name(index)} could not be read for a while"
