@@ -44,6 +44,8 @@ class Model:
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         self._weights = {name: self._matched(name, weights.trees[name]) for name in names}
         self._run = jax.jit(self._forward)
+        self._features = jax.jit(lambda w, x: inspection.features(self._merged(w), names, x))
+        self._attention = jax.jit(lambda w, x: inspection.attention(self._merged(w), x))
         interface = registry.interface(self.description, names)
         self._group = interface.group
         self.image_size, self.width = interface.image_size, interface.width
@@ -82,14 +84,11 @@ class Model:
 
     def features(self, x: ArrayLike) -> dict[str, jax.Array]:
         """Intermediate results by name for a model's input; see models/inspection.py."""
-        names = list(self._parts)
-        run = jax.jit(lambda w, x: inspection.features(self._merged(w), names, x))
-        return run(self._weights, jnp.asarray(x, jnp.float32))
+        return self._features(self._weights, self._checked(x))
 
     def attention(self, x: ArrayLike) -> dict[str, jax.Array]:
         """Attention maps by name for a model's input; see models/inspection.py."""
-        run = jax.jit(lambda w, x: inspection.attention(self._merged(w), x))
-        return run(self._weights, jnp.asarray(x, jnp.float32))
+        return self._attention(self._weights, self._checked(x))
 
     def __call__(self, x: ArrayLike, fixed: Mapping[str, ArrayLike] | None = None) -> jax.Array:
         """Runs the network.
@@ -104,19 +103,23 @@ class Model:
         Raises:
             UserError: the input has another shape, or there are no such fixed arrays.
         """
+        x = self._checked(x)
+        weights = self._weights if not fixed else self._with_fixed(fixed)
+        # Experts' slots are shared by groups of equal size: the remainder is a group of its own.
+        rest = len(x) % self._group if self._group else 0
+        if not 0 < rest < len(x):
+            return self._run(weights, x)
+        return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
+
+    def _checked(self, x: ArrayLike) -> jax.Array:
+        """The input as float32. Raises UserError if its shape is not the network's."""
         side, shape = self.image_size, tuple(jnp.shape(x))
         images = len(shape) == 4 and shape[1:] == (side, side, 3)
         tokens = len(shape) == 3 and shape[2] == self.width
         if not (images if side else tokens):
             kind = f"images (B, {side}, {side}, 3)" if side else f"tokens (B, N, {self.width})"
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
-        weights = self._weights if not fixed else self._with_fixed(fixed)
-        x = jnp.asarray(x, jnp.float32)
-        # Experts' slots are shared by groups of equal size: the remainder is a group of its own.
-        rest = len(x) % self._group if self._group else 0
-        if not 0 < rest < len(x):
-            return self._run(weights, x)
-        return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
+        return jnp.asarray(x, jnp.float32)
 
     def _with_fixed(self, fixed: Mapping[str, ArrayLike]) -> dict[str, Any]:
         """The weights with other fixed arrays. Raises UserError if there are no such arrays."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from flax import nnx
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain
-from m2mkd_jax.models.moe.vmoe import Segment, VMoEStage
+from m2mkd_jax.models.moe.blocks import Block as MoEBlock
+from m2mkd_jax.models.moe.spec import segments
+from m2mkd_jax.models.moe.vmoe import VMoEStage
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.vit import Attention, ViTStage
@@ -36,17 +39,26 @@ def features(stages: Sequence[chain.Stage], names: Sequence[str], x: jax.Array) 
         x: what the first stage takes.
 
     Returns:
-        By stage name the output of every stage; of a transformer also 'class_token' (B, D), the
-        normalised class token that the head sees; of a NAC also 'tokens', and the final states
-        'input', 'mediator' and 'output' (B, U, D) of its groups of latents.
+        By stage name the output of every stage; of a transformer's last stage also 'tokens'
+        (B, N, D) after its blocks, and 'class_token' (B, D), the normalised class token that the
+        head sees; of a NAC also 'tokens' of its tokenizer, and the final states 'input', 'mediator'
+        and 'output' (B, U, D) of its groups of latents.
     """
     found: Arrays = {}
     for name, stage in zip(names, stages, strict=True):
         if isinstance(stage, NAC):
-            found |= stage.forward(x, {})
-        if isinstance(stage, ViTStage | VMoEStage) and stage.last:
-            found["class_token"] = stage.features(_blocks(stage, x)[0])
-        x = found[name] = stage(x)
+            states = stage.forward(x, {})
+            outputs = states["output"]
+            x = outputs[:, 0] if stage.spec.output == "first_slot" else stage.pooling(outputs)
+            x = x.astype(jnp.float32)
+            found |= states
+        elif isinstance(stage, ViTStage | VMoEStage) and stage.last:
+            found["tokens"] = _blocks(stage, x)[0]
+            found["class_token"] = stage.features(found["tokens"])
+            x = stage.head(found["class_token"]).astype(jnp.float32)
+        else:
+            x = stage(x)
+        found[name] = x
     return found
 
 
@@ -71,9 +83,9 @@ def attention(stages: Sequence[chain.Stage], x: jax.Array) -> Arrays:
             return _nac_attention(stage, x)
         if not isinstance(stage, ViTStage | VMoEStage):
             raise UserError(f"attention: there are no attention maps of a {type(stage).__name__}")
-        maps += _blocks(stage, x)[1]
-        x = stage(x)
-    return {"blocks": jnp.stack(maps)} if maps else {}
+        x, of_stage = _blocks(stage, x)
+        maps += of_stage
+    return {"blocks": jnp.concatenate(maps)} if maps else {}
 
 
 def attention_weights(layer: Attention, x: jax.Array) -> jax.Array:
@@ -84,31 +96,38 @@ def attention_weights(layer: Attention, x: jax.Array) -> jax.Array:
 
 
 def _blocks(stage: ViTStage | VMoEStage, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """Tokens (B, N, D) after a transformer stage's blocks, and each block's attention weights."""
+    """A transformer stage's tokens (B, N, D) after its blocks, and attention weights per stack."""
     if stage.first:
         x = stage.embed(x)
     if isinstance(stage, ViTStage):
         stacks = [stage.blocks] if stage.depth else []
     else:
-        segments = [getattr(stage, n) for n in sorted(vars(stage), key=_number) if _number(n) >= 0]
-        stacks = [s.blocks for s in segments if isinstance(s, Segment)]
+        count = len(segments(stage.spec, stage.start, stage.depth))
+        stacks = [getattr(stage, f"segment_{i}").blocks for i in range(count)]
     maps = []
     for stack in stacks:
-        graph, state = nnx.split(stack)
-        for i in range(jax.tree.leaves(state)[0].shape[0]):
-            block = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
-            kind = getattr(block, "kind", None)
-            inside = block.pre_stitch(x) if kind is not None and kind.pre else x
-            maps.append(attention_weights(block.attn, block.norm1(inside)))
-            out = block(x)
-            x = out[0] if isinstance(out, tuple) else out
+        x, weights = _stack(stack, x)
+        maps.append(weights)
     return x, maps
 
 
-def _number(name: str) -> int:
-    """i of 'segment_i'; -1 of any other name."""
-    prefix, _, number = name.rpartition("_")
-    return int(number) if prefix == "segment" and number.isdecimal() else -1
+def _stack(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The output of stacked blocks, and their attention weights (L, B, A, N, N)."""
+    graph, state = nnx.split(stack)
+
+    def body(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+        block: Any = nnx.merge(graph, state)
+        stitched = isinstance(block, MoEBlock) and block.kind.pre
+        inside = block.pre_stitch(x) if stitched else x
+        weights = attention_weights(block.attn, block.norm1(inside))
+        y = block(x)
+        return (y[0] if isinstance(block, MoEBlock) else y), weights
+
+    if jax.tree.leaves(state)[0].shape[0] > 1:
+        return jax.lax.scan(body, x, state)
+    # With a stitch at one end alone the width changes, which a loop does not allow.
+    x, weights = body(x, jax.tree.map(lambda a: a[0], state))
+    return x, weights[None]
 
 
 def _nac_attention(nac: NAC, images: jax.Array) -> Arrays:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from m2mkd_jax.config.files import find_config, read_config, shipped_configs
+from m2mkd_jax.conversion.converted import IMAGENET
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.models import chain, registry, variants
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import fresh_stage
 from m2mkd_jax.phases.phase import FRESH
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 DATA_FIELDS = ("image_size", "classes")
 
 
@@ -42,7 +42,11 @@ def fresh_network(
     for key, value in fields.items():
         target = config.data if key in DATA_FIELDS else section
         _check(name, key, (*section, *DATA_FIELDS))
-        target[key] = value
+        try:
+            target[key] = value
+        except TypeError:
+            kind = type(target[key]).__name__
+            raise UserError(f"build: {key} must be {kind}, not {value!r}") from None
     network = students(config).network(FRESH)
     normalisation = {"mean": list(config.data.mean), "std": list(config.data.std)}
     trees = {

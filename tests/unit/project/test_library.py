@@ -59,7 +59,7 @@ def test_attention_weights_times_values_are_the_output_of_the_layer():
 def test_the_links_of_a_nac_are_probabilities_and_zero_beyond_the_truncation():
     nac = tiny_nac.network(tiny_nac.spec_with(truncation=0.5))
     maps = inspection.attention([nac], tiny_nac.images())
-    signatures = [g.signatures[...] for g in (nac.input_latents, nac.mediator_latents)]
+    signatures = [np.asarray(g.signatures[...]) for g in (nac.input_latents, nac.mediator_latents)]
     unit = [s / np.linalg.norm(s, axis=-1, keepdims=True) for s in signatures]
     distance = 1 - unit[1] @ np.concatenate(unit).T
     bandwidth = np.asarray(nac.propagators.attention.bandwidth[...])[:, None, None]
