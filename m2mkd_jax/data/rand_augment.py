@@ -132,7 +132,8 @@ class Choices:
     def of(cls, rng: np.random.Generator, batch_size: int, layers: int) -> "Choices":
         """Draws the numbers for `batch_size` images with `layers` operations each."""
         uniform = rng.random((3, batch_size, layers))
-        return cls(*uniform, rng.standard_normal((batch_size, layers)))
+        magnitude = rng.standard_normal((batch_size, layers))
+        return cls(uniform[0], uniform[1], uniform[2], magnitude)
 
     def __getitem__(self, part: int | slice) -> "Choices":
         """The draws of one or some of the images."""

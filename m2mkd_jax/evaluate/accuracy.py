@@ -76,7 +76,8 @@ def evaluate(
     Source: docs/reference.md#evaluation.
     """
     sums = [count(trainable, frozen, b, jax.random.fold_in(key, i)) for i, b in enumerate(batches)]
-    images, top1, top5, nll = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    totals = np.sum(np.asarray(jax.device_get(sums)), axis=0, dtype=np.float64)
+    images, top1, top5, nll = (totals[i] for i in range(4))
     return {
         "eval_accuracy": top1 / images,
         "eval_top5": top5 / images,

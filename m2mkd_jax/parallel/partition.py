@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from m2mkd_jax import tree_paths
 from m2mkd_jax.errors import UserError
@@ -58,7 +58,7 @@ def spec(names: Sequence[Any], shape: Sequence[int], sizes: dict, fsdp: bool) ->
     return PartitionSpec(*cut)
 
 
-def shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, fsdp: bool) -> Any:
     """The shardings of a tree.
 
     Args:
