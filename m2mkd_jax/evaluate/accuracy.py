@@ -76,8 +76,8 @@ def evaluate(
     Source: docs/reference.md#evaluation.
     """
     sums = [count(trainable, frozen, b, jax.random.fold_in(key, i)) for i, b in enumerate(batches)]
-    totals = np.sum(np.asarray(jax.device_get(sums)), axis=0, dtype=np.float64)
-    images, top1, top5, nll = (totals[i] for i in range(4))
+    totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    images, top1, top5, nll = totals.tolist()
     return {
         "eval_accuracy": top1 / images,
         "eval_top5": top5 / images,

@@ -26,34 +26,39 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Shape of a variable of a jaxpr."""
+    return variable.aval.shape
+
+
 def _count(jaxpr: core.Jaxpr) -> int:
     """FLOPs of a jaxpr and the jaxprs in it."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             ((contract, _), _) = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+            lhs = _shape(eqn.invars[0])
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[i] for i in contract)
         elif eqn.primitive.name == "ragged_dot_general":
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             contract, _ = numbers.dot_dimension_numbers[0]
-            lhs, sizes = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
+            lhs, sizes = _shape(eqn.invars[0]), _shape(eqn.invars[2])
             # A contracted ragged axis is divided among the groups of the result.
             groups = sizes[-1] if set(contract) & set(numbers.lhs_ragged_dimensions) else 1
             summed = math.prod(lhs[i] for i in contract)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * summed // groups
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * summed // groups
         elif eqn.params.get("name") in LOOP_FLOPS:
             # Remat may split off parts of such a function that have no product.
             if any(_count(inner) for inner in _inner(eqn.params.values())):
-                shapes = [v.aval.shape for v in eqn.invars]
+                shapes = [_shape(v) for v in eqn.invars]
                 rows, kernel = (next(s for s in shapes if len(s) == n) for n in (2, 3))
                 total += LOOP_FLOPS[eqn.params["name"]] * rows[0] * math.prod(kernel[1:])
             continue
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
+            kernel = _shape(eqn.invars[1])
             out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
             per_output = math.prod(kernel) // kernel[out_axis]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * per_output
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         total += times * sum(_count(inner) for inner in _inner(eqn.params.values()))
     return total

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -51,10 +51,9 @@ def barrier(name: str) -> None:
 
 def wait_for_all(name: str) -> None:
     """A host-only barrier; each name can be used only once."""
-    if not alone():
-        distributed.global_state.client.wait_at_barrier(
-            f"m2mkd_jax/{name}", timeout_in_ms=1000 * CONNECT_SECONDS
-        )
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"m2mkd_jax/{name}", timeout_in_ms=1000 * CONNECT_SECONDS)
 
 
 def from_main(value: Any) -> Any:
@@ -103,8 +102,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
         return multihost_utils.reached_preemption_sync_point(next(_steps))
 
     with contextlib.suppress(ValueError):  # not the main thread
-        for number in (signal.SIGTERM, signal.SIGINT) if by_itself else (signal.SIGINT,):
-            previous[number] = signal.signal(number, handler)
+        for caught in (signal.SIGTERM, signal.SIGINT) if by_itself else (signal.SIGINT,):
+            previous[caught] = signal.signal(caught, handler)
     try:
         yield stop
     finally:
@@ -126,10 +125,10 @@ def fail(message: str, code: int) -> int:
     Returns:
         `code`, with a single process.
     """
-    if alone():
+    client = distributed.global_state.client
+    if client is None:
         print(message, file=sys.stderr, flush=True)
         return code
-    client = distributed.global_state.client
     try:
         client.key_value_set(_END, str(code))
     except Exception:  # another process failed first, or process 0 has ended and with it the store
@@ -156,10 +155,11 @@ def watch(client: Any) -> None:
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
-    atexit.register(lambda: (over.set(), thread.join()))
+    atexit.register(thread.join)
+    atexit.register(over.set)  # runs first
 
 
-def _leave(client: Any, code: int) -> None:
+def _leave(client: Any, code: int) -> NoReturn:
     """Exits at once; process 0, which keeps the store, waits for the others first."""
     sys.stdout.flush()
     state = distributed.global_state
