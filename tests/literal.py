@@ -47,7 +47,7 @@ def read_in(attention: ReadInAttention, receivers, codes, tokens) -> jax.Array:
     queries = queries.reshape(b, u, spec.heads, spec.head_dim)
     scores = jnp.einsum("buhc,buvhc->buhv", queries, keys) / spec.head_dim**0.5
     message = jnp.einsum("buhv,buvhc->buhc", jax.nn.softmax(scores), values).reshape(b, u, -1)
-    message = attention.gamma[...] * _modulated(attention.exit, message, codes)
+    message = attention.gamma[...][None, None] * _modulated(attention.exit, message, codes)
     return receivers + message if spec.read_in_residual else message
 
 

@@ -105,6 +105,22 @@ def drop_path(
     return residual * (kept.astype(jnp.float32) / keep).astype(residual.dtype)
 
 
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    """jax.nn.dot_product_attention, also under strict dtype promotion.
+
+    It relies on implicit promotion itself: of 16-bit inputs to float32 scores.
+
+    Args:
+        q, k, v: (B, N, H, C) each.
+        options: of jax.nn.dot_product_attention.
+
+    Returns:
+        (B, N, H, C).
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(C)) v, softmax in float32.
 
@@ -118,7 +134,7 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         (B, N, H, C).
     """
     if not fits_cudnn(q, k):
-        return jax.nn.dot_product_attention(q, k, v)
+        return dot_product_attention(q, k, v)
     return padded_attention(q, k, v, "cudnn")
 
 
@@ -138,10 +154,10 @@ def padded_attention(
     """
     b, n = q.shape[:2]
     if n % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return dot_product_attention(q, k, v, implementation=implementation)
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full((b,), n, jnp.int32)
-    x = jax.nn.dot_product_attention(
+    x = dot_product_attention(
         q,
         k,
         v,

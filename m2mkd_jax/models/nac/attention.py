@@ -42,7 +42,7 @@ def attend(
     if log_kernel is None:
         if q.shape[1] == k.shape[1]:
             return layers.self_attention(q, k, v)
-        return jax.nn.dot_product_attention(q, k, v)
+        return layers.dot_product_attention(q, k, v)
     # With a bias cuDNN's backward pass requires even lengths.
     if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         return library_attention(q, k, v, log_kernel, "cudnn")
@@ -90,9 +90,7 @@ def library_attention(
     # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
-    # jax itself adds the 16-bit bias to float32 scores, which relies on implicit promotion.
-    with jax.numpy_dtype_promotion("standard"):
-        message = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    message = layers.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
     has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")
     return jnp.where(has_sender, message, 0)
 
