@@ -210,7 +210,8 @@ def test_parameters_after_all_steps(steps):
 
 
 def test_parameters_of_the_nac_after_all_steps_in_float64():
-    with jax.enable_x64(True):
+    # The network's own float32 parts (scores, losses) meet float64 here, nowhere else.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         fixture, values, norms, _, after = run("nac", jnp.float64)
     about = meta("nac")
     assert_close(values, about["losses_f64"], OUTPUT_TOLERANCE)
