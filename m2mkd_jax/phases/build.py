@@ -1,4 +1,4 @@
-"""Each phase of m2mKD as a record: which chain runs, what is trained, from where, by which recipe.
+"""Each phase of m2mKD as a value: which chain runs, what is trained, from where, by which recipe.
 
 The phases, in the order of the paper (section 3):
 
@@ -37,7 +37,7 @@ END_TO_END = {
 
 
 def build_phase(config: ConfigDict, job: str) -> Phase:
-    """The record of a job that trains (every job but 'eval').
+    """The phase of a job that trains (every job but 'eval').
 
     Raises:
         UserError: the config describes no such networks.

@@ -1,4 +1,4 @@
-"""A phase as a record: stages by name, where their weights come from, and the recipe."""
+"""What a phase is: stages by name, where their weights come from, and the recipe."""
 
 from __future__ import annotations
 
