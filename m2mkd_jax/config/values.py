@@ -79,7 +79,9 @@ def check_values(config: ConfigDict) -> None:
     Raises:
         UserError: one line that names the key.
     """
-    known, given = dict(flatten(all_keys(config.family))), dict(leaves(config))
+    family = config.get("family", "nac")
+    check_value("family", family, Key("nac", ""))
+    known, given = dict(flatten(all_keys(family))), dict(leaves(config))
     for name in (*given, *known):
         check_key(name, known)
         require(name in given, f"config.{name} is missing; start from m2mkd_jax.config.base()")

@@ -118,7 +118,10 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
     assert summary(tmp_path) == summary(whole[0])
     for job in JOBS[:-1]:
         mine, other = (
-            [json.loads(line) for line in (d / "jobs" / job / "metrics.jsonl").open()]
+            [
+                json.loads(line)
+                for line in (d / "jobs" / job / "metrics.jsonl").read_text().splitlines()
+            ]
             for d in (tmp_path, whole[0])
         )
         for record in (*mine, *other):

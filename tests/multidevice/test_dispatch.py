@@ -117,10 +117,10 @@ def test_exchange_by_hand():
         # From my rows for all experts to everybody's rows for mine.
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0)
         hidden = jnp.einsum("pesd,edf->pesf", rows, params["fc1"]["kernel"])
-        hidden += params["fc1"]["bias"][:, None]
+        hidden += params["fc1"]["bias"][None, :, None]
         hidden = jax.nn.gelu(hidden, approximate=False)
         rows = jnp.einsum("pesf,efd->pesd", hidden, params["fc2"]["kernel"])
-        rows += params["fc2"]["bias"][:, None]
+        rows += params["fc2"]["bias"][None, :, None]
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0)
         rows = rows.reshape(EXPERTS * slots, WIDTH)
         chosen = jnp.take(rows, slot[0], axis=0, mode="fill", fill_value=0)

@@ -140,7 +140,10 @@ def saved_steps(workdir):
 
 def losses(workdir):
     """Of every step."""
-    records = [json.loads(line) for line in (workdir / "jobs" / JOB / "metrics.jsonl").open()]
+    records = [
+        json.loads(line)
+        for line in (workdir / "jobs" / JOB / "metrics.jsonl").read_text().splitlines()
+    ]
     return [record["loss"] for record in records if "loss" in record]
 
 
@@ -158,7 +161,10 @@ def whole(launch, tmp_path_factory):
 def test_one_process_speaks_for_both(whole):
     workdir, output = whole
     assert output.count(f"[{JOB}] {STEPS}/{STEPS}  loss") == 1 and output.count("status") == 1
-    records = [json.loads(line) for line in (workdir / "jobs" / JOB / "metrics.jsonl").open()]
+    records = [
+        json.loads(line)
+        for line in (workdir / "jobs" / JOB / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
     (done,) = summary(workdir)["jobs"]
     assert done["metrics"]["eval_images"] == 100  # every one once, in batches of 64 over 8 devices
