@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from texts import ROOT, markdown_files, python_files, shown
+
+from tests.unit.project.texts import ROOT, markdown_files, python_files, shown
 
 CITATION = re.compile(r"docs/([\w-]+\.md)#([\w-]+)")
 # Files (glob patterns in the package) that hold published formulas, constants or layouts.

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from texts import markdown_files, python_files, shown
+
+from tests.unit.project.texts import markdown_files, python_files, shown
 
 # What is not written: what to write.
 BANNED = {
