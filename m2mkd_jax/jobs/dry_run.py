@@ -102,7 +102,7 @@ def describe_job(config: ConfigDict, job: Job, mesh: AbstractMesh) -> Iterator[s
 def describe_stages(setup: Setup, x: jax.ShapeDtypeStruct) -> Iterator[str]:
     """A line for every stage of both chains, given images (B, H, W, 3)."""
     phase, shapes = setup.phase, abstract_stages(setup.phase)
-    for title, names in (("chain", phase.student), ("teacher", setup.program.teacher)):
+    for title, names in (("chain", phase.student), ("teacher", setup.joined.single.teacher)):
         y = x
         for name in names:
             y = _output(phase.stages[name].build, y.shape, y.dtype)
@@ -143,7 +143,7 @@ def describe_costs(
     activations = kept_bytes(loss, params, frozen, x) // group.size
     weights = held(params)
     copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
-    still = sum(held(tree) for name, tree in frozen.items() if name not in phase.trainable)
+    still = sum(held(tree) for name, tree in frozen.items() if name not in program.trainable)
     yield (
         f"memory per device: {_bytes(weights)} trained + {_bytes(weights)} gradients + "
         f"{_bytes(copies)} optimizer + {_bytes(still)} frozen + {_bytes(activations)} activations "

@@ -15,7 +15,7 @@ from m2mkd_jax.data.pipeline import eval_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, image_source, make_program
+from m2mkd_jax.jobs.setup import Run, frozen_program, image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
@@ -98,11 +98,11 @@ def _measure(run: Run, phase: Phase) -> dict:
         for name in phase.student
     }
     stages = partition.put(stages, run.shardings(stages))
-    program = make_program(config, phase)
-    params = {name: stage["params"] for name, stage in stages.items()}
-    metrics = evaluator(run, program, phase.data)(params, stages)
+    program, frozen = frozen_program(config, phase, phase.student, stages)
+    del stages
+    metrics = evaluator(run, program, phase.data)({}, frozen)
     for name in config.evaluation.renditions if phase.data == config.data else ():
-        renditions = evaluator(run, program, renditions_data(config, name))(params, stages)
+        renditions = evaluator(run, program, renditions_data(config, name))({}, frozen)
         metrics[f"{name}_accuracy"] = renditions["eval_accuracy"]
     say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}")
     return metrics

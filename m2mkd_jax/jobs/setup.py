@@ -28,6 +28,7 @@ from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
+from m2mkd_jax.phases.joined import Joined, join_neighbours
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.optimizer import make_optimizer
@@ -122,6 +123,36 @@ def make_program(
     return phase.program(regulariser, compute_dtype(config.precision), config.evaluation.sampled)
 
 
+def frozen_program(
+    config: ConfigDict, phase: Phase, names: tuple[str, ...], stages: dict[str, dict]
+) -> tuple[Program, dict]:
+    """A chain of a phase's stages that is only evaluated.
+
+    Args:
+        config: of the run.
+        phase: the phase.
+        names: of the chain's stages.
+        stages: {name: {"params", "fixed"}}, placed arrays.
+
+    Returns:
+        Its program, neighbouring stages joined, and what it takes for frozen.
+    """
+    whole = make_program(config, phase)
+    single = Program(
+        whole.graphs, names, (), dtype=whole.dtype, sampled_evaluation=whole.sampled_evaluation
+    )
+    joined = join_neighbours(single, stages, trained=False)
+    return joined.program, joined.stages(
+        {
+            name: {
+                **stages[name],
+                "params": chain.cast_compute(stages[name]["params"], whole.dtype),
+            }
+            for name in names
+        }
+    )
+
+
 def partition_stages(
     phase: Phase, dtype: jnp.dtype, stages: dict[str, dict]
 ) -> tuple[dict, dict, dict]:
@@ -148,8 +179,8 @@ class Setup:
 
     Attributes:
         phase: the phase.
-        program: its loss and logits.
-        params, fixed, frozen: see `partition_stages`.
+        joined: its chains, neighbouring stages joined.
+        params, fixed, frozen: see `partition_stages`, by joined stage.
         optimizer: the recipe's.
         rate: optimizer update -> learning rate.
         mesh: the devices; None: the first one alone.
@@ -157,7 +188,7 @@ class Setup:
     """
 
     phase: Phase
-    program: Program
+    joined: Joined
     params: dict
     fixed: dict
     frozen: dict
@@ -165,6 +196,11 @@ class Setup:
     rate: Callable
     mesh: Mesh | None
     fsdp: bool
+
+    @property
+    def program(self) -> Program:
+        """The phase's loss and logits, on joined stages."""
+        return self.joined.program
 
     def begin(self, params: dict, fixed: dict) -> dict:
         """The training state before the first step."""
@@ -247,17 +283,22 @@ def set_up(
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
     program = make_program(config, phase, None if abstract else stages)
+    joined = join_neighbours(
+        program, stages, trained=not phase.head and program.regulariser is None
+    )
+    place = None
+    if mesh is not None and not abstract:
+        place = functools.partial(partition.shardings, mesh, fsdp=config.mesh.fsdp)
     separate = functools.partial(partition_stages, phase, program.dtype)
-    parts = jax.eval_shape(separate, stages) if abstract else separate(stages)
-    trained, fixed, frozen = parts
-    params = trained if params is None else params
+    trained, fixed, still = jax.eval_shape(separate, stages) if abstract else separate(stages)
+    trained = joined.join(trained, place) if params is None else params
     return Setup(
         phase=phase,
-        program=program,
-        params=params,
-        fixed=fixed,
-        frozen=frozen,
-        optimizer=make_optimizer(phase.recipe, updates_per_epoch, params),
+        joined=joined,
+        params=trained,
+        fixed=joined.fixed(fixed),
+        frozen=joined.stages(still, place),
+        optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained),
         rate=learning_rate(phase.recipe, updates_per_epoch),
         mesh=mesh,
         fsdp=config.mesh.fsdp,

@@ -22,12 +22,18 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, Setup, count_updates, image_source, set_up
+from m2mkd_jax.jobs.setup import (
+    Run,
+    Setup,
+    count_updates,
+    frozen_program,
+    image_source,
+    set_up,
+)
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
-from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.loop import Loop, Preempted
 from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
 
@@ -75,8 +81,8 @@ def run_training(run: Run, job: Job) -> dict:
             write_inputs(run.workdir, job)
         stages, origin = load_stages(run.config, run.workdir, phase, run.shardings)
         updates = count_updates(phase)
+        reference = _reference(run, phase, stages)
         setup = set_up(run.config, phase, stages, mesh=run.mesh, updates_per_epoch=updates)
-        reference = _reference(run, phase, setup.program, stages)
         del stages
         _describe_inputs(setup, directory)
         state, metrics, steps = _train(run, setup, updates, directory, reference)
@@ -100,11 +106,11 @@ def run_training(run: Run, job: Job) -> dict:
         return result
 
 
-def _reference(run: Run, phase: Phase, program: Program, stages: dict) -> dict[str, float]:
+def _reference(run: Run, phase: Phase, stages: dict) -> dict[str, float]:
     """The accuracy that a hybrid is measured by: its teacher's hybrid, or the meta model's."""
     if phase.teacher and len(phase.trainable) < len(phase.student):
-        teacher = Program(program.graphs, phase.teacher, (), dtype=program.dtype)
-        metrics = evaluator(run, teacher, phase.data)({}, stages)
+        program, frozen = frozen_program(run.config, phase, phase.teacher, stages)
+        metrics = evaluator(run, program, phase.data)({}, frozen)
         return {"teacher_accuracy": metrics["eval_accuracy"]}
     done = run.directory("pt") / "done.json"
     found = {}
@@ -117,7 +123,8 @@ def _describe_inputs(setup: Setup, directory: Path) -> None:
     """Leaves the list of trained parameters and a picture of the first images."""
     if not is_main():
         return
-    overview = parameter_overview.get_parameter_overview(setup.params, include_stats=False)
+    shapes = jax.eval_shape(setup.joined.split, setup.params)
+    overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
     (directory / "parameters.txt").write_text(overview + "\n")
     phase, picture = setup.phase, directory / "images.png"
     if not picture.is_file():
@@ -192,11 +199,11 @@ def _train(
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:
     """The finished weights, with what they are."""
-    phase, params = setup.phase, evaluated_params(state)
+    phase, params = setup.phase, setup.joined.split(evaluated_params(state))
     trees = {}
     for name in phase.trainable:
         trees[name] = {"params": params[name]}
-        if state["fixed"][name]:
+        if state["fixed"].get(name):
             trees[name]["fixed"] = state["fixed"][name]
     description = {**phase.describe, "job": phase.job, "step": steps, "metrics": metrics}
     data = phase.data

@@ -92,26 +92,14 @@ class Program:
         Returns:
             What the last stage gives, and auxiliary outputs by name, (L, ...) over all layers.
         """
-        groups: list[tuple[bool, list, list]] = []
-        for i, name in enumerate(names):
-            trained = name in self.trainable
+        stages = []
+        for name in names:
             params = frozen[name].get("params", {})
-            if trained:  # the whole stage, or a part of it
+            if name in self.trainable:  # the whole stage, or a part of it
                 params = chain.deep_update(params, trainable[name])
             params = layers.all_gather_params(chain.cast_compute(params, self.dtype))
-            stage = chain.merge(self.graphs[name], params, frozen[name]["fixed"])
-            # Neighbours are merged only if both are trainable or both frozen: a merged stage has
-            # gradients for all of its parameters or for none.
-            if not groups or groups[-1][0] != trained:
-                groups.append((trained, [], []))
-            groups[-1][1].append(stage)
-            groups[-1][2].append(rates[i] if rates else None)
-        stages, ramps = [], []
-        for _, members, their_rates in groups:
-            merged, merged_rates = chain.join(members, their_rates)
-            stages += merged
-            ramps += merged_rates or []
-        x, seen = chain.run_with_aux(stages, x, rates=ramps, key=key, train=train)
+            stages.append(chain.merge(self.graphs[name], params, frozen[name]["fixed"]))
+        x, seen = chain.run_with_aux(stages, x, rates=rates or None, key=key, train=train)
         seen = [observed for observed in seen if observed]
         return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
 
