@@ -3,7 +3,7 @@
     python -m benchmarks.dispatch [--rounds=5] [--shape=IMAGES,T,E,D] [--dtype=bfloat16]
 
 Rows are sorted by expert already and unevenly many, as a fresh router deals them. 'ragged' is XLA's
-ragged_dot, 'tiles' ours for a CPU, 'batched' ours for a GPU, 'loop' every expert on every row,
+ragged_dot, 'chunks' ours for a CPU, 'batched' ours for a GPU, 'loop' every expert on every row,
 masked: what a program without any dispatch would do.
 """
 

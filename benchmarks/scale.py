@@ -148,7 +148,7 @@ def measure(case: str, images: int, group: int, fsdp: bool) -> dict:
     variant, experts, job = CASES[case]
     config = vmoe_imnet.get_config(variant)
     config.vmoe.experts, config.vmoe.dispatch = experts, "capacity"
-    config.teacher.remat, config.mesh.fsdp, config.precision = True, fsdp, "float32"
+    config.teacher.remat, config.mesh.fsdp, config.precision = "always", fsdp, "float32"
     mesh = make_mesh(expert=group)
     phase = build_phase(config, job)
     setup = set_up(config, phase, abstract_stages(phase), mesh=mesh)

@@ -38,7 +38,6 @@ def get_config(variant: str = "base") -> ConfigDict:
     presets.vit_large_teacher(config)
     vmoe = config.vmoe
     vmoe.patch, vmoe.width, vmoe.heads, vmoe.depths = VARIANTS[variant or "base"]
-    vmoe.remat = True
     presets.published_teaching(config)
     presets.published_vmoe_end_to_end(config)
     presets.published_few_shot(config)

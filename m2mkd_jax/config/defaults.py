@@ -19,6 +19,7 @@ from m2mkd_jax.config.keys import (
     NAMES,
     NUMBERS,
     POSITIVE_NUMBERS,
+    REMAT,
     SEED,
     SHARE,
     Key,
@@ -165,7 +166,11 @@ TEACHER: Keys = {
     "depths": Key((), "blocks of each teacher module", COUNTS),
     "meta_depths": Key((), "blocks of each module of the meta model; (): one each", COUNTS),
     "options": Key({}, "of a teacher of one's own"),
-    "remat": Key(False, "recompute activations of the blocks in the backward pass"),
+    "remat": Key(
+        "auto",
+        "recompute activations of the blocks in the backward pass; auto: if it must",
+        REMAT,
+    ),
 }
 
 DISTILLATION: Keys = {

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
-from m2mkd_jax.config.keys import ABOVE_0, COUNTS, FROM_0, INDICES, Key, Keys
+from m2mkd_jax.config.keys import ABOVE_0, COUNTS, FROM_0, INDICES, REMAT, Key, Keys
 from m2mkd_jax.errors import UserError
 
 NAC: Keys = {
@@ -73,7 +73,11 @@ NAC: Keys = {
         "pooling", "logits from: pooling (over the output latents), first_slot (the first's state)"
     ),
     "pooling": Key("gumbel", "weights of the pooling: gumbel (Gumbel softmax), vanilla (softmax)"),
-    "remat": Key(False, "recompute activations of the propagators in the backward pass"),
+    "remat": Key(
+        "auto",
+        "recompute activations of the propagators in the backward pass; auto: if it must",
+        REMAT,
+    ),
     "stitch_dim": Key(
         0,
         "channels outside a student's stitches; 0: the meta model's width, which it must be",
@@ -125,7 +129,11 @@ VMOE: Keys = {
         0, "images whose tokens compete for the same slots; 0: those of one device", FROM_0
     ),
     "keep_stitches": Key(False, "keep the students' stitches in the network trained end to end"),
-    "remat": Key(False, "recompute activations of the blocks in the backward pass"),
+    "remat": Key(
+        "auto",
+        "recompute activations of the blocks in the backward pass; auto: if it must",
+        REMAT,
+    ),
 }
 
 # Name of a section: what gives its keys.

@@ -135,7 +135,6 @@ def vit_huge_teacher(config: ConfigDict) -> None:
     """ViT-H/14 in ten modules, with a meta model of ten blocks."""
     config.teacher.variant = "vit_huge_patch14_224"
     config.teacher.depths = (4, 3, 3, 3, 3, 3, 3, 3, 3, 4)
-    config.teacher.remat = True
 
 
 def small_nac(config: ConfigDict) -> None:
@@ -162,7 +161,6 @@ def vit_large_teacher(config: ConfigDict) -> None:
     """ViT-L/16 in four modules, with a meta model of four blocks."""
     config.teacher.variant = "vit_large_patch16_224"
     config.teacher.depths = (6, 6, 6, 6)
-    config.teacher.remat = True
 
 
 def published_vmoe_end_to_end(config: ConfigDict) -> None:

@@ -35,6 +35,8 @@ def check_value(name: str, value: Any, key: Key) -> None:
     allows = key.range.allows if key.range else lambda v: True
     if type(value) in (int, float) and not (is_finite(value) and allows(value)):
         raise UserError(f"config.{name} is {value}; it must be {words}")
+    if type(value) is str and not allows(value):
+        raise UserError(f"config.{name} is {value!r}; it must be {words}")
     if type(value) is tuple:
         if not all(allows(entry) for entry in value):
             raise UserError(f"config.{name} is {value}; its entries must be {words}")

@@ -47,12 +47,17 @@ def _count(jaxpr: core.Jaxpr) -> int:
             groups = sizes[-1] if set(contract) & set(numbers.lhs_ragged_dimensions) else 1
             summed = math.prod(lhs[i] for i in contract)
             total += 2 * math.prod(_shape(eqn.outvars[0])) * summed // groups
-        elif eqn.params.get("name") in LOOP_FLOPS:
+        elif (loop := _loop(str(eqn.params.get("name")))) is not None:
             # Remat may split off parts of such a function that have no product.
             if any(_count(inner) for inner in _inner(eqn.params.values())):
+                flops, rows = loop
                 shapes = [_shape(v) for v in eqn.invars]
-                rows, kernel = (next(s for s in shapes if len(s) == n) for n in (2, 3))
-                total += LOOP_FLOPS[eqn.params["name"]] * rows[0] * math.prod(kernel[1:])
+                kernels = [shape for shape in shapes if len(shape) == 3]
+                if rows is None:
+                    rows = next(shape[0] for shape in shapes if len(shape) == 2)
+                else:
+                    del kernels[0]  # the tiles
+                total += flops * rows * math.prod(kernels[0][1:])
             continue
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = _shape(eqn.invars[1])
@@ -62,6 +67,16 @@ def _count(jaxpr: core.Jaxpr) -> int:
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         total += times * sum(_count(inner) for inner in _inner(eqn.params.values()))
     return total
+
+
+def _loop(name: str) -> tuple[int, int | None] | None:
+    """FLOPs per row and weight of a function of grouped.LOOP_FLOPS, and the rows in its name."""
+    stem, _, number = name.rpartition("_")
+    if name in LOOP_FLOPS:
+        return LOOP_FLOPS[name], None
+    if stem in LOOP_FLOPS and number.isdigit():
+        return LOOP_FLOPS[stem], int(number)
+    return None
 
 
 def _inner(values: Iterable[Any]) -> Iterator[core.Jaxpr]:

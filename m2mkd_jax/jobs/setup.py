@@ -23,6 +23,7 @@ from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError, located
+from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
@@ -237,7 +238,7 @@ class Setup:
         begin = jax.jit(self.begin, out_shardings=self.placement, donate_argnums=(0, 1))
         return begin(self.params, self.fixed)
 
-    def make_step(self, data: ConfigDict | None = None) -> Callable:
+    def make_step(self, data: ConfigDict | None = None) -> FittingStep:
         """(state, frozen, batch) -> (state, metrics), compiled at its first call.
 
         Args:
@@ -247,14 +248,18 @@ class Setup:
         where = None
         if self.mesh is not None:
             where = (self.placement, meshes.replicated(self.mesh))
-        return make_step(
-            self.on_mesh(self.program.loss),
-            self.optimizer,
-            phase.recipe,
-            data or phase.data,
-            phase.seed,
-            out_shardings=where,
-        )
+
+        def make(loss: Callable) -> Any:
+            return make_step(
+                self.on_mesh(loss),
+                self.optimizer,
+                phase.recipe,
+                data or phase.data,
+                phase.seed,
+                out_shardings=where,
+            )
+
+        return FittingStep(phase.job, make, self.program.loss)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

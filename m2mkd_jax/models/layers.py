@@ -12,8 +12,10 @@ Source: docs/reference.md#vit-init, docs/reference.md#nac-tokenizer.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,6 +37,8 @@ transformer_init = nnx.initializers.normal(0.02)
 # Kaiming uniform with a = sqrt(5): uniform within 1/sqrt(fan_in), PyTorch's default.
 torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+
+_RECOMPUTING: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputing", default=False)
 
 # Fewest tokens for which fused attention is worth its launch.
 SHORTEST = 64
@@ -204,7 +208,7 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs
 
 
 def scan_stack(
-    module: nnx.Module, x: Any, inputs: Any, apply: Callable[..., Any], *, remat: bool = False
+    module: nnx.Module, x: Any, inputs: Any, apply: Callable[..., Any], *, remat: str = "never"
 ) -> Any:
     """Runs stacked layers one after another: x -> apply(layer_0, x, inputs[0]) -> ...
 
@@ -213,7 +217,7 @@ def scan_stack(
         x: what flows from layer to layer (any pytree).
         inputs: pytree with a leading axis L (per-layer rates, keys, codes), or None.
         apply: (layer, x, inputs of that layer) -> x.
-        remat: recompute a layer's activations in the backward pass instead of keeping them.
+        remat: see `apply_remat_policy`.
     """
     graph, state = nnx.split(module)
 
@@ -244,18 +248,28 @@ def all_gather_params(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def apply_remat_policy(body: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """While a function is traced: recompute where remat is 'auto'."""
+    token = _RECOMPUTING.set(True)
+    try:
+        yield
+    finally:
+        _RECOMPUTING.reset(token)
+
+
+def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """Applies the rematerialisation policy: what the backward pass reads from memory.
 
-    With `remat` everything is recomputed. Without it, a GPU or TPU, where a step is bound by memory
-    traffic, keeps the results of matrix products and of fused attention. A CPU keeps everything
-    but gathered parameters: kept, those of all layers would be on every device at once.
+    Where nothing is recomputed, a GPU or TPU, where a step is bound by memory traffic, keeps the
+    results of matrix products and of fused attention. A CPU keeps everything but gathered
+    parameters: kept, those of all layers would be on every device at once.
 
     Args:
         body: the function to differentiate.
-        remat: recompute everything.
+        remat: recompute everything: 'always', 'never', or 'auto', inside `recomputing` only.
     """
-    if remat:
+    if remat == "always" or (remat == "auto" and _RECOMPUTING.get()):
         return jax.checkpoint(body)
     if jax.default_backend() != "cpu":
         # Forward and backward pass are separate loops, so common subexpressions cannot be merged.

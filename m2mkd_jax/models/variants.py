@@ -23,13 +23,13 @@ _TABLE: dict[str, tuple[int, int, int, int, int, bool, float]] = {
 NAMES = tuple(_TABLE)
 
 
-def vit_variant(name: str, classes: int, remat: bool = False) -> tuple[ViTSpec, int]:
+def vit_variant(name: str, classes: int, remat: str = "auto") -> tuple[ViTSpec, int]:
     """Spec and published depth of a variant.
 
     Args:
         name: one of NAMES.
         classes: how many logits the head gives.
-        remat: recompute activations in the backward pass.
+        remat: see vit_spec.ViTSpec.
 
     Raises:
         UserError: no such variant.

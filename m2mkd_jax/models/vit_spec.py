@@ -22,7 +22,7 @@ class ViTSpec:
         classes: how many logits the head gives.
         qkv_bias: whether queries, keys and values have a bias.
         eps: of the LayerNorms.
-        remat: recompute activations in the backward pass.
+        remat: recompute activations in the backward pass: 'auto', 'always' or 'never'.
     """
 
     image_size: int
@@ -32,7 +32,7 @@ class ViTSpec:
     classes: int
     qkv_bias: bool = True
     eps: float = 1e-6
-    remat: bool = False
+    remat: str = "auto"
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch:

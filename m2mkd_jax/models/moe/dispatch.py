@@ -35,7 +35,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models.moe.grouped import grouped_linear
+from m2mkd_jax.models.moe.grouped import (
+    default_method,
+    grouped_linear,
+    tile_linear,
+    tiles,
+)
 from m2mkd_jax.models.moe.router import ExpertChoice, Routing, TokenChoice
 
 # (weights, rows, linear) -> rows, see above.
@@ -184,12 +189,26 @@ def _sorted(
     _, source = jax.lax.sort([chosen, assignments], dimension=1, is_stable=True, num_keys=1)
     slot = jax.lax.sort([source, assignments], dimension=1, num_keys=1)[1]
     sizes = _sizes(chosen, count)[0]
-
-    def linear(rows: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
-        return grouped_linear(rows, layer["kernel"], layer["bias"], sizes)
-
-    rows = _take(x.reshape(1, s, -1), source // k, slot.reshape(1, s, k))
-    rows = apply(weights, rows[0], linear)[None]
+    flat = x.reshape(1, s, -1)
+    if default_method() == "batched":
+        # Tokens go straight into tiles, and stay there until their experts are done.
+        own = tiles(sizes, s * k)
+        source = jnp.append(source[0], s * k)[own.source].reshape(1, -1)
+        slot = own.place[slot]
+        rows = _take(flat, source // k, slot.reshape(1, s, k))
+        rows = apply(
+            weights,
+            rows.reshape(*own.source.shape, -1),
+            lambda x, layer: tile_linear(x, layer["kernel"], layer["bias"], own.owner, s * k),
+        )
+        rows = rows.reshape(1, source.shape[1], -1)
+    else:
+        rows = _take(flat, source // k, slot.reshape(1, s, k))
+        rows = apply(
+            weights,
+            rows[0],
+            lambda x, layer: grouped_linear(x, layer["kernel"], layer["bias"], sizes),
+        )[None]
     rows = _take(rows, slot, source[..., None])
     y = _weighted_sum(rows.reshape(*experts.shape, -1), token_weights)
     return y.astype(x.dtype)

@@ -7,11 +7,17 @@ Source: FastMoE (arXiv 2103.13262); docs/reference.md#vmoe-experts.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-METHODS = ("ragged", "tiles", "batched")
-SMALLEST_TILE, LARGEST_TILE = 16, {"tiles": 256, "batched": 1024}
+METHODS = ("ragged", "chunks", "batched")
+SMALLEST_TILE, LARGEST_TILE = 16, 1024
+# Sizes that a chunk may have; the largest holds twice an expert's even share of the rows.
+CHUNK_SIZES = 12
 
 
 def grouped_linear(
@@ -28,9 +34,11 @@ def grouped_linear(
         ragged      XLA's grouped matrix product, one kernel on a TPU. On a CPU it computes every
                     row with every expert, and on an H100 it takes 3.6 times as long as 'batched'
                     (benchmarks/RESULTS.md)
-        tiles       for a CPU: a loop over experts and tiles of their rows, in place
+        chunks      for a CPU: a loop over experts. An expert's rows are one product of the smallest
+                    of a dozen sizes that holds them; more than the largest holds take several
         batched     for a GPU: rows are padded to tiles of one expert each, and every tile gets a
-                    copy of its expert's weights: one batched product, no loop
+                    copy of its expert's weights: one batched product, no loop. A dispatch that
+                    keeps its rows in tiles from layer to layer calls `tile_linear` itself
 
     Args:
         rows: (N, C), sorted by expert.
@@ -42,12 +50,14 @@ def grouped_linear(
     Returns:
         (N, D).
     """
-    if method is None:
-        method = {"cpu": "tiles", "tpu": "ragged"}.get(jax.default_backend(), "batched")
-    if method == "tiles":
-        return _tiles(rows, kernel, bias, sizes)
+    method = method or default_method()
+    if method == "chunks":
+        return _chunks(rows, kernel, bias, sizes)
     if method == "batched":
-        return _batched(rows, kernel, bias, sizes)
+        own = tiles(sizes, len(rows))
+        x = jnp.take(rows, own.source, axis=0, mode="fill", fill_value=0)
+        y = tile_linear(x, kernel, bias, own.owner, len(rows))
+        return y.reshape(-1, y.shape[-1])[own.place]
     owner = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(rows))
     # A product, exact at this precision: the gradient of indexing would be a scatter of N rows.
     own_bias = jnp.matmul(
@@ -56,13 +66,15 @@ def grouped_linear(
     return jax.lax.ragged_dot(rows, kernel, sizes) + own_bias
 
 
-def _tile(rows: int, experts: int, method: str) -> int:
-    """Rows per tile: a few tiles for an expert's even share, since its last one is part padding.
+def default_method() -> str:
+    """The method for the backend."""
+    return {"cpu": "chunks", "tpu": "ragged"}.get(jax.default_backend(), "batched")
 
-    Larger tiles, hence fewer, where each tile gets a copy of the weights.
-    """
-    share = max(rows // ((2 if method == "batched" else 4) * experts), 1)
-    return min(max(1 << (share.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE[method])
+
+def _tile(rows: int, experts: int) -> int:
+    """Rows per tile: about half of an expert's even share, since its last tile is part padding."""
+    share = max(rows // (2 * experts), 1)
+    return min(max(1 << (share.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 
 
 def _count(size: jax.Array, tile: int) -> jax.Array:
@@ -70,102 +82,152 @@ def _count(size: jax.Array, tile: int) -> jax.Array:
     return (size + tile - 1) // tile
 
 
-def _padded(rows: jax.Array, tile: int) -> jax.Array:
-    """Rows padded so that the last tile may reach beyond the end."""
-    return jnp.pad(rows, ((0, tile), (0, 0)))
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Gradients = tuple[jax.Array, jax.Array, jax.Array, None]
+
+# The number of rows with padding is known only at run time, and padding is not useful work. So
+# evaluate/flops.py counts these functions by their FLOPs per row and weight. The rows are those of
+# the first argument with two axes or, of the batched ones, the number at the end of the name.
+LOOP_FLOPS = {
+    "_chunks_forward": 2,
+    "_chunks_backward": 4,
+    "_batched_forward": 2,
+    "_batched_backward": 4,
+}
 
 
-def _read(rows: jax.Array, at: jax.Array, tile: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(rows, at, tile)
+def _chunk(rows: int, experts: int) -> tuple[int, int]:
+    """The smallest size of a chunk, and of how many sizes, its multiples, a chunk may be."""
+    smallest = -(-2 * rows // (experts * CHUNK_SIZES * 16)) * 16 or 16
+    return smallest, min(CHUNK_SIZES, -(-rows // smallest))
+
+
+def _size_index(left: jax.Array, smallest: int, count: int) -> jax.Array:
+    """Index of the size of the chunk that holds `left` rows; the largest, if none does."""
+    return jnp.clip((left + smallest - 1) // smallest - 1, 0, count - 1)
+
+
+def _padded(rows: jax.Array, more: int) -> jax.Array:
+    """Rows padded so that the last chunk may reach beyond the end."""
+    return jnp.pad(rows, ((0, more), (0, 0)))
+
+
+def _read(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(rows, at, size)
 
 
 def _write(rows: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, values.astype(rows.dtype), at, 0)
 
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-Gradients = tuple[jax.Array, jax.Array, jax.Array, None]
-
-# The number of tiles is known only at run time, and padding is not useful work. So
-# evaluate/flops.py counts these functions by their FLOPs per row and weight.
-LOOP_FLOPS = {
-    "_tiles_forward": 2,
-    "_tiles_backward": 4,
-    "_batched_forward": 2,
-    "_batched_backward": 4,
-}
+def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, **options: Any) -> jax.Array:
+    """Product of two matrices over an axis of each, without transposing a copy."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), **options)
 
 
 @jax.custom_vjp
-def _tiles(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _tiles_forward(rows, kernel, bias, sizes)[0]
+def _chunks(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _chunks_forward(rows, kernel, bias, sizes)[0]
 
 
 @jax.jit
-def _tiles_forward(
+def _chunks_forward(
     rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, Residuals]:
-    n, tile = len(rows), _tile(len(rows), len(sizes), "tiles")
-    padded, ends = _padded(rows, tile), jnp.cumsum(sizes)
+    n = len(rows)
+    smallest, count = _chunk(n, len(sizes))
+    padded, ends = _padded(rows, smallest), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, out: jax.Array) -> jax.Array:
-        weight, own_bias, start = kernel[e], bias[e], ends[e] - sizes[e]
+        weight, own_bias, end = kernel[e], bias[e], ends[e]
 
-        def one(i: jax.Array, out: jax.Array) -> jax.Array:
-            at = start + i * tile
-            # Rows of later experts that the tile reaches into are overwritten by their own tiles.
-            return _write(out, _read(padded, at, tile) @ weight + own_bias[None], at)
+        def product(size: int, at: jax.Array, out: jax.Array) -> jax.Array:
+            # Rows of later experts that the chunk reaches into are overwritten by their own.
+            return _write(out, _read(padded, at, size) @ weight + own_bias[None], at)
 
-        return jax.lax.fori_loop(0, _count(sizes[e], tile), one, out)
+        products = [functools.partial(product, smallest * (i + 1)) for i in range(count)]
 
-    out = jnp.zeros((n + tile, kernel.shape[-1]), rows.dtype)
+        def one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at, out = carry
+            out = jax.lax.switch(_size_index(end - at, smallest, count), products, at, out)
+            return at + smallest * count, out
+
+        start = (end - sizes[e], out)
+        return jax.lax.while_loop(lambda carry: carry[0] < end, one, start)[1]
+
+    out = jnp.zeros((n + smallest, kernel.shape[-1]), rows.dtype)
     out = jax.lax.fori_loop(0, len(sizes), expert, out)
     return out[:n], (rows, kernel, bias, sizes)
 
 
 @jax.jit
-def _tiles_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
+def _chunks_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     rows, kernel, bias, sizes = residuals
-    n, tile = len(rows), _tile(len(rows), len(sizes), "tiles")
-    padded, grad, ends = _padded(rows, tile), _padded(grad, tile), jnp.cumsum(sizes)
+    n = len(rows)
+    smallest, count = _chunk(n, len(sizes))
+    padded, grad, ends = _padded(rows, smallest), _padded(grad, smallest), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_rows, d_kernel, d_bias = carry
-        weight, start = kernel[e].T, ends[e] - sizes[e]
+        weight, end = kernel[e], ends[e]
 
-        def one(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            d_rows, d_weight, d_own_bias = carry
-            at = start + i * tile
-            inside = jnp.arange(tile)[:, None] < ends[e] - at
-            g = jnp.where(inside, _read(grad, at, tile), 0)
-            d_rows = _write(d_rows, g @ weight, at)
-            product = jnp.matmul(_read(padded, at, tile).T, g, preferred_element_type=jnp.float32)
-            return d_rows, d_weight + product, d_own_bias + g.sum(0, dtype=jnp.float32)
+        def product(size: int, at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
+            inside = jnp.arange(size)[:, None] < end - at
+            g = jnp.where(inside, _read(grad, at, size), 0)
+            d_rows = _write(d_rows, _contract(g, weight, 1, 1), at)
+            x = _read(padded, at, size)
+            d_weight = _contract(x, g, 0, 0, preferred_element_type=jnp.float32)
+            return d_rows, d_weight, g.sum(0, dtype=jnp.float32)
 
-        own = [jnp.zeros(a.shape[1:], jnp.float32) for a in (kernel, bias)]
-        d_rows, *own = jax.lax.fori_loop(0, _count(sizes[e], tile), one, (d_rows, *own))
-        return d_rows, _write(d_kernel, own[0][None], e), _write(d_bias, own[1][None], e)
+        products = [functools.partial(product, smallest * (i + 1)) for i in range(count)]
+
+        def one(at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
+            index = _size_index(end - at, smallest, count)
+            return at + smallest * count, *jax.lax.switch(index, products, at, d_rows)
+
+        def another(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            at, d_rows, d_weight, d_own_bias = carry
+            at, d_rows, more_weight, more_bias = one(at, d_rows)
+            return at, d_rows, d_weight + more_weight, d_own_bias + more_bias
+
+        # The first chunk, mostly the only one, adds to nothing.
+        first = one(end - sizes[e], d_rows)
+        _, d_rows, d_weight, d_own_bias = jax.lax.while_loop(lambda c: c[0] < end, another, first)
+        return d_rows, _write(d_kernel, d_weight[None], e), _write(d_bias, d_own_bias[None], e)
 
     zeros = (jnp.zeros(padded.shape, rows.dtype), jnp.zeros_like(kernel), jnp.zeros_like(bias))
     d_rows, d_kernel, d_bias = jax.lax.fori_loop(0, len(sizes), expert, zeros)
     return d_rows[:n], d_kernel, d_bias, None
 
 
-_tiles.defvjp(_tiles_forward, _tiles_backward)
+_chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
-def _layout(sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Layout of rows in tiles of one expert each, as many as the worst case needs.
+class Tiles(NamedTuple):
+    """Rows sorted by expert, laid out in tiles of one expert each.
+
+    As many tiles as the worst case needs, hence mostly with empty places at the end of an expert's
+    last tile and in the last tiles of all.
+
+    Attributes:
+        owner: the expert of each tile, (tiles,).
+        source: the row in each place of each tile, (tiles, T); N for an empty place.
+        place: the place of each row, (N,).
+    """
+
+    owner: jax.Array
+    source: jax.Array
+    place: jax.Array
+
+
+def tiles(sizes: jax.Array, rows: int) -> Tiles:
+    """Lays rows out in tiles.
 
     Args:
-        sizes: (E,), rows per expert.
+        sizes: (E,), rows per expert; they sum to N.
         rows: N.
-        tile: T.
-
-    Returns:
-        The expert of each tile, (tiles,); the row in each place of each tile, (tiles, T), N for an
-        empty place; and the place of each row, (N,).
     """
+    tile = _tile(rows, len(sizes))
     ends, needed = jnp.cumsum(sizes), _count(sizes, tile)
     tile_ends = jnp.cumsum(needed)
     number = jnp.arange((rows + len(sizes) * (tile - 1)) // tile)
@@ -176,45 +238,63 @@ def _layout(sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Arra
     source = jnp.where(inside < sizes[owner, None], starts[owner, None] + inside, rows)
     row = jnp.arange(rows)
     own = jnp.searchsorted(ends, row, side="right")
-    return owner, source, (tile_ends - needed)[own] * tile + row - starts[own]
+    return Tiles(owner, source, (tile_ends - needed)[own] * tile + row - starts[own])
 
 
-def _rows_at(rows: jax.Array, source: jax.Array) -> jax.Array:
-    """Rows (N, C) by index, zeros where the index is N."""
-    return jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
+def tile_linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array, rows: int
+) -> jax.Array:
+    """Multiplies each tile by its expert's kernel and adds its bias: one batched product.
+
+    Args:
+        x: (tiles, T, C). What is in empty places does not matter, as long as their results are not
+            used: then their gradients are zero.
+        kernel: (E, C, D).
+        bias: (E, D).
+        owner: the expert of each tile, (tiles,).
+        rows: how many places are not empty, for evaluate/flops.py.
+
+    Returns:
+        (tiles, T, D).
+    """
+    return _batched(rows)(x, kernel, bias, owner)
 
 
-@jax.custom_vjp
-def _batched(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _batched_forward(rows, kernel, bias, sizes)[0]
+@functools.cache
+def _batched(rows: int) -> Callable[..., jax.Array]:
+    """`tile_linear` of a number of rows, which its functions' names tell evaluate/flops.py."""
+    forward, backward = (
+        jax.jit(_renamed(f, f"{f.__name__}_{rows}")) for f in (_batched_forward, _batched_backward)
+    )
+    product = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    product.defvjp(forward, backward)
+    return product
 
 
-@jax.jit
+def _renamed(function: Callable, name: str) -> Callable:
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    call.__name__ = name
+    return call
+
+
 def _batched_forward(
-    rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array
 ) -> tuple[jax.Array, Residuals]:
-    n, d = len(rows), kernel.shape[-1]
-    owner, source, place = _layout(sizes, n, _tile(n, len(sizes), "batched"))
-    out = jnp.matmul(_rows_at(rows, source), kernel[owner]) + bias[owner, None]
-    return out.reshape(-1, d)[place], (rows, kernel, bias, sizes)
+    return jnp.matmul(x, kernel[owner]) + bias[owner, None], (x, kernel, bias, owner)
 
 
-@jax.jit
 def _batched_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
-    rows, kernel, bias, sizes = residuals
-    n, c = rows.shape
-    owner, source, place = _layout(sizes, n, _tile(n, len(sizes), "batched"))
-    x, g = _rows_at(rows, source), _rows_at(grad, source)
-    d_rows = jnp.einsum("tnd,tcd->tnc", g, kernel[owner]).reshape(-1, c)[place]
-    parts = jnp.einsum("tnc,tnd->tcd", x, g, preferred_element_type=jnp.float32)
-    # Sums over an expert's tiles, as products: no scatter, and a fixed order of summation.
-    hot = jax.nn.one_hot(owner, len(sizes), axis=0)
-
-    def total(parts: jax.Array) -> jax.Array:
-        return jnp.tensordot(hot, parts, 1, precision="highest")
-
-    d_kernel, d_bias = total(parts), total(g.sum(1, dtype=jnp.float32))
-    return d_rows, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), None
-
-
-_batched.defvjp(_batched_forward, _batched_backward)
+    x, kernel, bias, owner = residuals
+    d_x = jnp.einsum("tnd,tcd->tnc", grad, kernel[owner])
+    # Each tile's part is summed in float32 and rounded once, to the type of the gradient.
+    parts = jnp.einsum("tnc,tnd->tcd", x, grad)
+    # Sums over an expert's tiles, as a product: no scatter, and a fixed order of summation.
+    hot = jax.nn.one_hot(owner, len(kernel), axis=0, dtype=parts.dtype)
+    highest = "highest" if parts.dtype == jnp.float32 else None
+    d_kernel = jnp.tensordot(hot, parts, 1, precision=highest, preferred_element_type=jnp.float32)
+    # No product: XLA would merge it with the one above by copying all parts into one array.
+    sums = grad.sum(1, dtype=jnp.float32)
+    d_bias = jnp.where((owner[None] == jnp.arange(len(kernel))[:, None])[..., None], sums[None], 0)
+    return d_x, d_kernel.astype(kernel.dtype), d_bias.sum(1).astype(bias.dtype), None

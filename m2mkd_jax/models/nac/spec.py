@@ -59,7 +59,7 @@ class NACSpec:
     position_dim: int = 64
     output: str = "pooling"  # or "first_slot" [FirstSlotAsLogits]
     pooling: str = "gumbel"  # or "vanilla" [softmax_type]
-    remat: bool = False
+    remat: str = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.tokenizer_depths) <= 3 or self.state_dim < 4:

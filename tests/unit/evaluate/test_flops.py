@@ -78,7 +78,7 @@ def test_each_row_by_one_expert_recomputed():
     """A rematerialised loop over layers: four products instead of three."""
 
     def two_layers(x, w, b, sizes):
-        linear = lambda x, _: (jnp.sin(grouped_linear(x, w, b, sizes, "tiles")), 0)
+        linear = lambda x, _: (jnp.sin(grouped_linear(x, w, b, sizes, "chunks")), 0)
         return jnp.square(jax.lax.scan(jax.checkpoint(linear), x, length=2)[0]).sum()
 
     gradient = jax.value_and_grad(two_layers, argnums=(0, 1, 2))

@@ -103,7 +103,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "teacher.width": (8, 24),
     "teacher.heads": (4, 3),
     "teacher.variant": ("vit_base_patch16_224", "vit_bass"),
-    "teacher.remat": (True,),
+    "teacher.remat": ("always",),
     "teacher.qkv_bias": (False,),
     "teacher.options": ({"a": 1},),
     "few_shot.network": ("e2e_scratch", "e2e/1", "e2e/x", "e2e/-1", "pt", "e2e_kd"),
@@ -185,7 +185,7 @@ OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "nac.layer_scale": (0.0,),
         "nac.code_noise": (0.0,),
         "nac.add_one": (False,),
-        "nac.remat": (True,),
+        "nac.remat": ("always",),
     },
     "vmoe": {
         "vmoe.router": ("published", "vmoe", "expert_choice"),
@@ -203,7 +203,7 @@ OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "vmoe.patch": (4, 16),
         "vmoe.qkv_bias": (False,),
         "vmoe.eps": (1e-5,),
-        "vmoe.remat": (True,),
+        "vmoe.remat": ("always",),
         "vmoe.variant": ("vit_base_patch16_224",),
     },
     "dense": {

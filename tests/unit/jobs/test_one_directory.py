@@ -35,7 +35,7 @@ def test_a_run_goes_on_with_other_machines(tmp_path):
     config.mesh.update(data=2, expert=4, fsdp=True)
     config.data.root, config.data.workers, config.log_every = "elsewhere", 3, 7
     config.data.damaged_share = 0.5  # after a run that too many damaged images ended
-    config.vmoe.remat = config.teacher.remat = True
+    config.vmoe.remat = config.teacher.remat = "always"
     config.evaluation.every, config.checkpoint_minutes = 3.0, 1.0
     config.phases = (*config.phases, "e2e_kd")
     plan = Plan(config)

@@ -106,7 +106,7 @@ def stacked():
     return parts.graph, random_params(parts.params, 0)
 
 
-def scanned(graph, remat: bool):
+def scanned(graph, remat):
     def f(params, x, shifts):
         module = chain.merge(graph, params, {})
         apply = lambda layer, x, shift: layer(x, shift)
@@ -123,7 +123,7 @@ def looped(params, x, shifts):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["never", "always"])
 def test_scanned_layers_equal_a_loop(stacked, remat, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     graph, params = stacked
@@ -146,7 +146,10 @@ def test_remat_recomputes(stacked):
         residuals = jax.eval_shape(lambda x: jax.vjp(lambda x: f(params, x, shifts), x)[1], x)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
-    assert kept(True) < kept(False)
+    assert kept("always") < kept("never") == kept("auto")
+    with layers.recomputing():
+        assert kept("auto") == kept("always")
+        assert kept("never") > kept("always")
 
 
 def test_a_gpu_keeps_products_and_computes_the_rest_again(stacked, monkeypatch):
@@ -154,7 +157,7 @@ def test_a_gpu_keeps_products_and_computes_the_rest_again(stacked, monkeypatch):
     x, shifts = normal(1, BATCH, WIDTH), normal(2, LAYERS, WIDTH)
 
     def gradient():
-        f = scanned(graph, remat=False)
+        f = scanned(graph, remat="never")
         return str(jax.make_jaxpr(jax.grad(lambda x: f(params, x, shifts).sum()))(x))
 
     on_cpu = gradient()

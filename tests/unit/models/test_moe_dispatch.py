@@ -159,6 +159,12 @@ def test_all_dispatches_are_the_dense_loop(kind, groups):
     def moved(x, routing, weights):
         return dispatch.dropless(x, routing, weights, experts.mlp)
 
+    def in_tiles(x, routing, weights):
+        """As on a GPU."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "default_method", lambda: "batched")
+            return dispatch.dropless(x, routing, weights, experts.mlp)
+
     def fitted(x, routing, weights):
         return dispatch.capacity(x, routing, weights, experts.mlp, slots=x.shape[1])
 
@@ -168,32 +174,40 @@ def test_all_dispatches_are_the_dense_loop(kind, groups):
 
     arguments = (x, jnp.asarray(logits, jnp.float32), random_experts())
     results = {}
-    for move in (loop, moved, fitted):
+    for move in (loop, moved, in_tiles, fitted):
         run = jax.jit(
             jax.value_and_grad(functools.partial(value, move), argnums=(0, 1, 2), has_aux=True)
         )
         (_, (y, dropped)), grads = run(*arguments)
         results[move] = y, grads
         assert dropped == 0 or (kind == "expert_choice" and move is not loop)
-    for move in (moved, fitted):
+    for move in (moved, in_tiles, fitted):
         assert_close(results[move][0], results[loop][0], OUTPUT_TOLERANCE)
         assert_trees_close(results[move][1], results[loop][1], GRADIENT_TOLERANCE)
     if kind == "published":
         assert not results[loop][1][2]["fc1"]["kernel"][2].any()
 
 
-# Rows per expert: none at the start, in the middle, at the end; tiles of 16 and their edges.
-SIZES = [(0, 5, 0, 59), (16, 17, 15, 16), (64, 0, 0, 0), (1, 1, 61, 1)]
+# Rows per expert: none at the start, in the middle, at the end; chunks of 16 and their edges; more
+# rows than the largest chunk holds.
+SIZES = [
+    (0, 5, 0, 59),
+    (16, 17, 15, 16),
+    (64, 0, 0, 0),
+    (1, 1, 61, 1),
+    (3, 800, 0, 200, 0, 0, 21, 0),
+    (0, 0, 0, 0, 0, 0, 0, 769),
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_grouped_linear_is_each_experts_own(sizes):
-    draw = np.random.default_rng(0)
+    draw, n, e = np.random.default_rng(0), sum(sizes), len(sizes)
     rows, kernel, bias, pull = (
         jnp.asarray(draw.normal(size=shape), jnp.float32)
-        for shape in ((64, 5), (4, 5, 7), (4, 7), (64, 7))
+        for shape in ((n, 5), (e, 5, 7), (e, 7), (n, 7))
     )
-    owner = np.repeat(np.arange(4), sizes)
+    owner = np.repeat(np.arange(e), sizes)
 
     def literal(rows, kernel, bias):
         return jnp.einsum("nc,ncd->nd", rows, kernel[owner]) + bias[owner]
@@ -212,12 +226,12 @@ def test_grouped_linear_is_each_experts_own(sizes):
         assert_trees_close(grads, expected[1], GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["tiles", "batched"])
+@pytest.mark.parametrize("method", ["chunks", "batched"])
 def test_grouped_linear_in_bfloat16_sums_in_float32(method):
-    """A kernel's gradient is a sum over tiles; in bfloat16 3 * 258 would not be 774."""
+    """Sums of many rows: 1 + 2^-7 added up in bfloat16 would stop at 256."""
     rows, bias = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros((1, 1), jnp.bfloat16)
     kernel, sizes = jnp.ones((1, 1, 1), jnp.bfloat16), jnp.asarray([4096])
-    pull = jnp.full((4096, 1), 1.0 + 2**-7, jnp.bfloat16)  # 258 in a tile of 256
+    pull = jnp.full((4096, 1), 1.0 + 2**-7, jnp.bfloat16)
     _, pullback = jax.vjp(lambda k, b: grouped_linear(rows, k, b, sizes, method), kernel, bias)
     for grad in pullback(pull):
         assert grad.dtype == jnp.bfloat16 and float(grad.sum()) == 16 * 258

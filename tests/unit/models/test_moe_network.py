@@ -228,7 +228,9 @@ def joined_and_apart(spec, depths, remat):
 
 def test_joined_stages_compute_what_the_chain_does():
     """With activations recomputed too, which changes no value."""
-    params, run = joined_and_apart(dataclasses.replace(SPEC, moe_pos=(0, 1)), (1, 2), remat=True)
+    params, run = joined_and_apart(
+        dataclasses.replace(SPEC, moe_pos=(0, 1)), (1, 2), remat="always"
+    )
     run = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
     (apart, seen), grads = run(params, False)
     (joined, seen_joined), grads_joined = run(params, True)
@@ -240,7 +242,7 @@ def test_joined_stages_compute_what_the_chain_does():
 def test_stages_with_stitches_are_joined_too():
     spec = dataclasses.replace(STITCHED, moe_pos=(0, 1, 2))
     spec = vmoe.student_spec(spec, (1, 1, 1, 1), STITCH_DIM)
-    params, run = joined_and_apart(spec, (1, 1, 1, 1), remat=False)
+    params, run = joined_and_apart(spec, (1, 1, 1, 1), remat="never")
     run = jax.jit(run, static_argnums=1)
     # Blocks 1 and 2, open at both ends, become one segment.
     assert_trees_close(run(params, True), run(params, False), OUTPUT_TOLERANCE)

@@ -53,7 +53,7 @@ COMBINATIONS = {
         "truncation": None,
         "stochastic_kernel": False,
     },
-    "remat": {"remat": True, "modulation": "none", "add_one": False, "code_noise": 0.0},
+    "remat": {"remat": "always", "modulation": "none", "add_one": False, "code_noise": 0.0},
     # Nobody hears anybody but itself, then not even itself; in training they leak.
     "itself_only": {"truncation": 1e-3, "stochastic_kernel": False},
     "nobody": {"truncation": -1.0, "stochastic_kernel": False},
@@ -226,7 +226,7 @@ def test_rematerialised_propagators():
 
         return jit(jax.value_and_grad(loss))(params)
 
-    (value, gradients), (same_value, same_gradients) = run(spec_with(remat=True)), run(SPEC)
+    (value, gradients), (same_value, same_gradients) = run(spec_with(remat="always")), run(SPEC)
     assert_close(value, same_value, OUTPUT_TOLERANCE)
     assert_trees_close(gradients, same_gradients, GRADIENT_TOLERANCE)
 

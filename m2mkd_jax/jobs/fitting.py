@@ -1,0 +1,92 @@
+"""A training step that fits into the device's memory, activations recomputed only where they must.
+
+Recomputing the activations of blocks in the backward pass saves memory and costs a forward pass.
+With `remat="auto"` the compiler's plan decides: the step is compiled without, and where it needs
+more than the device has, once more with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from m2mkd_jax.models import layers
+from m2mkd_jax.parallel.process import from_main, say
+
+# Share of the memory that a step may plan: the rest is for batches that wait, and for evaluation.
+USABLE = 0.9
+
+
+class FittingStep:
+    """(state, frozen, batch) -> (state, metrics), compiled at its first call.
+
+    Args:
+        job: its name, for people.
+        make: loss -> jitted step.
+        loss: of a batch.
+    """
+
+    def __init__(self, job: str, make: Callable[[Callable], Any], loss: Callable):
+        self._job, self._make, self._loss = job, make, loss
+        self._step = make(loss)
+        self._fits = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self._fits:
+            self._fit(arguments)
+        return self._step(*arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The step before it is compiled, as `jax.jit`'s `lower` gives it."""
+        return self._step.lower(*arguments)
+
+    def _fit(self, arguments: tuple[Any, ...]) -> None:
+        self._fits = True
+        limit = device_memory()
+        if not limit:
+            return
+        # The jitted step finds this program in jax's cache and does not compile it again.
+        needed = planned_bytes(self._step.lower(*arguments).compile())
+        if from_main(needed <= USABLE * limit):
+            return
+        self._step = self._make(recomputing(self._loss))
+        with_remat = planned_bytes(self._step.lower(*arguments).compile())
+        say(
+            f"[{self._job}] activations with remat='auto' are recomputed: a step needs "
+            f"{with_remat / 2**30:.1f} GiB, without {needed / 2**30:.1f} of "
+            f"{limit / 2**30:.1f} GiB"
+        )
+
+
+def recomputing(function: Callable) -> Callable:
+    """`function`, traced with remat="auto" taken for "always"."""
+
+    def traced(*arguments: Any) -> Any:
+        with layers.recomputing():
+            return function(*arguments)
+
+    return traced
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes on one device that a program needs by the compiler's plan; 0 where it tells none."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return 0
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return kept + plan.temp_size_in_bytes
+
+
+def device_memory() -> int:
+    """Bytes of memory that a device has; 0 if unknown. CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", 0)
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+    return total // jax.local_device_count()

@@ -1,0 +1,50 @@
+"""remat='auto': a step that does not fit into memory recomputes activations, and says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2mkd_jax.config.files import find_config, read_config
+from m2mkd_jax.jobs import fitting
+from m2mkd_jax.jobs.setup import training_step
+from tests.support import assert_close
+
+
+def stepped(remat):
+    """Metrics of one step of the digits' meta model."""
+    config = read_config(find_config("nac_digits"))
+    config.teacher.remat = remat
+    config.recipes.pt.batch = 8
+    setup, state, step = training_step(config, "pt")
+    size = setup.phase.data.image_size
+    image = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
+    batch = {"image": image, "label": np.arange(8, dtype=np.int32)}
+    return jax.device_get(step(state, setup.frozen, batch)[1])
+
+
+def test_auto_recomputes_only_what_does_not_fit(monkeypatch, capsys):
+    plain = stepped("auto")
+    assert "recomputed" not in capsys.readouterr().out
+    monkeypatch.setattr(fitting, "device_memory", lambda: 1 << 20)
+    again = stepped("auto")
+    assert "[pt] activations with remat='auto' are recomputed" in capsys.readouterr().out
+    for name, value in plain.items():
+        assert_close(again[name], value, 1e-5, name)
+
+
+@pytest.mark.parametrize("remat", ["always", "auto"])
+def test_recomputing_reaches_the_blocks(remat, monkeypatch):
+    """A recomputed step has a checkpoint in its program; one that fits has none."""
+    config = read_config(find_config("nac_digits"))
+    config.teacher.remat, config.recipes.pt.batch = remat, 8
+    setup, state, step = training_step(config, "pt")
+    size = setup.phase.data.image_size
+    batch = {
+        "image": jnp.zeros((8, size, size, 3), jnp.uint8),
+        "label": jnp.zeros(8, jnp.int32),
+    }
+    text = step.lower(state, setup.frozen, batch).as_text(debug_info=True)
+    assert ("rematted_computation" in text) == (remat == "always")
+    with_memory = fitting.recomputing(lambda: step.lower(state, setup.frozen, batch))
+    assert with_memory() is not None
