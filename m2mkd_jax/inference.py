@@ -20,6 +20,8 @@ from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, inspection, registry
 from m2mkd_jax.phases import named
+from m2mkd_jax.phases.joined import join_neighbours
+from m2mkd_jax.phases.program import Program
 
 
 class Model:
@@ -42,7 +44,10 @@ class Model:
         self.description = weights.description
         builds = {name: registry.builder(self.description, name) for name in names}
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
-        self._weights = {name: self._matched(name, weights.trees[name]) for name in names}
+        single = {name: self._matched(name, weights.trees[name]) for name in names}
+        program = Program({n: part.graph for n, part in self._parts.items()}, tuple(names), ())
+        self._joined = join_neighbours(program, single, trained=False)
+        self._weights = self._joined.stages(single)
         self._run = jax.jit(self._forward)
         self._features = jax.jit(lambda w, x: inspection.features(self._merged(w), names, x))
         self._attention = jax.jit(lambda w, x: inspection.attention(self._merged(w), x))
@@ -59,18 +64,21 @@ class Model:
         return {"params": params, "fixed": tree.get("fixed", {})}
 
     def _merged(self, weights: dict[str, Any]) -> list[chain.Stage]:
+        """The single stages."""
+        single = self._joined.single_stages(weights)
         return [
-            chain.merge(parts.graph, weights[name]["params"], weights[name]["fixed"])
+            chain.merge(parts.graph, single[name]["params"], single[name]["fixed"])
             for name, parts in self._parts.items()
         ]
 
     def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-        return chain.run(chain.join(self._merged(weights), None)[0], x)
+        program = self._joined.program
+        return program.run(program.student, {}, weights, x)
 
     @property
     def stages(self) -> dict[str, int]:
         """The parameter count of every stage, by name, in the order of the network."""
-        return {n: chain.count_parameters(w["params"]) for n, w in self._weights.items()}
+        return {n: chain.count_parameters(shapes) for n, shapes in self._joined.shapes.items()}
 
     @property
     def parameters(self) -> int:
@@ -80,7 +88,8 @@ class Model:
     @property
     def trees(self) -> dict[str, Any]:
         """{"params", "fixed"} of every stage, by name: what `save_weights` takes."""
-        return {n: {k: v for k, v in w.items() if v} for n, w in self._weights.items()}
+        single = self._joined.single_stages(self._weights)
+        return {n: {k: v for k, v in single[n].items() if v} for n in self._parts}
 
     def features(self, x: ArrayLike) -> dict[str, jax.Array]:
         """Intermediate results by name for a model's input; see models/inspection.py."""

@@ -79,8 +79,18 @@ class Joined:
         fixed = self.fixed({name: stage["fixed"] for name, stage in single.items()})
         return {name: {"params": own, "fixed": fixed[name]} for name, own in params.items()}
 
+    def single_stages(self, stages: Params) -> Params:
+        """The inverse of `stages`."""
+        params = self.split({name: stage["params"] for name, stage in stages.items()})
+        return {
+            part: {"params": params[part], "fixed": {} if len(parts) > 1 else stages[name]["fixed"]}
+            for name, parts in self.groups.items()
+            if name in stages
+            for part in parts
+        }
+
     def split(self, params: Params) -> Params:
-        """The inverse of `join`, of trained parameters."""
+        """The inverse of `join`."""
         single = {}
         for name, own in params.items():
             parts = self.groups[name]
