@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.models import backend
+
 METHODS = ("ragged", "tiles", "batched")
 SMALLEST_TILE, LARGEST_TILE = 16, {"tiles": 256, "batched": 1024}
 
@@ -43,7 +45,7 @@ def grouped_linear(
         (N, D).
     """
     if method is None:
-        method = {"cpu": "tiles", "tpu": "ragged"}.get(jax.default_backend(), "batched")
+        method = {"cpu": "tiles", "tpu": "ragged"}.get(backend.platform(), "batched")
     if method == "tiles":
         return _tiles(rows, kernel, bias, sizes)
     if method == "batched":
