@@ -37,7 +37,6 @@ FREE = {
 }
 CALLS = {"while", "call", "conditional", "async-start"}
 MATRIX_PRODUCTS = ("__cublas", "cublas", "__triton_gemm", "__triton_nested_gemm_fusion")
-LARGE_CONSTANT = 1 << 20
 
 
 @dataclasses.dataclass
@@ -178,8 +177,10 @@ class Module:
             instruction: of a fusion, what is inside counts.
             package: the innermost frame in a folder of that name counts.
         """
-        found = Counter(self._source(i.attribute(r"stack_frame_id=(\d+)"), package)
-                        for i in self._all_of(instruction))
+        found = Counter(
+            self._source(i.attribute(r"stack_frame_id=(\d+)"), package)
+            for i in self._all_of(instruction)
+        )
         return tuple(source for source, _ in found.most_common() if source)
 
     def _source(self, frame: str, package: str) -> str:
@@ -337,20 +338,22 @@ class Module:
             body = self._body(instruction)
             inside = {i.name: i for i in body}
             return sum(self._flops(i, inside) for i in body)
-        operands = [arrays(by_name[o].result)[0][1] for o in instruction.operands if arrays(by_name[o].result)]
-        results = [shape for _, shape in arrays(instruction.result)]
-        if "fmha" in instruction.line and instruction.opcode == "custom-call":
-            return _attention_flops(instruction, operands, results)
-        contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-        if not contracted and instruction.opcode == "custom-call":
-            listed = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
-            contracted = listed.replace('"', "")
-        if contracted:
-            summed = math.prod(operands[0][int(axis)] for axis in contracted.split(","))
-            return 2 * math.prod(results[0]) * summed
-        if "dim_labels=" in instruction.line:
-            return _convolution_flops(instruction, operands, results)
-        return 0
+        typed = [arrays(by_name[o].result) for o in instruction.operands]
+        operands = [shapes[0][1] if shapes else () for shapes in typed]
+        result = (arrays(instruction.result) or [("", ())])[0][1]
+        target = instruction.attribute(r'custom_call_target="([^"]*)"')
+        if "fmha" in target:
+            return _attention_flops(target, operands)
+        if labels := instruction.attribute(r"dim_labels=([\w>-]+)"):
+            return _convolution_flops(target, labels, operands, result)
+        if target:
+            axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+        else:
+            axes = instruction.attribute(r"lhs_contracting_dims=\{([^}]*)\}")
+        if not axes:
+            return 0
+        contracted = (operands[0][int(axis)] for axis in re.findall(r"\d+", axes))
+        return 2 * math.prod(result) * math.prod(contracted)
 
 
 _TAKING = {"dynamic-slice", "slice", "gather"}
@@ -369,32 +372,26 @@ _FUSIONS = {
 }
 
 
-def _attention_flops(instruction: Instruction, operands: list, results: list) -> int:
+def _attention_flops(target: str, operands: list[tuple[int, ...]]) -> int:
     """FLOPs of fused attention: queries and keys are (B, N, H, C) both; two products forward.
 
     Backward there are five: scores again, and gradients of weights, values, queries and keys.
     """
-    products = 5 if "Backward" in instruction.line else 2
+    products = 5 if target.endswith("Backward") else 2
     return products * 2 * math.prod(operands[0]) * operands[1][1]
 
 
-def _convolution_flops(instruction: Instruction, operands: list, results: list) -> int:
-    """FLOPs of a convolution in whichever direction: each has one product per weight and output."""
-    groups = int(instruction.attribute(r"feature_group_count=(\d+)") or 1)
-    batch_groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
-    labels = instruction.attribute(r"dim_labels=(\S+?)[,\s]")
-    kernel = labels.split("_")[1].split("->")[0]
-    shapes = [*operands[:2], results[0]]
-    target = instruction.attribute(r'custom_call_target="([^"]*)"')
-    if "BackwardFilter" in target:
-        image, weights, output = shapes[0], shapes[2], shapes[1]
-    elif "BackwardInput" in target:
-        image, weights, output = shapes[2], shapes[1], shapes[0]
-    else:
-        image, weights, output = shapes
-    del image
-    per_output = math.prod(weights) // weights[kernel.index("o")]
-    return 2 * math.prod(output) * per_output // (batch_groups if groups == 1 else 1)
+def _convolution_flops(
+    target: str, labels: str, operands: list[tuple[int, ...]], result: tuple[int, ...]
+) -> int:
+    """FLOPs of a convolution; in either direction each output has one product per weight."""
+    weights, output = operands[1], result
+    if target.endswith("BackwardFilter"):
+        weights, output = result, operands[1]
+    elif target.endswith("BackwardInput"):
+        output = operands[0]
+    out_axis = labels.split("_")[1].partition("->")[0].index("o")
+    return 2 * math.prod(output) * math.prod(weights) // weights[out_axis]
 
 
 def _frames(text: str) -> dict[str, tuple[str, str, str]]:
