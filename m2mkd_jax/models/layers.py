@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
+from m2mkd_jax.models import backend
 
 Initialiser = Callable[..., jax.Array]
 AttentionImplementation = Literal["xla", "cudnn"]
@@ -179,15 +179,12 @@ def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     return half and min(n, k.shape[1]) >= SHORTEST and c % 8 == 0 and c <= 128 and _has_cudnn()
 
 
-@functools.cache
 def _has_cudnn() -> bool:
-    """Whether the device is an NVIDIA GPU from Ampere (compute capability 8) on.
-
-    AMD's GPUs report a capability that starts with letters.
-    """
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    major = capability.partition(".")[0]
-    return jax.default_backend() == "gpu" and major.isdigit() and int(major) >= 8
+    """Whether the device is an NVIDIA GPU from Ampere (compute capability 8) on."""
+    if backend.platform() != "gpu":
+        return False
+    major = backend.compute_capability().partition(".")[0]
+    return major.isdigit() and int(major) >= 8
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> Any:
@@ -271,7 +268,7 @@ def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., An
     """
     if remat == "always" or (remat == "auto" and _RECOMPUTING.get()):
         return jax.checkpoint(body)
-    if jax.default_backend() != "cpu":
+    if backend.platform() != "cpu":
         # Forward and backward pass are separate loops, so common subexpressions cannot be merged.
         return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
     if _shards_data():
@@ -355,7 +352,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
     """
     h, w = x.shape[1:3]
     if method is None:
-        if jax.default_backend() != "cpu":
+        if backend.platform() != "cpu":
             method = "native"
         else:
             method = "positions" if h * w <= 256 else "columns"

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.models import backend
+
 METHODS = ("ragged", "chunks", "batched")
 SMALLEST_TILE, LARGEST_TILE = 16, 1024
 # Sizes that a chunk may have; the largest holds twice an expert's even share of the rows.
@@ -68,7 +70,7 @@ def grouped_linear(
 
 def default_method() -> str:
     """The method for the backend."""
-    return {"cpu": "chunks", "tpu": "ragged"}.get(jax.default_backend(), "batched")
+    return {"cpu": "chunks", "tpu": "ragged"}.get(backend.platform(), "batched")
 
 
 def _tile(rows: int, experts: int) -> int:
