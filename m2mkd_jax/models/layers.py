@@ -40,6 +40,8 @@ torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _RECOMPUTING: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputing", default=False)
 
+# Name of what a GPU or TPU keeps for the backward pass besides products (jax.ad_checkpoint).
+KEPT = "kept"
 # Fewest tokens for which fused attention is worth its launch.
 SHORTEST = 64
 
@@ -279,7 +281,12 @@ def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., An
 def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     # jax has no public name for its fused attention.
     fused = primitive.name.startswith("dot_product_attention")
-    return fused or bool(jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters))
+    named = primitive.name == "name" and parameters["name"] == KEPT
+    return (
+        fused
+        or named
+        or bool(jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters))
+    )
 
 
 def _is_no_gathered_param(primitive: Any, *_: Any, **parameters: Any) -> bool:

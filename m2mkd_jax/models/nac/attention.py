@@ -23,7 +23,11 @@ EXCLUDED = -(2.0**14)  # a bias that gives weight 0 and that float16 can represe
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_kernel: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_kernel: jax.Array | None = None,
+    finite: bool = False,
 ) -> jax.Array:
     """Attention with a log kernel added to the scores of all heads.
 
@@ -35,6 +39,8 @@ def attend(
         q: (B, U, H, C).
         k, v: (B, V, H, C).
         log_kernel: (U, V) or (B, U, V); None for plain attention.
+        finite: no entry is -inf, and the largest of a row is near zero: it is a log probability.
+            Saves a GPU two passes over the kernel.
 
     Returns:
         (B, U, H, C).
@@ -45,7 +51,7 @@ def attend(
         return layers.dot_product_attention(q, k, v)
     # With a bias cuDNN's backward pass requires even lengths.
     if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
-        return library_attention(q, k, v, log_kernel, "cudnn")
+        return library_attention(q, k, v, log_kernel, "cudnn", finite)
     log_kernel = _with_batch(log_kernel)[:, None]
     inside = ~jnp.isneginf(log_kernel)
     scores = jnp.einsum("buhc,bvhc->bhuv", q, k, preferred_element_type=jnp.float32)
@@ -69,6 +75,7 @@ def library_attention(
     v: jax.Array,
     log_kernel: jax.Array,
     implementation: layers.AttentionImplementation,
+    finite: bool = False,
 ) -> jax.Array:
     """`attend` by jax.nn.dot_product_attention.
 
@@ -78,19 +85,24 @@ def library_attention(
     Args:
         q, k, v, log_kernel: as for `attend`.
         implementation: of jax.nn.dot_product_attention.
+        finite: as for `attend`.
 
     Returns:
         (B, U, H, C).
     """
-    log_kernel = _with_batch(log_kernel)[:, None]
-    inside = ~jnp.isneginf(log_kernel)
-    # A constant added to a row cancels in the softmax: with the row's largest entry at zero, 16-bit
-    # floats are most precise where the weights are largest. cuDNN cannot subtract infinities.
-    bias = jnp.where(inside, log_kernel - _highest(log_kernel, inside), EXCLUDED)
+    bias = _with_batch(log_kernel)[:, None]
+    inside = ~jnp.isneginf(bias)
+    if not finite:
+        # A constant added to a row cancels in the softmax: with the row's largest entry at zero,
+        # 16-bit floats are most precise where the weights are largest. cuDNN cannot subtract
+        # infinities.
+        bias = jnp.where(inside, bias - _highest(bias, inside), EXCLUDED)
     # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
     message = layers.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    if finite:
+        return message
     has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")
     return jnp.where(has_sender, message, 0)
 
@@ -161,7 +173,9 @@ class LatentAttention(nnx.Module):
             self.value(v, sender_codes),
         )
         q, k, v = (rearrange(x, "b u (h c) -> b u h c", h=self.heads) for x in projections)
-        message = attend(q, k, v, log_kernel)
+        # A kernel of each image is a sample, which is never zero.
+        finite = log_kernel is not None and log_kernel.ndim == 3
+        message = attend(q, k, v, log_kernel, finite)
         message = self.exit(rearrange(message, "b u h c -> b u (h c)"), receiver_codes)
         message = self.gamma[...][None, None] * message
         if not self.residual:

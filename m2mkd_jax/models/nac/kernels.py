@@ -14,10 +14,14 @@ Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-kernel.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.batching import sum_over_images
 from m2mkd_jax.models.nac.modulation import l2_normalise
 
 # torch.distributions clamps probabilities to [eps, 1 - eps] with the float32 eps.
@@ -109,8 +113,34 @@ def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
     p, u = _clamp(p), _clamp(uniform)
     logits = jnp.log(p) - jnp.log1p(-p)
-    noise = jnp.log(u) - jnp.log1p(-u)
+    return _relaxed(logits, jnp.log(u) - jnp.log1p(-u), temperature)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _relaxed(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array:
+    """log sigmoid((logits + noise) / temperature): logits (U, V), noise (B, U, V) -> (B, U, V).
+
+    The backward pass needs the result alone, and neither the noise nor the numbers behind it.
+    """
     return jax.nn.log_sigmoid((noise + layers.align_rank(logits, noise)) / temperature)
+
+
+def _relaxed_forward(
+    logits: jax.Array, noise: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    log = checkpoint_name(_relaxed(logits, noise, temperature), layers.KEPT)
+    return log, log
+
+
+def _relaxed_backward(
+    temperature: float, log: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The derivative of log sigmoid is one minus the sigmoid.
+    grad = grad * (-jnp.expm1(log) / temperature)
+    return sum_over_images(grad), jnp.zeros_like(grad)
+
+
+_relaxed.defvjp(_relaxed_forward, _relaxed_backward)
 
 
 def _clamp(p: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.batching import for_each_image
 from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS
 from m2mkd_jax.models.nac.spec import NACSpec
 
@@ -34,7 +35,7 @@ class Latents(nnx.Module):
     def initial_states(self, batch: int) -> jax.Array:
         """The learned initial states of every image: (B, U, D)."""
         assert self.states is not None, "these states come from a seeder"
-        return jnp.broadcast_to(self.states[...], (batch, *self.states.shape))
+        return for_each_image(self.states[...], batch)
 
 
 class Seeder(nnx.Module):
@@ -63,9 +64,10 @@ class Seeder(nnx.Module):
         codes = self.norm(codes.astype(self.mu.kernel[...].dtype))
         mean = self.mu(codes)
         if noise is None:
-            return jnp.broadcast_to(mean, (batch, *mean.shape))
+            return for_each_image(mean, batch)
         deviation = jnp.exp(0.5 * self.logvar(codes))
-        return mean[None] + noise.astype(mean.dtype) * deviation[None]
+        mean, deviation = (for_each_image(x, batch) for x in (mean, deviation))
+        return mean + noise.astype(mean.dtype) * deviation
 
 
 def jitter(codes: jax.Array, scale: float, key: jax.Array | None) -> jax.Array:

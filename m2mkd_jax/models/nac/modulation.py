@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.batching import for_each_image
 from m2mkd_jax.models.nac.spec import NACSpec
 
 LAYER_NORM_EPS = 1e-5
@@ -78,9 +79,9 @@ class ModulatedLinear(nnx.Module):
         return scale + 1.0 if self.spec.add_one else scale
 
     def __call__(self, x: jax.Array, codes: jax.Array) -> jax.Array:
-        """x (..., U, C), codes (U, S) or (1, S) -> (..., U, D)."""
-        modulation = self.modulation(codes).astype(x.dtype)
-        y = (x * layers.align_rank(modulation, x)) @ self.kernel[...]
+        """x (B, U, C), codes (U, S) or (1, S) -> (B, U, D)."""
+        modulation = for_each_image(self.modulation(codes).astype(x.dtype), len(x))
+        y = (x * modulation) @ self.kernel[...]
         return y if self.bias is None else y + layers.align_rank(self.bias[...], y)
 
 

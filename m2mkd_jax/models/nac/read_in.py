@@ -28,6 +28,7 @@ from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.batching import for_each_image
 from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS, ModulatedFFN, ModulatedLinear
 from m2mkd_jax.models.nac.spec import NACSpec
 
@@ -54,9 +55,9 @@ class ReadInAttention(nnx.Module):
         h = self.spec.heads
         q = rearrange(self.query(self.receiver_norm(receivers), codes), "b u (h c) -> b u h c", h=h)
         k = rearrange(self.key.kernel[...], "t (h c) -> t h c", h=h)
-        # (U, T) -> (1, U, 1, T): all heads share the latent's modulation.
-        key_scale = self.key.modulation(codes).astype(x.dtype)[None, :, None]
-        folded = jnp.einsum("buhc,thc->buht", q, k) * key_scale
+        # All heads share the latent's modulation.
+        key_scale = self.key.modulation(codes).astype(x.dtype)[:, None]
+        folded = jnp.einsum("buhc,thc->buht", q, k) * for_each_image(key_scale, len(x))
         scores = jnp.einsum("buht,bvt->buhv", folded, x, preferred_element_type=jnp.float32)
         return jax.nn.softmax(scores / math.sqrt(self.spec.head_dim)).astype(x.dtype)
 
@@ -66,8 +67,8 @@ class ReadInAttention(nnx.Module):
         x = self.sender_norm(tokens)
         weights = self.weights(receivers, codes, x)
         v = rearrange(self.value.kernel[...], "t (h c) -> t h c", h=h)
-        value_scale = self.value.modulation(codes).astype(x.dtype)[None, :, None]
-        mean_token = jnp.einsum("buhv,bvt->buht", weights, x) * value_scale
+        value_scale = self.value.modulation(codes).astype(x.dtype)[:, None]
+        mean_token = jnp.einsum("buhv,bvt->buht", weights, x) * for_each_image(value_scale, len(x))
         message = jnp.einsum("buht,thc->buhc", mean_token, v)
         message = rearrange(message, "b u h c -> b u (h c)")
         if self.value.bias is not None:

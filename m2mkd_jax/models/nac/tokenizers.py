@@ -14,6 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.batching import for_each_image
 from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE, NACSpec
 
 CONVNEXT_EPS = 1e-6
@@ -90,8 +91,7 @@ class Tokenizer(nnx.Module):
         x = images
         for i in range(self.count):
             x = getattr(self, f"stage_{i}")(x)
-        grid = self.grid[...].astype(x.dtype)
-        grid = jnp.broadcast_to(grid, (x.shape[0], *grid.shape))
+        grid = for_each_image(self.grid[...].astype(x.dtype), len(x))
         return rearrange(jnp.concatenate([x, grid], -1), "b h w t -> b (h w) t")
 
 

@@ -39,6 +39,15 @@ def test_library_attention_with_a_kernel(shape):
     assert_trees_close(actual, expected, OUTPUT_TOLERANCE)
 
 
+def test_library_attention_with_a_sampled_kernel():
+    """Log probabilities, of which none is -inf."""
+    log_kernel = -jnp.abs(3 * normal(3, B, U, V))
+    arguments = (normal(0, B, U, H, C), normal(1, B, V, H, C), normal(2, B, V, H, C), log_kernel)
+    expected = value_and_gradients(attend, *arguments)
+    actual = value_and_gradients(lambda *a: library_attention(*a, "xla", finite=True), *arguments)
+    assert_trees_close(actual, expected, OUTPUT_TOLERANCE)
+
+
 def test_a_constant_in_a_row_of_the_kernel_does_not_matter_in_16_bit():
     q, k, v = (normal(i, B, n, H, C).astype(jnp.bfloat16) for i, n in enumerate((U, V, V)))
     log_kernel = normal(3, U, V)
