@@ -230,7 +230,7 @@ def main() -> None:
     results = []
     for result in cases(options.rehearsal):
         results.append(result)
-        verdict = "good" if result["good"] else "BAD"
+        verdict = "good" if result["good"] else "info" if result.get("information") else "BAD"
         numbers = " ".join(f"{share:.1e}" for share in result.get("fused", ()))
         rounding = " ".join(f"{share:.1e}" for share in result.get("rounding", ()))
         print(

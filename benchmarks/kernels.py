@@ -22,21 +22,10 @@ from collections.abc import Iterator
 
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 # Instructions that name memory and move none.
-FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "opt-barrier",
-    "optimization-barrier",
-    "add-dependency",
-    "partition-id",
-    "replica-id",
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"} | {
+    *("opt-barrier", "add-dependency", "partition-id", "replica-id"),
 }
 CALLS = {"while", "call", "conditional", "async-start"}
-MATRIX_PRODUCTS = ("__cublas", "cublas", "__triton_gemm", "__triton_nested_gemm_fusion")
 
 
 @dataclasses.dataclass
@@ -155,7 +144,7 @@ def _names(text: str) -> list[str]:
 
 
 class Module:
-    """The text of a compiled program, taken apart."""
+    """The text of a compiled program, by computation."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -300,7 +289,7 @@ class Module:
     def _written(root: Instruction, by_name: dict[str, Instruction]) -> int:
         """Bytes that one result of a fusion writes."""
         inner = root
-        while inner.opcode in ("bitcast", "copy") and inner.operands:
+        while inner.opcode == "bitcast":
             inner = by_name[inner.operands[0]]
         if inner.opcode in _UPDATING:
             return size(by_name[inner.operands[_UPDATING[inner.opcode]]].result)
@@ -311,19 +300,15 @@ class Module:
         target = instruction.attribute(r'custom_call_target="([^"]*)"')
         if "fmha" in target:
             return "attention"
-        if "conv" in target or instruction.opcode == "convolution":
+        if "conv" in target:
             return "convolution"
-        if target.startswith(MATRIX_PRODUCTS) or instruction.opcode == "dot":
-            return "matrix product"
         if target:
-            return f"custom call {target}"
+            return "matrix product" if "cublas" in target else f"custom call {target}"
         if instruction.opcode != "fusion":
-            return instruction.opcode
+            return {"dot": "matrix product"}.get(instruction.opcode, instruction.opcode)
         opcodes = {i.opcode for i in self._all_of(instruction)}
-        for opcode, kind in _FUSIONS.items():
-            if opcode in opcodes:
-                return kind
-        return "fusion, elementwise"
+        kinds = (kind for opcode, kind in _FUSIONS.items() if opcode in opcodes)
+        return next(kinds, "fusion, elementwise")
 
     def _all_of(self, instruction: Instruction) -> Iterator[Instruction]:
         """Instructions of a fusion and of the fusions inside it."""

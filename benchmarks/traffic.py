@@ -36,6 +36,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from ml_collections import ConfigDict
 
 from benchmarks.kernels import Kernel, Module
 from benchmarks.speed import CASES
@@ -87,17 +88,23 @@ def target_config(gpu: str) -> str:
     )
 
 
-def abstract_step(case: str, batch: int) -> tuple[Callable, tuple]:
-    """The training step of a case, and the shapes of its arguments."""
+def make_config(case: str, batch: int) -> tuple[ConfigDict, str]:
+    """Config and job of a case."""
     name, argument, job, images = CASES[case]
     get_config = importlib.import_module(f"configs.{name}").get_config
     config = get_config(*[argument] if argument else [])
     recipe = config.recipes[job.split("/")[0].partition("_")[0]]
     recipe.batch, recipe.accumulate = batch or images, 1
+    return config, job
+
+
+def abstract_step(case: str, batch: int) -> tuple[Callable, tuple]:
+    """The training step of a case, and the shapes of its arguments."""
+    config, job = make_config(case, batch)
     config.precision = "bfloat16"
     phase = build_phase(config, job)
     setup = set_up(config, phase, abstract_stages(phase))
-    images, size = recipe.batch, phase.data.image_size
+    images, size = phase.recipe.batch, phase.data.image_size
     data = {
         "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
