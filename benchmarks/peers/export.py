@@ -57,8 +57,10 @@ def describe(module: chain.Stage) -> tuple[dict[str, Any], list[Entry]]:
         part = STUDENTS[type(module)]
         layer = module.read_in.attention if part == "readin" else module.layer.attention
         spec = layer.query.spec
-        stitch = module.post_stitch.kernel.shape[1] if part == "readin" else None
-        stitch = stitch or module.pre_stitch.kernel.shape[0]
+        if part == "readin":
+            stitch = module.post_stitch.kernel.shape[1]
+        else:
+            stitch = module.pre_stitch.kernel.shape[0]
         table = nac_student_names(spec, part)
         facts = {"kind": part, "stitch_dim": stitch, "codes": module.codes.shape}
         facts |= {"states": None if part == "mediator" else module.states.shape}
@@ -93,9 +95,7 @@ def in_torch_layout(
         if entry.path not in whole:
             whole[entry.path] = np.asarray(array_at(tree, entry.path), np.float32)
         value = write_layout(whole[entry.path][as_tuple(entry.index)], entry, patch)
-        value = value[0] if entry.layout == "expert" else value
-        if entry.layout == "expert" and value.ndim == 1:
-            value = value.reshape(-1)
+        value = value[0] if entry.layout == "expert" else value  # a layer of one expert
         found[peer_name(stage, entry)] = np.array(value, order="C")
     return found
 

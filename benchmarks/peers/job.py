@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.peers import nac
+from benchmarks.peers.layers import Rates
 from benchmarks.peers.vit import ViTStage
 from benchmarks.peers.vmoe import VMoEStage
 from m2mkd_jax.models.moe.spec import VMoESpec
@@ -120,7 +121,13 @@ class Job:
             ]
             self.optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], fused=True)
 
-    def run(self, names: Sequence[str], x: torch.Tensor, rates=None, train: bool = False):
+    def run(
+        self,
+        names: Sequence[str],
+        x: torch.Tensor,
+        rates: Sequence[Rates] | None = None,
+        train: bool = False,
+    ) -> torch.Tensor:
         """Runs stages in order."""
         for i, name in enumerate(names):
             x = self.stages[name](x, rates[i] if rates else None, train)

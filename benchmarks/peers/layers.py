@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from m2mkd_jax.models.vit_spec import ViTSpec
+
+Rates = Sequence[float] | None  # of drop-path, one per block; None: no drop-path
 
 
 def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
@@ -76,7 +80,7 @@ class PatchEmbed(nn.Module):
 class TransformerEnds(nn.Module):
     """The embedding of a first stage, norm and head of a last one; subclasses have `blocks`."""
 
-    def __init__(self, vit, *, first: bool, last: bool):
+    def __init__(self, vit: ViTSpec, *, first: bool, last: bool):
         super().__init__()
         self.first, self.last, self.remat = first, last, vit.remat
         if first:
@@ -87,7 +91,7 @@ class TransformerEnds(nn.Module):
             self.norm = nn.LayerNorm(vit.width, vit.eps)
             self.head = nn.Linear(vit.width, vit.classes)
 
-    def forward(self, x: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rates: Rates = None, train: bool = False) -> torch.Tensor:
         """Images (B, 3, H, W) or tokens (B, N, D) -> tokens or logits (B, K)."""
         if self.first:
             cls = self.cls_token.expand(len(x), -1, -1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.peers.layers import Rates
 from benchmarks.peers.nac_layers import LatentLayer, OutputPooling, ReadIn
 from benchmarks.peers.nac_tokenizer import Tokenizer
 from m2mkd_jax.models.nac.spec import NACSpec
 
 GROUPS = ("input", "mediator", "output")
 EPS = torch.finfo(torch.float32).eps
+Shape = Sequence[int]
 
 
 def distances(receivers: torch.Tensor, senders: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,9 @@ class NAC(nn.Module):
         self.read_out = LatentLayer(spec, propagator=False, kernel=True)
         self.input_tokenizer, self.output_tokenizer = Tokenizer(spec), OutputPooling(spec)
 
-    def propagator_kernel(self, distance, bandwidth, batch: int, train: bool) -> torch.Tensor:
+    def propagator_kernel(
+        self, distance: torch.Tensor, bandwidth: torch.Tensor, batch: int, train: bool
+    ) -> torch.Tensor:
         """Log kernel, (U, V), or (B, U, V) if sampled; see docs/reference.md#nac-kernel."""
         spec, log = self.spec, -distance / bandwidth
         if spec.truncation is not None:
@@ -95,7 +101,9 @@ class NAC(nn.Module):
             return sample(log, batch, spec.kernel_temperature)
         return log
 
-    def forward(self, images: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, rates: Rates = None, train: bool = False
+    ) -> torch.Tensor:
         spec, batch = self.spec, len(images)
         noisy = lambda codes: jitter(codes, spec.code_noise, train)
         groups = [getattr(self, f"{group}_latents") for group in GROUPS]
@@ -131,7 +139,7 @@ class NAC(nn.Module):
 class Student(nn.Module):
     """Codes and initial states that are drawn once and not trained."""
 
-    def __init__(self, codes: tuple[int, ...], states: tuple[int, ...] | None):
+    def __init__(self, codes: Shape, states: Shape | None):
         super().__init__()
         self.register_buffer("codes", torch.zeros(codes))
         if states:
@@ -145,12 +153,14 @@ class Student(nn.Module):
 class ReadInStudent(Student):
     """See docs/reference.md#nac-student-read-in."""
 
-    def __init__(self, spec: NACSpec, stitch_dim: int, codes, states, literal: bool = False):
+    def __init__(
+        self, spec: NACSpec, stitch_dim: int, codes: Shape, states: Shape, literal: bool = False
+    ):
         super().__init__(codes, states)
         self.tokenizer, self.read_in = Tokenizer(spec), ReadIn(spec, literal)
         self.post_stitch = nn.Linear(spec.state_dim, stitch_dim)
 
-    def forward(self, x: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rates: Rates = None, train: bool = False) -> torch.Tensor:
         del rates, train
         states = self.read_in(self.initial_states(len(x)), self.codes, self.tokenizer(x))
         return self.post_stitch(states)
@@ -159,14 +169,14 @@ class ReadInStudent(Student):
 class MediatorStudent(Student):
     """See docs/reference.md#nac-student-mediator."""
 
-    def __init__(self, spec: NACSpec, stitch_dim: int, codes, states=None):
+    def __init__(self, spec: NACSpec, stitch_dim: int, codes: Shape, states: None = None):
         super().__init__(codes, states)
         layer = LatentLayer(spec, propagator=True, kernel=False)
         self.latent_attention, self.ffn = layer.latent_attention, layer.ffn
         self.pre_stitch = nn.Linear(stitch_dim, spec.state_dim)
         self.post_stitch = nn.Linear(spec.state_dim, stitch_dim)
 
-    def forward(self, x: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rates: Rates = None, train: bool = False) -> torch.Tensor:
         rate = rates[0] if train and rates else 0.0
         x, codes = self.pre_stitch(x), self.codes
         states = self.latent_attention(x, codes, x, codes, None, rate)
@@ -176,13 +186,13 @@ class MediatorStudent(Student):
 class ReadOutStudent(Student):
     """See docs/reference.md#nac-student-read-out."""
 
-    def __init__(self, spec: NACSpec, stitch_dim: int, codes, states):
+    def __init__(self, spec: NACSpec, stitch_dim: int, codes: Shape, states: Shape):
         super().__init__(codes, states)
         layer = LatentLayer(spec, propagator=False, kernel=False)
         self.latent_attention, self.ffn = layer.latent_attention, layer.ffn
         self.pre_stitch, self.tokenizer = nn.Linear(stitch_dim, spec.state_dim), OutputPooling(spec)
 
-    def forward(self, x: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rates: Rates = None, train: bool = False) -> torch.Tensor:
         del rates
         receivers, senders, codes = self.initial_states(len(x)), self.pre_stitch(x), self.codes
         states = self.latent_attention(receivers, codes, senders, codes[:1], None, 0.0)

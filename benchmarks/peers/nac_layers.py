@@ -94,7 +94,15 @@ class LatentAttention(AttentionParameters):
         super().__init__(spec, spec.state_dim, sender_norm=sender_norm, kernel=kernel)
         self.residual = residual
 
-    def forward(self, receivers, receiver_codes, senders, sender_codes, log_kernel, rate):
+    def forward(
+        self,
+        receivers: torch.Tensor,
+        receiver_codes: torch.Tensor,
+        senders: torch.Tensor,
+        sender_codes: torch.Tensor,
+        log_kernel: torch.Tensor | None,
+        rate: float,
+    ) -> torch.Tensor:
         u = self.receiver_layernorm(receivers)
         v = (self.sender_layernorm or self.receiver_layernorm)(senders)
         q = heads_first(self.query_compiler(u, receiver_codes), self.heads)
@@ -118,7 +126,13 @@ class LatentLayer(nn.Module):
         self.ffn = ModulatedFFN(spec)
 
     def forward(
-        self, receivers, receiver_codes, senders, sender_codes, log_kernel=None, rate: float = 0.0
+        self,
+        receivers: torch.Tensor,
+        receiver_codes: torch.Tensor,
+        senders: torch.Tensor,
+        sender_codes: torch.Tensor,
+        log_kernel: torch.Tensor,
+        rate: float = 0.0,
     ) -> torch.Tensor:
         states = self.latent_attention(
             receivers, receiver_codes, senders, sender_codes, log_kernel, rate
@@ -138,14 +152,16 @@ class ReadInAttention(AttentionParameters):
         super().__init__(spec, spec.token_dim, sender_norm=True, kernel=False)
         self.literal, self.residual = literal, spec.read_in_residual
 
-    def forward(self, receivers, codes, tokens) -> torch.Tensor:
+    def forward(
+        self, receivers: torch.Tensor, codes: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         q = self.query_compiler(self.receiver_layernorm(receivers), codes)
         attend = self.attend_literally if self.literal else self.attend
         message = attend(q.unflatten(-1, (self.heads, -1)), codes, self.sender_layernorm(tokens))
         message = self.layer_scale(self.exit_layer(message.flatten(2), codes))
         return receivers + message if self.residual else message
 
-    def attend(self, q, codes, x) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, codes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Queries (B, U, H, C), tokens (B, V, T) -> (B, U, H, C)."""
         key, value = (
             layer.native_weight.unflatten(0, (self.heads, -1))
@@ -160,7 +176,9 @@ class ReadInAttention(AttentionParameters):
         mean = mean * self.value_compiler.modulation(codes)[:, None].to(mean.dtype)
         return torch.einsum("buht,hct->buhc", mean, value)
 
-    def attend_literally(self, q, codes, x) -> torch.Tensor:
+    def attend_literally(
+        self, q: torch.Tensor, codes: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         """Queries (B, U, H, C), tokens (B, V, T) -> (B, U, H, C)."""
         keys, values = (
             F.linear(x[:, None] * layer.modulation(codes)[:, None], layer.native_weight)
@@ -181,7 +199,9 @@ class ReadIn(nn.Module):
         self.read_in_attention = ReadInAttention(spec, literal)
         self.ffn = ModulatedFFN(spec)
 
-    def forward(self, receivers, codes, tokens) -> torch.Tensor:
+    def forward(
+        self, receivers: torch.Tensor, codes: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         return self.ffn(self.read_in_attention(receivers, codes, tokens), codes)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -46,5 +48,5 @@ def timm_block(spec: ViTSpec) -> nn.Module:
             x = x + drop_path(self.attn(self.norm1(x)), rate)
             return x + drop_path(self.mlp(self.norm2(x)), rate)
 
-    norm = lambda width: nn.LayerNorm(width, spec.eps)
+    norm = functools.partial(nn.LayerNorm, eps=spec.eps)
     return WithRate(spec.width, spec.heads, qkv_bias=spec.qkv_bias, norm_layer=norm)

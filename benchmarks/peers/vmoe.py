@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.peers.layers import Attention, Mlp, TransformerEnds, drop_path
+from benchmarks.peers.layers import Attention, Mlp, Rates, TransformerEnds, drop_path
 from m2mkd_jax.models.moe.spec import VMoESpec
 
 
@@ -113,7 +113,7 @@ class VMoEStage(TransformerEnds):
         super().__init__(spec.vit, first=first, last=last)
         self.blocks = nn.ModuleList(Block(spec, start + i) for i in range(depth))
 
-    def forward(self, x: torch.Tensor, rates=None, train: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rates: Rates = None, train: bool = False) -> torch.Tensor:
         for block in self.blocks:
             if block.has_experts:
                 block.moe.noisy = train
