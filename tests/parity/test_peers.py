@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, make_config
-from benchmarks.peers.export import export, in_torch_layout, stage_tables
+from benchmarks.peers.export import check_inputs, export, in_torch_layout, stage_tables
 from benchmarks.peers.job import Job
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
 from m2mkd_jax.phases.build import build_phase
@@ -69,44 +69,51 @@ def tiny_setup(config, job):
     return set_up(config, phase, stages)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """(config's name, job) -> setup, and the directory with the job's files."""
+def run_ours(setup, inputs):
+    """Logits and loss without noise, and gradients by the peer's names, of one compiled program."""
 
-    @functools.cache
-    def make(name, job):
-        config, directory = tiny_config(name, job), tmp_path_factory.mktemp("job")
-        setup = tiny_setup(config, job)
-        export(directory, setup, config, BATCH, predict=False)
-        return setup, directory
+    @jit
+    def run(params, frozen, images, target):
+        batch = {"image": images, "target": target}
+        gradient = jax.value_and_grad(setup.program.loss, has_aux=True)
+        (loss, _), gradients = gradient(params, frozen, batch, None)
+        return {"logits": setup.program.logits(params, frozen, images), "loss": loss}, gradients
 
-    return make
-
-
-def our_gradients(setup, known):
-    """By the peer's names."""
-    batch = {"image": jnp.asarray(known["images"]), "target": jnp.asarray(known["target"])}
-    loss = lambda params, frozen: setup.program.loss(params, frozen, batch, None)
-    gradient = jit(jax.grad(loss, has_aux=True))
-    found = gradient(setup.params, with_fixed(setup.frozen, setup.fixed))[0]
+    given = [jnp.asarray(inputs[name]) for name in ("images", "target")]
+    answers, found = run(setup.params, with_fixed(setup.frozen, setup.fixed), *given)
     tables = stage_tables(setup)
-    return {
+    return answers, {
         key: value
         for name, tree in found.items()
         for key, value in in_torch_layout(name, *tables[name], tree).items()
     }
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(config's name, job) -> the directory with the job's files, inputs and our gradients."""
+
+    @functools.cache
+    def make(name, job):
+        config, directory = tiny_config(name, job), tmp_path_factory.mktemp("job")
+        setup = tiny_setup(config, job)
+        inputs = check_inputs(setup)
+        answers, gradients = run_ours(setup, inputs)
+        known = inputs | {key: np.asarray(value) for key, value in answers.items()}
+        export(directory, setup, config, BATCH, predict=False, known=known)
+        return directory, inputs, gradients
+
+    return make
+
+
 @pytest.mark.parametrize(("name", "job"), JOBS)
 def test_peers_equal_ours(exported, name, job):
-    setup, directory = exported(name, job)
+    directory, inputs, expected = exported(name, job)
     peer = Job(directory)
     found = peer.check()
     assert max(found["logits"], found["loss"]) < OUTPUT_TOLERANCE
-    known = np.load(directory / "check.npz")
-    images = torch.from_numpy(known["images"]).permute(0, 3, 1, 2)
-    peer.loss(images, torch.from_numpy(known["target"]), train=False).backward()
-    expected = our_gradients(setup, known)
+    images = torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2)
+    peer.loss(images, torch.from_numpy(inputs["target"]), train=False).backward()
     assert expected.keys() == peer.trained.keys()
     for key, parameter in peer.trained.items():
         value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -124,12 +131,12 @@ def test_peers_equal_ours(exported, name, job):
 
 
 def test_the_literal_read_in_is_equal_too(exported):
-    found = Job(exported("nac_digits", "m2mkd/0")[1], literal=True).check()
+    found = Job(exported("nac_digits", "m2mkd/0")[0], literal=True).check()
     assert found["logits"] < OUTPUT_TOLERANCE
 
 
 def test_another_network_is_not_timed(exported):
-    peer = Job(exported("vmoe_digits", "mt/0")[1])
+    peer = Job(exported("vmoe_digits", "mt/0")[0])
     with torch.no_grad():
         peer.stages["module_0"].blocks[0].attn.proj.weight[0] += 1e-2
     with pytest.raises(RuntimeError, match="not equal to ours"):
