@@ -51,7 +51,10 @@ def main() -> None:
     parser.add_argument("a")
     parser.add_argument("b")
     options = parser.parse_args()
-    a, b = results_files.read(options.a), results_files.read(options.b)
+    try:
+        a, b = results_files.read(options.a), results_files.read(options.b)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     lines = table(a, b)
     if not lines:
         parser.error(f"no case is in both: {', '.join(a) or 'none'} / {', '.join(b) or 'none'}")

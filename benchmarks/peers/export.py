@@ -77,7 +77,8 @@ def stage_tables(setup: Setup) -> dict[str, tuple[dict[str, Any], list[Entry]]]:
 
 
 def _shapes(build: Callable[[nnx.Rngs], chain.Stage]) -> chain.Stage:
-    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    parts = chain.abstract(build)
+    return chain.merge(parts.graph, parts.params, parts.fixed)
 
 
 def peer_name(stage: str, entry: Entry) -> str:

@@ -39,6 +39,15 @@ JOBS = [
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """PyTorch's threads spin while they wait, which costs whoever else runs more than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny_config(name, job):
     config = make_config(Case(name, "", job, BATCH, BATCH), BATCH)
     config.teacher.width, config.teacher.heads = 16, 2
