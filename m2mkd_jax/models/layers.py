@@ -40,7 +40,7 @@ torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _RECOMPUTING: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputing", default=False)
 
-# Name of what a GPU or TPU keeps for the backward pass besides products (jax.ad_checkpoint).
+# Name of what is kept for the backward pass besides products (jax.ad_checkpoint).
 KEPT = "kept"
 # Fewest tokens for which fused attention is worth its launch.
 SHORTEST = 64
@@ -260,9 +260,9 @@ def recomputing() -> Iterator[None]:
 def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """Applies the rematerialisation policy: what the backward pass reads from memory.
 
-    Where nothing is recomputed, a GPU or TPU, where a step is bound by memory traffic, keeps the
-    results of matrix products and of fused attention. A CPU keeps everything but gathered
-    parameters: kept, those of all layers would be on every device at once.
+    Where nothing else is said, the results of matrix products and of fused attention are kept, and
+    what is named KEPT; the rest costs less to compute again than to write and read. Gathered
+    parameters are not kept: those of all layers would be on every device at once.
 
     Args:
         body: the function to differentiate.
@@ -270,12 +270,8 @@ def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., An
     """
     if remat == "always" or (remat == "auto" and _RECOMPUTING.get()):
         return jax.checkpoint(body)
-    if backend.platform() != "cpu":
-        # Forward and backward pass are separate loops, so common subexpressions cannot be merged.
-        return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
-    if _shards_data():
-        return jax.checkpoint(body, policy=_is_no_gathered_param)
-    return body
+    # Forward and backward pass are separate loops, so common subexpressions cannot be merged.
+    return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
 
 
 def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -287,12 +283,6 @@ def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
         or named
         or bool(jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters))
     )
-
-
-def _is_no_gathered_param(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    # Activations are constrained to shardings over 'data'; any other constraint is a gather.
-    constrained = primitive.name == "sharding_constraint"
-    return not constrained or "data" in str(parameters["sharding"].spec)
 
 
 def _shards_data() -> bool:

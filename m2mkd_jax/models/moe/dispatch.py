@@ -32,9 +32,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.models import layers
 from m2mkd_jax.models.moe.grouped import (
     default_method,
     grouped_linear,
@@ -255,13 +257,18 @@ def on_experts(rows: jax.Array, weights: Any, apply: Apply) -> jax.Array:
         )
     by_group, by_expert = ALL_DEVICES, PartitionSpec("data", "expert")
     # The change of sharding is an all-to-all.
-    rows = _constrain(_constrain(rows, by_group), by_expert)
+    rows = _moved(_constrain(_constrain(rows, by_group), by_expert))
 
     def linear(rows: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
         return jnp.einsum("egcd,edf->egcf", rows, layer["kernel"]) + layer["bias"][:, None, None]
 
     rows = jnp.swapaxes(apply(weights, jnp.swapaxes(rows, 0, 1), linear), 0, 1)
-    return _constrain(_constrain(rows, by_expert), by_group)
+    return _moved(_constrain(_constrain(rows, by_expert), by_group))
+
+
+def _moved(rows: jax.Array) -> jax.Array:
+    """Rows that have come from other devices; kept, so that the backward pass moves none again."""
+    return checkpoint_name(rows, layers.KEPT) if _mesh() else rows
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

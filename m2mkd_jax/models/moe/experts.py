@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from m2mkd_jax.models import layers
 
@@ -64,4 +65,5 @@ def mlp(weights: dict[str, dict[str, jax.Array]], rows: jax.Array, linear: Linea
     Returns:
         (..., D).
     """
-    return linear(layers.gelu(linear(rows, weights["fc1"])), weights["fc2"])
+    hidden = checkpoint_name(linear(rows, weights["fc1"]), layers.KEPT)
+    return checkpoint_name(linear(layers.gelu(hidden), weights["fc2"]), layers.KEPT)
