@@ -48,7 +48,7 @@ CASES = {
     "predict_nac": Case("nac_imnet", "", "e2e_scratch", 4, 64, predict=True),
     "predict_vmoe": Case("vmoe_imnet", "base", "e2e_scratch", 4, 64, predict=True),
 }
-REMAT = {"config": None, "on": True, "off": False}
+REMAT = ("config", "auto", "always", "never")
 
 
 def make_config(case: Case, batch: int, remat: str = "config") -> ConfigDict:
@@ -57,7 +57,7 @@ def make_config(case: Case, batch: int, remat: str = "config") -> ConfigDict:
     Args:
         case: the case.
         batch: images per step.
-        remat: whether blocks are recomputed in the backward pass: a key of REMAT.
+        remat: for the keys of that name; 'config': what they are.
     """
     get_config = importlib.import_module(f"configs.{case.config}").get_config
     config = get_config(*[case.argument] if case.argument else [])
@@ -65,7 +65,7 @@ def make_config(case: Case, batch: int, remat: str = "config") -> ConfigDict:
     recipe.batch, recipe.accumulate = batch, 1
     if case.config in ("nac_imnet", "nac_tinyimnet"):
         config.nac.prior, config.nac.options = "none", {}
-    if REMAT[remat] is not None:
+    if remat != "config":
         for section in (config.teacher, config[config.family]):
-            section.remat = REMAT[remat]
+            section.remat = remat
     return config

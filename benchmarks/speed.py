@@ -1,6 +1,6 @@
 """What a training step or an evaluation costs on this device: seconds, matrix rate, memory.
 
-    python -m benchmarks.speed CASE [--batch=N] [--steps=20] [--rounds=5] [--remat=off]
+    python -m benchmarks.speed CASE [--batch=N] [--steps=20] [--rounds=5] [--remat=always]
                                     [--json=NAME] [--peer [--compile] [--literal] [--timm]]
 
 A case (benchmarks/cases.py) is a job of one of the configs at a batch that one device holds

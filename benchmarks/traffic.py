@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
 import time
@@ -36,10 +35,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
+from benchmarks.cases import CASES, make_config
 from benchmarks.kernels import Kernel, Module
-from benchmarks.speed import CASES
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
 from m2mkd_jax.models import backend
 from m2mkd_jax.phases.build import build_phase
@@ -88,21 +86,12 @@ def target_config(gpu: str) -> str:
     )
 
 
-def make_config(case: str, batch: int) -> tuple[ConfigDict, str]:
-    """Config and job of a case."""
-    name, argument, job, images = CASES[case]
-    get_config = importlib.import_module(f"configs.{name}").get_config
-    config = get_config(*[argument] if argument else [])
-    recipe = config.recipes[job.split("/")[0].partition("_")[0]]
-    recipe.batch, recipe.accumulate = batch or images, 1
-    return config, job
-
-
 def abstract_step(case: str, batch: int) -> tuple[Callable, tuple]:
     """The training step of a case, and the shapes of its arguments."""
-    config, job = make_config(case, batch)
+    chosen = CASES[case]
+    config = make_config(chosen, batch or chosen.accelerator)
     config.precision = "bfloat16"
-    phase = build_phase(config, job)
+    phase = build_phase(config, chosen.job)
     setup = set_up(config, phase, abstract_stages(phase))
     images, size = phase.recipe.batch, phase.data.image_size
     data = {
@@ -190,7 +179,7 @@ def lines(r: dict) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=[n for n, case in CASES.items() if not case.predict])
     parser.add_argument("--batch", type=int, default=0, help="images per step")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--share", type=float, default=0.9, help="of the bandwidth that is reached")

@@ -82,7 +82,7 @@ class TransformerEnds(nn.Module):
 
     def __init__(self, vit: ViTSpec, *, first: bool, last: bool):
         super().__init__()
-        self.first, self.last, self.remat = first, last, vit.remat
+        self.first, self.last, self.remat = first, last, vit.remat == "always"
         if first:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, vit.width))
             self.pos_embed = nn.Parameter(torch.zeros(1, vit.tokens, vit.width))

@@ -75,7 +75,11 @@ class NAC(nn.Module):
         shared = spec.share_propagators or spec.share_ffn or spec.codes_per_iteration
         if shared or not (spec.seeder and spec.input_output and spec.persistent_inputs):
             raise ValueError("the peer has the published options of a NAC alone")
-        if spec.output != "pooling" or spec.truncation_implementation != "direct" or spec.remat:
+        if (
+            spec.output != "pooling"
+            or spec.truncation_implementation != "direct"
+            or spec.remat == "always"
+        ):
             raise ValueError("the peer has the published options of a NAC alone")
         self.spec = spec
         for group in GROUPS:

@@ -257,7 +257,9 @@ def recomputing() -> Iterator[None]:
         _RECOMPUTING.reset(token)
 
 
-def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def apply_remat_policy(
+    body: Callable[..., Any], remat: str, *, looped: bool = True
+) -> Callable[..., Any]:
     """Applies the rematerialisation policy: what the backward pass reads from memory.
 
     Where nothing else is said, the results of matrix products and of fused attention are kept, and
@@ -267,11 +269,12 @@ def apply_remat_policy(body: Callable[..., Any], remat: str) -> Callable[..., An
     Args:
         body: the function to differentiate.
         remat: recompute everything: 'always', 'never', or 'auto', inside `recomputing` only.
+        looped: whether it is the body of a `lax.scan`. There forward and backward pass are separate
+            loops; elsewhere the compiler would merge what is computed twice, and keep it.
     """
     if remat == "always" or (remat == "auto" and _RECOMPUTING.get()):
         return jax.checkpoint(body)
-    # Forward and backward pass are separate loops, so common subexpressions cannot be merged.
-    return jax.checkpoint(body, policy=_is_product, prevent_cse=False)
+    return jax.checkpoint(body, policy=_is_product, prevent_cse=not looped)
 
 
 def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:

@@ -69,7 +69,7 @@ class Segment(nnx.Module):
             state, rate, key = layer
             return nnx.merge(graph, layers.all_gather_params(state))(x, rate, key)
 
-        step = layers.apply_remat_policy(body, self.remat)
+        step = layers.apply_remat_policy(body, self.remat, looped=self.count > 1)
         layer = (state, rates, keys)
         if self.count > 1:
             return jax.lax.scan(step, x, layer)
