@@ -116,14 +116,15 @@ def _check_supported(setup: Setup) -> None:
 
 def job_facts(setup: Setup, config: ConfigDict, stages: Mapping[str, Any]) -> dict[str, Any]:
     """What job.json holds but for the stages."""
-    phase, program, data = setup.phase, setup.program, setup.phase.data
+    phase, program, data = setup.phase, setup.joined.single, setup.phase.data
     regulariser = None
     if phase.regulariser is not None:
         wanted = config.regulariser
         if wanted.kind != "hinge":
             raise ValueError(f"the peers have no regulariser {wanted.kind!r}")
         regulariser = {"weight": wanted.weight, "hinge": wanted.hinge}
-    mask = decay_mask(setup.params, phase.recipe.decay_rule)
+    shapes = jax.eval_shape(setup.joined.split, setup.params)
+    mask = decay_mask(shapes, phase.recipe.decay_rule)
     decayed = [
         peer_name(stage, entry)
         for stage in program.trainable
@@ -197,9 +198,11 @@ def export(
     _check_supported(setup)
     stages = stage_tables(setup)
     index: dict[str, str] = {}
+    trained = setup.joined.split(setup.params)
+    still = setup.joined.single_stages(setup.frozen)
     for name, (facts, table) in stages.items():
-        tree = setup.params.get(name) or setup.frozen[name]["params"]
-        fixed = setup.fixed.get(name) or setup.frozen.get(name, {}).get("fixed", {})
+        tree = trained.get(name) or still[name]["params"]
+        fixed = setup.fixed.get(name) or still.get(name, {}).get("fixed", {})
         arrays = in_torch_layout(name, facts, table, tree)
         arrays |= {f"{name}.{key}": np.asarray(value) for key, value in fixed.items()}
         for key, value in arrays.items():

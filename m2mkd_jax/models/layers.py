@@ -345,7 +345,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
         kernel: (K, K, C) with K odd.
         method: 'native', XLA's convolution; 'positions', one banded matrix over all positions;
             'columns', banded matrices over the columns, one kernel row at a time; None chooses by
-            backend and image size.
+            backend, images and their size.
 
     Returns:
         (B, H, W, C).
@@ -355,7 +355,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
         if backend.platform() != "cpu":
             method = "native"
         else:
-            method = "positions" if h * w <= 256 else "columns"
+            # All positions: (H W)^2 entries of a band per channel, however few images.
+            method = "positions" if h * w <= min(256, 4 * len(x)) else "columns"
     if method == "native":
         return jax.lax.conv_general_dilated(
             x,

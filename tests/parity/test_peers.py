@@ -87,7 +87,10 @@ def run_ours(setup, inputs):
         batch = {"image": images, "target": target}
         gradient = jax.value_and_grad(setup.program.loss, has_aux=True)
         (loss, _), gradients = gradient(params, frozen, batch, None)
-        return {"logits": setup.program.logits(params, frozen, images), "loss": loss}, gradients
+        return {
+            "logits": setup.program.logits(params, frozen, images),
+            "loss": loss,
+        }, setup.joined.split(gradients)
 
     given = [jnp.asarray(inputs[name]) for name in ("images", "target")]
     answers, found = run(setup.params, with_fixed(setup.frozen, setup.fixed), *given)
