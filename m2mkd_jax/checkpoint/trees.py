@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from m2mkd_jax.errors import UserError, closest
 
 Tree = Any
+ANOTHER_MODEL = "it was made with another model configuration"
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -77,7 +78,8 @@ def match_tree(loaded: Tree, expected: Tree, where: str) -> Tree:
         if wrong:
             path = wrong[0]
             what = f"{path!r} has {name} {fact(have[path])}, expected {fact(want[path])}"
-            raise _mismatch(where, what, wrong)
+            reason = "convert them first" if name == "dtype" else ANOTHER_MODEL
+            raise _mismatch(where, what, wrong, reason)
     return jax.tree.unflatten(jax.tree.structure(expected), [have[path] for path in want])
 
 
@@ -105,7 +107,7 @@ def _dtype(leaf: Any) -> np.dtype:
     return np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def _mismatch(where: str, what: str, alike: list[str]) -> UserError:
+def _mismatch(where: str, what: str, alike: list[str], reason: str = ANOTHER_MODEL) -> UserError:
     """The error about `what`, the first of the leaves in `alike`."""
     more = f", and {len(alike) - 1} more like it" if len(alike) > 1 else ""
-    return UserError(f"{where}: {what}{more}; it was made with another model configuration")
+    return UserError(f"{where}: {what}{more}; {reason}")

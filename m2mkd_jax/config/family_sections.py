@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from m2mkd_jax.config.keys import ABOVE_0, COUNTS, FROM_0, INDICES, REMAT, Key, Keys
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, closest
 
 NAC: Keys = {
     "state_dim": Key(0, "channels of a latent's state; must be given"),
@@ -154,12 +154,15 @@ def import_class(name: str, key: str) -> Any:
     if not {"", os.getcwd()} & set(sys.path):  # `python -m` has it, installed commands do not
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except Exception as error:  # whatever a module of one's own raises
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f'config.{key}: "{name}" is no importable package.module:Class ({reason})'
-        ) from None
+        raise UserError(f'config.{key}: cannot import "{module}" ({reason})') from None
+    if not hasattr(found, attribute):
+        near = closest(attribute, vars(found))
+        hint = f'did you mean "{near}"?' if near else 'it is given as "package.module:Class"'
+        raise UserError(f'config.{key}: module {module} has no class "{attribute}"; {hint}')
+    return getattr(found, attribute)
 
 
 def own_section(family: str, taken: Collection[str]) -> dict[str, Keys]:

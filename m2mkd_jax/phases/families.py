@@ -253,8 +253,8 @@ def students(config: ConfigDict) -> StudentFamily:
     if name not in _FAMILIES and ":" not in name:
         hint = did_you_mean(name, _FAMILIES)
         raise UserError(
-            f'config.family: "{name}" is unknown; {hint} One of your own is named '
-            '"package.module:Class"'
+            f'config.family: "{name}" is unknown; {hint} (one of your own is given as '
+            '"package.module:Class")'
         )
     family = _FAMILIES.get(name, name)
     found = import_class(family, "family") if isinstance(family, str) else family
