@@ -18,8 +18,10 @@ from m2mkd_jax.models import backend
 
 METHODS = ("ragged", "chunks", "batched")
 SMALLEST_TILE, LARGEST_TILE = 16, 1024
-# Sizes that a chunk may have; the largest holds twice an expert's even share of the rows.
-CHUNK_SIZES = 12
+# Sizes that a chunk may have; the largest holds twice an expert's even share of the rows. Each is
+# compiled apart, which for small layers costs more than padding.
+CHUNK_SIZES, FEW_SIZES = 12, 3
+SMALL_LAYER = 1 << 18  # weights of an expert's layer
 
 
 def grouped_linear(
@@ -98,10 +100,12 @@ LOOP_FLOPS = {
 }
 
 
-def _chunk(rows: int, experts: int) -> tuple[int, int]:
+def _chunk(rows: int, kernel: jax.Array) -> tuple[int, int]:
     """The smallest size of a chunk, and of how many sizes, its multiples, a chunk may be."""
-    smallest = -(-2 * rows // (experts * CHUNK_SIZES * 16)) * 16 or 16
-    return smallest, min(CHUNK_SIZES, -(-rows // smallest))
+    experts, c, d = kernel.shape
+    sizes = FEW_SIZES if c * d < SMALL_LAYER else CHUNK_SIZES
+    smallest = -(-2 * rows // (experts * sizes * 16)) * 16 or 16
+    return smallest, min(sizes, -(-rows // smallest))
 
 
 def _size_index(left: jax.Array, smallest: int, count: int) -> jax.Array:
@@ -137,7 +141,7 @@ def _chunks_forward(
     rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, Residuals]:
     n = len(rows)
-    smallest, count = _chunk(n, len(sizes))
+    smallest, count = _chunk(n, kernel)
     padded, ends = _padded(rows, smallest), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, out: jax.Array) -> jax.Array:
@@ -166,7 +170,7 @@ def _chunks_forward(
 def _chunks_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     rows, kernel, bias, sizes = residuals
     n = len(rows)
-    smallest, count = _chunk(n, len(sizes))
+    smallest, count = _chunk(n, kernel)
     padded, grad, ends = _padded(rows, smallest), _padded(grad, smallest), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

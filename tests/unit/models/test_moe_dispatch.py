@@ -9,6 +9,7 @@ import pytest
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models.moe import dispatch, experts, router
+from m2mkd_jax.models.moe import grouped as grouped_layers
 from m2mkd_jax.models.moe.grouped import METHODS, grouped_linear
 from m2mkd_jax.models.moe.router import ExpertChoice, TokenChoice
 from tests.support import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, assert_close, assert_trees_close
@@ -200,12 +201,14 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_grouped_linear_is_each_experts_own(sizes):
+@pytest.mark.parametrize(("sizes", "c"), [*((sizes, 5) for sizes in SIZES), (SIZES[-2], 6)])
+def test_grouped_linear_is_each_experts_own(sizes, c, monkeypatch):
+    if c == 6:  # as in large layers
+        monkeypatch.setattr(grouped_layers, "SMALL_LAYER", 0)
     draw, n, e = np.random.default_rng(0), sum(sizes), len(sizes)
     rows, kernel, bias, pull = (
         jnp.asarray(draw.normal(size=shape), jnp.float32)
-        for shape in ((n, 5), (e, 5, 7), (e, 7), (n, 7))
+        for shape in ((n, c), (e, c, 7), (e, 7), (n, 7))
     )
     owner = np.repeat(np.arange(e), sizes)
 
