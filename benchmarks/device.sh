@@ -13,7 +13,7 @@
 #   log.txt        what the items print
 #   results.jsonl  a line per item with numbers, as its --json gives them
 #
-# Compiled programs are kept in /tmp, so that a second call on the same machine is faster.
+# Compiled programs are kept in TMPDIR or /tmp, so that a second call on the same machine is faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -107,9 +107,9 @@ esac
 LIMIT=${LIMIT:-540}
 scratch=$(mktemp -d)
 mkdir -p "$out"
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR=/tmp/m2mkd_jax_programs
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR="${TMPDIR:-/tmp}/m2mkd_jax_programs"
 if [[ -n $dir ]]; then
-  site=/tmp/m2mkd_jax_site
+  site=$scratch/site
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
     --target "$site" "$dir"/*.whl
   PYTHONPATH+=":$site"

@@ -168,7 +168,7 @@ TEACHER: Keys = {
     "options": Key({}, "of a teacher of one's own"),
     "remat": Key(
         "auto",
-        "recompute activations of the blocks in the backward pass; auto: if it must",
+        "recompute activations of the blocks in the backward pass; auto: if memory is short",
         REMAT,
     ),
 }

@@ -75,7 +75,7 @@ NAC: Keys = {
     "pooling": Key("gumbel", "weights of the pooling: gumbel (Gumbel softmax), vanilla (softmax)"),
     "remat": Key(
         "auto",
-        "recompute activations of the propagators in the backward pass; auto: if it must",
+        "recompute activations of the propagators in the backward pass; auto: if memory is short",
         REMAT,
     ),
     "stitch_dim": Key(
@@ -131,7 +131,7 @@ VMOE: Keys = {
     "keep_stitches": Key(False, "keep the students' stitches in the network trained end to end"),
     "remat": Key(
         "auto",
-        "recompute activations of the blocks in the backward pass; auto: if it must",
+        "recompute activations of the blocks in the backward pass; auto: if memory is short",
         REMAT,
     ),
 }

@@ -7,11 +7,11 @@ more than the device has, once more with it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import psutil
 
 from m2mkd_jax.models import layers
 from m2mkd_jax.parallel.process import from_main, say
@@ -85,8 +85,4 @@ def device_memory() -> int:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", 0)
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
-    return total // jax.local_device_count()
+    return psutil.virtual_memory().total // jax.local_device_count()

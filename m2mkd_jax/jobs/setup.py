@@ -288,9 +288,7 @@ def set_up(
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
     program = make_program(config, phase, None if abstract else stages)
-    joined = join_neighbours(
-        program, stages, trained=not phase.head and program.regulariser is None
-    )
+    joined = join_neighbours(program, stages, trained=not phase.head and phase.regulariser is None)
     place = None
     if mesh is not None and not abstract:
         place = functools.partial(partition.shardings, mesh, fsdp=config.mesh.fsdp)

@@ -120,7 +120,8 @@ def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax
 def _relaxed(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array:
     """log sigmoid((logits + noise) / temperature): logits (U, V), noise (B, U, V) -> (B, U, V).
 
-    The backward pass needs the result alone, and neither the noise nor the numbers behind it.
+    The backward pass needs the result alone, and neither the noise nor the numbers behind it. Noise
+    is drawn, not computed: it gets no gradient.
     """
     return jax.nn.log_sigmoid((noise + layers.align_rank(logits, noise)) / temperature)
 
