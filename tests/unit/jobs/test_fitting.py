@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.jobs import fitting
@@ -33,9 +32,8 @@ def test_auto_recomputes_only_what_does_not_fit(monkeypatch, capsys):
         assert_close(again[name], value, 1e-5, name)
 
 
-@pytest.mark.parametrize("remat", ["always", "auto"])
-def test_recomputing_reaches_the_blocks(remat, monkeypatch):
-    """A recomputed step has a checkpoint in its program; one that fits has none."""
+def products(remat):
+    """How many matrix products the program of a step has."""
     config = read_config(find_config("nac_digits"))
     config.teacher.remat, config.recipes.pt.batch = remat, 8
     setup, state, step = training_step(config, "pt")
@@ -44,7 +42,8 @@ def test_recomputing_reaches_the_blocks(remat, monkeypatch):
         "image": jnp.zeros((8, size, size, 3), jnp.uint8),
         "label": jnp.zeros(8, jnp.int32),
     }
-    text = step.lower(state, setup.frozen, batch).as_text(debug_info=True)
-    assert ("rematted_computation" in text) == (remat == "always")
-    with_memory = fitting.recomputing(lambda: step.lower(state, setup.frozen, batch))
-    assert with_memory() is not None
+    return step.lower(state, setup.frozen, batch).as_text().count("dot_general")
+
+
+def test_recomputing_reaches_the_blocks():
+    assert products("always") > products("auto") == products("never")
