@@ -39,7 +39,7 @@ from jax.experimental import topologies
 from benchmarks.cases import CASES, make_config
 from benchmarks.kernels import Kernel, Module
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
-from m2mkd_jax.models import backend
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases.build import build_phase
 
 # Facts of each card in the fields of XLA's GpuTargetConfigProto, and what it was measured to reach.

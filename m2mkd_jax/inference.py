@@ -6,6 +6,7 @@ latents, S channels of a code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, inspection, registry
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases import named
 from m2mkd_jax.phases.joined import join_neighbours
 from m2mkd_jax.phases.program import Program
@@ -48,9 +50,10 @@ class Model:
         program = Program({n: part.graph for n, part in self._parts.items()}, tuple(names), ())
         self._joined = join_neighbours(program, single, trained=False)
         self._weights = self._joined.stages(single)
-        self._run = jax.jit(self._forward)
-        self._features = jax.jit(lambda w, x: inspection.features(self._merged(w), names, x))
-        self._attention = jax.jit(lambda w, x: inspection.attention(self._merged(w), x))
+        compiled = functools.partial(jax.jit, compiler_options=backend.compiler_options())
+        self._run = compiled(self._forward)
+        self._features = compiled(lambda w, x: inspection.features(self._merged(w), names, x))
+        self._attention = compiled(lambda w, x: inspection.attention(self._merged(w), x))
         interface = registry.interface(self.description, names)
         self._group = interface.group
         self.image_size, self.width = interface.image_size, interface.width

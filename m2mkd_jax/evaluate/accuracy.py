@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2mkd_jax.losses.classification import top_k_correct
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.step import normalise
 
 
@@ -51,7 +52,7 @@ def make_counter(
         )
         return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
 
-    return jax.jit(count, out_shardings=out_shardings)
+    return jax.jit(count, out_shardings=out_shardings, compiler_options=backend.compiler_options())
 
 
 def evaluate(

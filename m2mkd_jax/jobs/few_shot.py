@@ -28,8 +28,8 @@ from m2mkd_jax.jobs.plan import Job, write_inputs
 from m2mkd_jax.jobs.setup import Run, image_source, set_up
 from m2mkd_jax.jobs.training import draw_images
 from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
@@ -180,7 +180,11 @@ class Episode:
             # Copied, because the step gives its state's buffers away.
             return self._setup.begin(head, jax.tree.map(jnp.copy, fixed))
 
-        return jax.jit(begin, out_shardings=self._setup.placement)
+        return jax.jit(
+            begin,
+            out_shardings=self._setup.placement,
+            compiler_options=backend.compiler_options(),
+        )
 
     def draw(self, path: Path, seed: int, support: Any) -> None:
         """Draws images as the first step of an episode sees them."""

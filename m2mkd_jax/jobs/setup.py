@@ -25,8 +25,8 @@ from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
 from m2mkd_jax.phases.joined import Joined, join_neighbours
@@ -235,7 +235,12 @@ class Setup:
 
     def initial_state(self) -> dict:
         """The state before the first step; it takes over the buffers of `params` and `fixed`."""
-        begin = jax.jit(self.begin, out_shardings=self.placement, donate_argnums=(0, 1))
+        begin = jax.jit(
+            self.begin,
+            out_shardings=self.placement,
+            donate_argnums=(0, 1),
+            compiler_options=backend.compiler_options(once=True),
+        )
         return begin(self.params, self.fixed)
 
     def make_step(self, data: ConfigDict | None = None) -> FittingStep:

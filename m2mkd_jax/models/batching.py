@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models import backend
+from m2mkd_jax.parallel import backend
 
 # Most images whose additions are written out; more are a product with ones.
 WRITTEN_OUT = 16

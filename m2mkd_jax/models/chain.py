@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from m2mkd_jax.parallel import backend
+
 # Parameters whose values are small sums or differences of near-equal numbers: always float32.
 FLOAT32_NAMES = ("signatures", "codes", "bandwidth", "gain")
 # Modules that stay in float32 as a whole: a router compares near-equal numbers.
@@ -154,11 +156,11 @@ def initialise(
 
         return jax.tree.map(strong, (parts.params, parts.fixed))
 
-    # This runs once, and the CPU compiler takes six times as long when it optimises.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shapes = abstract(build)
     places = None if shardings is None else (shardings(shapes.params), shardings(shapes.fixed))
-    draw = jax.jit(arrays, compiler_options=options, out_shardings=places)
+    draw = jax.jit(
+        arrays, compiler_options=backend.compiler_options(once=True), out_shardings=places
+    )
     return SplitStage(shapes.graph, *draw(key))
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
-from m2mkd_jax.models import backend
+from m2mkd_jax.parallel import backend
 
 Initialiser = Callable[..., jax.Array]
 AttentionImplementation = Literal["xla", "cudnn"]

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases.program import Program
 
 Params = dict[str, Any]
@@ -62,7 +63,11 @@ class Joined:
                 joined[name] = shapes
             else:
                 places = None if place is None else place(shapes)
-                joined[name] = jax.jit(self._joining(parts), out_shardings=places)(*own)
+                joined[name] = jax.jit(
+                    self._joining(parts),
+                    out_shardings=places,
+                    compiler_options=backend.compiler_options(once=True),
+                )(*own)
         return joined
 
     def fixed(self, arrays: Params) -> Params:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.train import erasing, mixing
 from m2mkd_jax.train.optimizer import ema_update
 
@@ -125,7 +126,12 @@ def make_step(
             new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=out_shardings,
+        compiler_options=backend.compiler_options(),
+    )
 
 
 def with_fixed(frozen: dict, fixed: dict) -> dict:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models import backend
+from m2mkd_jax.parallel import backend
 
 METHODS = ("ragged", "chunks", "batched")
 SMALLEST_TILE, LARGEST_TILE = 16, 1024

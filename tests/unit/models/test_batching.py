@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.models import backend, batching
+from m2mkd_jax.models import batching
+from m2mkd_jax.parallel import backend
 from tests.support import assert_close
 
 

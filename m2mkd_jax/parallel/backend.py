@@ -39,6 +39,24 @@ def platform() -> str:
     return target[0] if target else jax.default_backend()
 
 
+def compiler_options(*, once: bool = False) -> dict[str, int] | None:
+    """XLA's options for a program of this package, for `jax.jit`.
+
+    On a CPU the higher of LLVM's optimisation levels take half as long again to compile a training
+    step and make it no faster (benchmarks/RESULTS.md): products are a library's, and level 1 also
+    vectorises loops.
+
+    Args:
+        once: the program runs once, and compiling it takes longer than running it.
+
+    Returns:
+        Options; None: XLA's own.
+    """
+    if platform() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0 if once else 1}
+
+
 def compute_capability() -> str:
     """Compute capability of the GPU that programs are traced for; AMD's starts with letters."""
     target = _TARGET.get()

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2mkd_jax.models import backend, layers
+from m2mkd_jax.models import layers
+from m2mkd_jax.parallel import backend
 
 
 def test_the_default_is_the_device():
