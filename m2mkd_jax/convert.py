@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2mkd_jax.checkpoint.files import read_json
+from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.conversion.from_torch import convert_from_torch
@@ -104,7 +104,7 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{args.target} cannot be written: {error.strerror}") from None
     print("\n".join(report.lines()))
-    for name, tree in read_json(target / "description.json")["trees"].items():
+    for name, tree in read_record(target / "description.json")["trees"].items():
         print(f"{name}: {tree['arrays']} arrays, sha256 {tree['sha256']}")
 
 

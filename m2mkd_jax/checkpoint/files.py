@@ -1,11 +1,17 @@
-"""Small JSON files (description.json, done.json, summary.json), written atomically."""
+"""Small JSON files (description.json, done.json, summary.json), written atomically.
+
+They are strict JSON: a number that is not finite is written as null. Files that a run reads back
+are records (`write_record`, `read_record`), which carry a checksum of their content.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +19,24 @@ import numpy as np
 
 from m2mkd_jax.errors import UserError
 
+CHECKSUM = "sha256"  # the key of a record's checksum
+
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Writes indented JSON; a reader sees the old file or the new one, never a part.
 
     Args:
         path: of the file; missing parent directories are made.
-        obj: to write. numpy and jax scalars become numbers, arrays lists, and paths strings.
+        obj: to write. numpy and jax scalars become numbers, arrays lists, paths strings, and
+            numbers that are not finite null.
 
     Raises:
         TypeError: JSON cannot hold `obj`.
         OSError: the file system refuses.
     """
     path = Path(path)
-    text = json.dumps(obj, indent=2, default=_plain) + "\n"  # before any file is touched
+    # Before any file is touched.
+    text = json.dumps(plain(obj), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps apart two processes that write the same file at once.
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -58,12 +68,51 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is damaged, not JSON ({error}); delete it or restore it") from None
 
 
-def _plain(value: Any) -> Any:
-    """A value that JSON cannot hold as one that it can."""
+def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a checksum of its content; errors as of `write_json`."""
+    content = plain(record)
+    write_json(path, content | {CHECKSUM: _digest(content)})
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what `write_record` wrote, without the checksum.
+
+    A record without one is taken as it is: no single damage removes it and leaves JSON with other
+    content.
+
+    Raises:
+        UserError: as of `read_json`; it is no JSON object, or its content was changed.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object; delete it or restore it")
+    if CHECKSUM in content and content.pop(CHECKSUM) != _digest(content):
+        raise UserError(
+            f"{path} is damaged or was edited: its checksum is another; restore it, or remove the "
+            f'entry "{CHECKSUM}" if the edit is meant'
+        )
+    return content
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON gives it back. Raises TypeError where JSON cannot hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, np.generic) or hasattr(value, "__array__"):
-        return np.asarray(value).tolist()
+        return plain(np.asarray(value).tolist())
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 

@@ -2,7 +2,8 @@
 
 Training checkpoints (`RunCheckpoints`) are saved in the background, and only some are kept; a
 damaged one is skipped. Finished weights (`save_weights`, `load_weights`) are read by other jobs and
-by people; each carries a checksum, and a damaged one is an error. Paths are local (or mounted).
+by people, and a damaged one is an error. Both carry checksums, which are compared before anything
+is used. Paths are local (or mounted).
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.checksums import (
+    CheckedPyTreeHandler,
+    CheckedPyTreeSave,
+    damage,
+    saved_metrics,
+)
+from m2mkd_jax.checkpoint.files import read_json, read_record, write_record
 from m2mkd_jax.checkpoint.orbax_tree import (
     attempt,
     read_tree,
@@ -32,7 +39,7 @@ from m2mkd_jax.checkpoint.orbax_tree import (
 )
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.parallel.process import barrier, is_main
+from m2mkd_jax.parallel.process import barrier, from_main, is_main
 
 __all__ = ["RunCheckpoints", "checksum", "load_weights", "match_tree", "save_weights"]
 
@@ -77,7 +84,7 @@ class RunCheckpoints:
             )
         self._manager = ocp.CheckpointManager(
             epath.Path(self.directory),
-            item_handlers={_STATE: ocp.PyTreeCheckpointHandler()},
+            item_handlers={_STATE: CheckedPyTreeHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 # The policy decides; but without best_fn Orbax does not store the metrics.
@@ -105,20 +112,24 @@ class RunCheckpoints:
             OSError: the file system refuses, in this save or in the previous one.
         """
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
+        # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         with _writing(self.directory):
             return self._manager.save(
                 step,
-                args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays)}),
-                # Orbax warns about a save without metrics; {} ranks below all others.
-                metrics={name: float(value) for name, value in (metrics or {}).items()},
+                args=ocp.args.Composite(
+                    **{_STATE: CheckedPyTreeSave(arrays, step=step, metrics=numbers)}
+                ),
+                metrics=numbers,
             )
 
     def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint that can be read.
 
-        A checkpoint that cannot be read (a file is missing or cut off) is skipped, with one line on
-        stderr. Once an older one is read, it is renamed to <step>.damaged, so that its step can be
-        saved again.
+        A damaged checkpoint (a file is missing, or has not the checksum that it was saved with) is
+        skipped, with one line on stderr. Once an older one is read, it is renamed to
+        <step>.damaged, so that its step can be saved again.
 
         Args:
             abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves (or arrays). A
@@ -135,7 +146,9 @@ class RunCheckpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step) / _STATE
-            held, reason = attempt(functools.partial(stored_shapes, path))
+            reason = from_main(damage(path, step) if is_main() else "")
+            if not reason:
+                held, reason = attempt(functools.partial(stored_shapes, path))
             if not reason:
                 match_tree(held, abstract_state, where=f"checkpoint {path}")
                 state, reason = attempt(functools.partial(read_tree, path, abstract_state))
@@ -210,7 +223,7 @@ def save_weights(
         if is_main():
             described = description() if callable(description) else description
             content = {"format": _FORMAT, "description": dict(described), "trees": sums}
-            write_json(tmp / "description.json", content)
+            write_record(tmp / "description.json", content)
             old = target.with_name(f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():  # a directory cannot be renamed onto a full one
@@ -260,7 +273,7 @@ def load_weights(
     directory = Path(directory).absolute()
     if not (directory / "description.json").is_file():
         raise UserError(f"{directory} holds no finished weights (it has no description.json)")
-    content = read_json(directory / "description.json")
+    content = read_record(directory / "description.json")
     try:
         known, description, version = content["trees"], content["description"], content["format"]
         sums = {name: entry["sha256"] for name, entry in known.items()}
@@ -305,11 +318,15 @@ def _writing(path: Path) -> Iterator[None]:
 def _drop_damaged_metrics(directory: Path) -> None:
     """Deletes damaged metrics files; with one of them Orbax cannot open the directory."""
     for file in directory.glob("[0-9]*/metrics/metrics"):
+        expected = saved_metrics(file.parents[1] / _STATE)
         try:
-            read_json(file)
+            if expected is None or read_json(file) == expected:
+                continue
+            reason = f"{file} is damaged: it has other metrics than were saved"
         except UserError as error:
-            print(f"{error}; its step cannot be the best one", file=sys.stderr)
-            file.unlink()
+            reason = str(error)
+        print(f"{reason}; its step cannot be the best one", file=sys.stderr)
+        file.unlink()
 
 
 def _array(leaf: Any) -> jax.Array | np.ndarray:

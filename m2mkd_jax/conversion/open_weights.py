@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2mkd_jax.checkpoint.files import read_json
+from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.conversion.from_torch import convert_from_torch, convert_torch_weights
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
@@ -97,7 +97,7 @@ def open_weights(
             converted = convert_torch_weights(read_torch_weights(local), fields, local, seed)
         return Weights(converted.description, converted.trees)
     _, description = load_weights(stored, [])
-    names = list(read_json(stored / "description.json")["trees"])
+    names = list(read_record(stored / "description.json")["trees"])
     return Weights(description, _StoredTrees(stored, names))
 
 

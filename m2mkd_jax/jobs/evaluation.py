@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.pipeline import eval_batches
@@ -80,7 +80,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
         "networks": metrics,
     }
     if is_main():
-        write_json(run.directory(job.name) / "done.json", result)
+        write_record(run.directory(job.name) / "done.json", result)
     barrier(f"{job.name} done")
     return result
 

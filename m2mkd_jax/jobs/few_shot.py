@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
@@ -97,7 +97,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
         "origin": dict.fromkeys(phase.student, config.few_shot.network),
     }
     if is_main():
-        write_json(directory / "done.json", result)
+        write_record(directory / "done.json", result)
     barrier(f"{job.name} done")
     return result
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from m2mkd_jax.checkpoint.files import plain
 from m2mkd_jax.parallel.process import is_main
 
 
@@ -34,7 +35,7 @@ class Log:
         """Adds one entry, with plain numbers; the step's number is `step`."""
         if self.file is None:
             return
-        self.file.write(json.dumps(entry) + "\n")
+        self.file.write(json.dumps(plain(entry), allow_nan=False) + "\n")
         shown = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
         numbers = "  ".join(f"{k} {entry[k]:.4f}" for k in shown if k in entry)
         print(f"[{self.job}] {entry['step']}/{self.total}  {numbers}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
@@ -226,7 +226,7 @@ def inputs_path(workdir: Path, name: str) -> Path:
 
 def write_inputs(workdir: Path, job: Job) -> None:
     """Keeps a job's inputs beside its results, before it starts."""
-    write_json(inputs_path(workdir, job.name), job.inputs)
+    write_record(inputs_path(workdir, job.name), job.inputs)
 
 
 def is_done(workdir: Path, name: str) -> bool:
@@ -234,7 +234,7 @@ def is_done(workdir: Path, name: str) -> bool:
     path = job_directory(workdir, name) / "done.json"
     if not path.is_file():
         return False
-    if not isinstance(read_json(path), dict):
+    if not isinstance(read_record(path).get("metrics"), dict):
         raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
     return True
 
@@ -247,9 +247,9 @@ def is_current(plan: Plan, workdir: Path, name: str) -> bool:
     if job.kind is not Kind.EVALUATION:
         return True
     path = inputs_path(workdir, name)
-    if not path.is_file() or read_json(path) != job.inputs:
+    if not path.is_file() or read_record(path) != job.inputs:
         return False
-    networks = read_json(job_directory(workdir, name) / "done.json")["networks"]
+    networks = read_record(job_directory(workdir, name) / "done.json").get("networks", {})
     wanted = {f"{name}_accuracy" for name in plan.config.evaluation.renditions}
     return networks.keys() == set(job.needs) and all(
         wanted <= networks[phase.job].keys()
@@ -298,7 +298,7 @@ def jobs_on_disk(workdir: Path) -> dict[str, dict[str, Any]]:
     """Jobs that have begun in a directory, by name, with their inputs."""
     root = workdir / "jobs"
     paths = sorted([*root.glob("*/inputs.json"), *root.glob("*/*/inputs.json")])
-    return {path.parent.relative_to(root).as_posix(): read_json(path) for path in paths}
+    return {path.parent.relative_to(root).as_posix(): read_record(path) for path in paths}
 
 
 def stale_after(workdir: Path, redone: Iterable[str]) -> list[str]:
@@ -340,7 +340,7 @@ def check_same_config(
                     f"{path} is missing, so that what {name} came from is unknown; {hint}"
                 )
             continue
-        before = read_json(path)
+        before = read_record(path)
         if not isinstance(before, dict) or not {"config", "needs"} <= before.keys():
             raise UserError(f"{path} is damaged; {hint}")
         for key in sorted({*before["config"], *job.inputs["config"]}):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.files import read_record, write_json
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.initial_weights import job_directory
@@ -26,7 +26,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     for name in plan.names:
         directory = job_directory(workdir, name)
         if is_done(workdir, name):
-            jobs.append(read_json(directory / "done.json"))
+            jobs.append(read_record(directory / "done.json"))
             continue
         checkpoints = directory / "checkpoints"
         status = "interrupted" if checkpoints.is_dir() else "pending"

@@ -14,7 +14,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import read_json, write_json
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.data.pipeline import first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
@@ -97,7 +97,7 @@ def run_training(run: Run, job: Job) -> dict:
             "origin": origin,
         }
         if is_main():
-            write_json(directory / "done.json", result)
+            write_record(directory / "done.json", result)
         barrier(f"{job.name} done")
         say(
             f"[{job.name}] done in {result['seconds']:.1f} s, accuracy "
@@ -115,7 +115,7 @@ def _reference(run: Run, phase: Phase, stages: dict) -> dict[str, float]:
     done = run.directory("pt") / "done.json"
     found = {}
     if is_main() and "pt" in phase.needs and done.is_file():
-        found = {"meta_accuracy": read_json(done)["metrics"]["eval_accuracy"]}
+        found = {"meta_accuracy": read_record(done)["metrics"]["eval_accuracy"]}
     return from_main(found)
 
 

@@ -319,7 +319,7 @@ def test_weights_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("m2mkd_jax.checkpoint.store.write_json", fail)
+        patch.setattr("m2mkd_jax.checkpoint.store.write_record", fail)
         save_weights(tmp_path / "w", {"m": {"x": np.ones(3)}}, {"step": 2})
     loaded, description = load_weights(tmp_path / "w")
     assert description == {"step": 1} and not loaded["m"]["x"].any()

@@ -117,7 +117,9 @@ def test_renditions_asked_for_later_are_evaluated_later(tmp_path):
     plan = Plan(config)
     for job, networks in (("e2e_scratch", {}), ("eval", {"e2e_scratch": {"eval_accuracy": 0.5}})):
         write_inputs(tmp_path, plan.job(job))
-        (tmp_path / "jobs" / job / "done.json").write_text(json.dumps({"networks": networks}))
+        (tmp_path / "jobs" / job / "done.json").write_text(
+            json.dumps({"metrics": {}, "networks": networks})
+        )
     assert jobs_to_run(plan, tmp_path) == []
     config.evaluation.renditions = ("tiny_imagenet_r",)
     assert jobs_to_run(Plan(config), tmp_path) == ["eval"]

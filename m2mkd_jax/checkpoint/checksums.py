@@ -1,0 +1,97 @@
+"""Checksums of a checkpoint's files, written before it is committed and compared before it is read.
+
+Orbax and TensorStore restore a file with a flipped bit without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from m2mkd_jax.checkpoint.files import read_record, write_record
+from m2mkd_jax.errors import UserError
+
+FILE = "checksums.json"
+
+
+class CheckedPyTreeHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of PyTrees, which also leaves checksums of the files that it wrote.
+
+    Orbax calls `finalize` in the background, once all processes have written, and before it renames
+    the directory to its final name: no checkpoint is ever without its checksums.
+    """
+
+    _facts: Mapping[str, Any] = MappingProxyType({})
+
+    async def async_save(self, directory: Any, *others: Any, args: Any = None) -> Any:
+        self._facts = {"step": args.step, "metrics": args.metrics}
+        return await super().async_save(directory, *others, args=args)
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        path = Path(directory)
+        write_record(path / FILE, {**self._facts, "files": file_checksums(path)})
+
+
+@ocp.args.register_with_handler(CheckedPyTreeHandler, for_save=True, for_restore=True)
+@dataclass
+class CheckedPyTreeSave(ocp.args.PyTreeSave):
+    """What `CheckedPyTreeHandler` saves.
+
+    Attributes:
+        step: of the checkpoint.
+        metrics: kept beside the checksums, because Orbax keeps them in a file of its own.
+    """
+
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def file_checksums(directory: Path) -> dict[str, str]:
+    """sha256 (hex) of every file below a directory, by relative path; without FILE itself."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path != directory / FILE:
+            with path.open("rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return found
+
+
+def damage(directory: Path, step: int) -> str:
+    """What is wrong with a checkpoint's files: one line, "" where nothing is.
+
+    Args:
+        directory: that `CheckedPyTreeHandler` wrote.
+        step: whose checkpoint it should be.
+    """
+    try:
+        content = read_record(directory / FILE)
+        expected: dict[str, str] = content["files"]
+        if content["step"] != step:
+            return f"it is the checkpoint of step {content['step']}"
+        have = file_checksums(directory)
+    except UserError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError) as error:
+        return f"{directory / FILE}: {type(error).__name__}: {error}"
+    if missing := sorted(expected.keys() - have.keys()):
+        return f"{missing[0]} is missing"
+    changed = sorted(name for name, digest in expected.items() if have[name] != digest)
+    return f"{changed[0]} has another checksum" if changed else ""
+
+
+def saved_metrics(directory: Path) -> dict[str, Any] | None:
+    """The metrics that a checkpoint was saved with; None where they cannot be read."""
+    try:
+        return read_record(directory / FILE)["metrics"]
+    except (UserError, KeyError):
+        return None
