@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -11,7 +10,7 @@ from typing import NoReturn
 from absl import logging
 
 from m2mkd_jax import __version__
-from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.errors import UserError, printable, show_any_name
 
 WRONG_INPUT = 2
 LONGEST = 2000  # characters of a message
@@ -51,8 +50,7 @@ def run(name: str, command: Callable[[], None]) -> int:
         The exit code: 0, or 2 with one line on stderr if the input is wrong.
     """
     logging.set_verbosity(logging.FATAL)  # Orbax logs every step, and stacks of its errors
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    show_any_name()
     try:
         command()
         return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
+import sys
 from collections.abc import Iterable, Iterator
 
 
@@ -54,6 +56,13 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     if close := closest(word, known):
         return f'did you mean "{close}"?'
     return otherwise or f"known: {', '.join(known)}"
+
+
+def show_any_name() -> None:
+    """From here on, names that the terminal's encoding lacks are printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:

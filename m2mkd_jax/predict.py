@@ -29,6 +29,7 @@ from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.data.decode import decode
+from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.inference import Model, load
 
@@ -115,9 +116,9 @@ def read_labels(path: str, classes: int) -> list[str]:
         UserError: it cannot be read, or has another number of names.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
         names = [names[str(i)] for i in range(len(names)) if str(i) in names]

@@ -20,7 +20,7 @@ from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.workers import usable_cores
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, show_any_name
 
 _SHOWN = 10  # damaged files or missing classes that are named
 _NEARLY = 0.9  # share of a known data set's classes from which on the others count as missing
@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root")
     parser.add_argument("--quick", action="store_true", help="count only, decode nothing")
     given = parser.parse_args(arguments)
+    show_any_name()
     try:
         return 0 if check(given.root, given.quick) else 2
     except UserError as error:

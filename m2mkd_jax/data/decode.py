@@ -18,7 +18,10 @@ from PIL import Image, UnidentifiedImageError
 
 from m2mkd_jax.errors import UserError
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+SUFFIXES = (
+    *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".webp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 _ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _FLAGS = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -28,6 +31,8 @@ _FLAGS = {
 }
 _FRAMES = (0xC0, 0xC1, 0xC2)  # markers of a frame: baseline, extended, progressive
 _SCAN = 0xDA
+# Formats that Pillow opens as 32-bit integers where they have 16 bits.
+_16_BITS_IN_I = ("PNG", "PPM")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # not an escaped byte 255 or a restart marker
 
 
@@ -65,7 +70,7 @@ def decode(
         with Image.open(io.BytesIO(content)) as image:
             if shrink:
                 shrink(image.height, image.width)
-            return np.asarray(image.convert("RGB"))
+            return _rgb(image, name)
     except _ERRORS as error:
         # Pillow's own message for this has an address in memory.
         unidentified = isinstance(error, UnidentifiedImageError)
@@ -73,6 +78,27 @@ def decode(
         raise DamagedImage(
             f"cannot decode the image {name} ({reason}): replace or remove it"
         ) from error
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels of an opened image, the first frame of an animated one: uint8 (H, W, C).
+
+    16 bits per pixel are scaled to 8; what is transparent keeps the colour it is stored with.
+
+    Raises:
+        DamagedImage: pixels whose range the file does not tell.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BITS_IN_I):
+        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise DamagedImage(
+            f"the image {name} has 32 bits per pixel, whose range it does not tell: convert it to "
+            "8 or 16 bits"
+        )
+    if isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # without this step Pillow warns
+    return np.asarray(image.convert("RGB"))
 
 
 def whole_jpeg(content: bytes) -> tuple[int, int] | None:

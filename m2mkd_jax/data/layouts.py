@@ -10,6 +10,7 @@ import numpy as np
 
 from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats import cifar, cub, folder, idx, tar, tfds
+from m2mkd_jax.data.formats.text import readable
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.errors import UserError
 
@@ -130,13 +131,13 @@ def _open_folders(root: str | Path, split: str) -> ImageSource:
     # A fault in val/ does not keep train/ from being read.
     names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
     paths, labels = folder.list_images(root, split, names)
-    return EncodedImageSource(folder.FolderFiles(root, paths), labels, names)
+    return EncodedImageSource(folder.FolderFiles(root, paths), labels, map(readable, names))
 
 
 def _open_classes(root: str | Path, split: str) -> ImageSource:
     names = folder.class_folders(root)
     paths, labels = folder.list_classes(root, "", names)
-    return EncodedImageSource(folder.FolderFiles(root, paths), labels, names)
+    return EncodedImageSource(folder.FolderFiles(root, paths), labels, map(readable, names))
 
 
 _OPENERS: dict[str, Callable[[str | Path, str], ImageSource]] = {

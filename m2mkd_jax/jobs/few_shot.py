@@ -136,7 +136,7 @@ def check_episodes(config: ConfigDict, phase: Phase) -> None:
 
 
 def _finished(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 

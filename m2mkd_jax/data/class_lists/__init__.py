@@ -17,5 +17,9 @@ def wordnet_ids(name: str) -> tuple[str, ...]:
     Args:
         name: 'imagenet', 'imagenet_r', 'tiny_imagenet' or 'tiny_imagenet_r'.
     """
-    lines = (resources.files("m2mkd_jax.data.class_lists") / f"{name}.txt").read_text().splitlines()
+    lines = (
+        (resources.files("m2mkd_jax.data.class_lists") / f"{name}.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     return tuple(line for line in lines if not line.startswith("#"))

@@ -14,6 +14,7 @@ import numpy as np
 
 from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.formats.pickles import read_pickle
+from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 
 BINARY = ("train.bin", "test.bin", "fine_label_names.txt")
@@ -93,7 +94,7 @@ def _text(value: Any) -> Any:
 def _names(kind: str, folder: Path) -> Sequence[str]:
     """The names of the fine classes."""
     if kind == "binary":
-        names = (folder / BINARY[2]).read_text().split()
+        names = read_text(folder / BINARY[2]).split()
     else:
         names = [_text(name) for name in _fields(folder / PYTHON[2], "fine_label_names")[0]]
     if len(names) != CLASSES:

@@ -12,6 +12,7 @@ import numpy as np
 
 from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats.folder import FolderFiles
+from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 
 TABLES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
@@ -58,7 +59,7 @@ def open_split(root: str | Path, split: str) -> EncodedImageSource:
 
 def _table(path: Path) -> dict[str, str]:
     """{first word: second word} of every line."""
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     short = next((number for number, words in enumerate(lines, 1) if len(words) != 2), None)
     if short:
         raise UserError(f"{path} line {short}: two words expected: unpack the archive again")

@@ -1,24 +1,27 @@
 """Folders of image files, as in ImageNet, the Tiny-ImageNet archive and ImageNet-R.
 
-    root/train/CLASS/*.JPEG          or   root/train/CLASS/images/*.JPEG
+    root/train/CLASS/*.JPEG          or in folders below CLASS, such as CLASS/images/*.JPEG
     root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt
 
     root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
-Classes are the folder names, sorted. Axes: N images.
+Classes are the folder names, sorted. Files that are images by their names count; others are left
+out, and named but for texts. Axes: N images.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from m2mkd_jax.data.decode import SUFFIXES
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 _FOLDERS = {"train": "train", "test": "val"}
 _ANNOTATIONS = "val_annotations.txt"
+_TEXTS = (".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".ini", ".db")  # beside images
 _NAMED = 10  # classes that a message names
 EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -132,16 +135,42 @@ def list_classes(
     root = Path(root)
     files: list[bytes] = []
     labels: list[int] = []
+    left_out: list[str] = []
     for label, name in enumerate(names):
         below = os.path.join(folder, name)
-        if (root / below / "images").is_dir():
-            below = os.path.join(below, "images")
-        found = sorted(image_files(root / below))
+        found, others = _files_below(root / below)
         if not found:
             raise UserError(f"no image file in {root / below}: add some or remove the folder")
+        left_out += [os.path.join(below, file) for file in others]
         files += [os.fsencode(os.path.join(below, file)) for file in found]
         labels += [label] * len(found)
+    _say_left_out(root, left_out)
     return np.array(files), np.array(labels, np.int32)
+
+
+def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Paths below a folder, at any depth: image files, sorted, and others that are no texts."""
+    images, others = [], []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        prefix = os.path.relpath(parent, folder)
+        for name in names:
+            path = name if prefix == "." else os.path.join(prefix, name)
+            if is_image(name):
+                images.append(path)
+            elif not name.startswith(".") and not name.lower().endswith(_TEXTS):
+                others.append(path)
+    return sorted(images), others
+
+
+def _say_left_out(root: Path, paths: Sequence[str]) -> None:
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        named = ", ".join(printable(str(root / path)) for path in sorted(paths)[:3])
+        print(
+            f"warning: left out, no image by its name ({', '.join(SUFFIXES)}): {named}{more}",
+            file=sys.stderr,
+        )
 
 
 def _annotated(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +179,8 @@ def _annotated(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     present = set(image_files(root / "val" / "images"))
     numbers = {name: label for label, name in enumerate(names)}
     files, labels = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # File names are bytes, in whatever encoding.
+    lines = os.fsdecode(path.read_bytes()).splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -216,8 +246,9 @@ def image_files(folder: str | Path) -> list[str]:
     """The names of the image files in a folder, without hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
         return []
-    return [
-        name
-        for name in os.listdir(folder)
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+    return [name for name in os.listdir(folder) if is_image(name)]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")

@@ -1,6 +1,7 @@
 """Shards: tar files with the images of a split, read in place without unpacking.
 
-    root/*train*.tar, root/*val*.tar        (or in root/train/, root/val/; "test" for "val")
+    root/train-000.tar, root/x_val_01.tar   ("train", and "val" or "test", as a word of the name)
+    root/train/*.tar, root/val/*.tar
 
 The class of an image is its folder inside the tar (CLASS/name.JPEG or CLASS/images/name.JPEG), or
 the number in a file of the same name beside it (name.jpg, name.cls); line n of root/classes.txt, if
@@ -8,6 +9,7 @@ it exists, names class n. Axes: N images.
 """
 
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,13 +19,19 @@ import numpy as np
 
 from m2mkd_jax.data.decode import SUFFIXES
 from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 
 _EXPECTED = {"train": ("*train*.tar",), "test": ("*val*.tar", "*test*.tar")}
+_WORDS = {
+    "train": ("train", "training"),
+    "test": ("val", "valid", "validation", "test", "testing"),
+}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK = 512  # bytes
 _CLASS_BYTES = 1024  # read of a .cls file
 # (class, path, shard number, first byte, bytes)
 _Member = tuple[str, str, int, int, int]
-_SPLITS = {"train": re.compile("train"), "test": re.compile("val|test")}
 
 
 class TarFiles:
@@ -67,13 +75,36 @@ class TarFiles:
 
 
 def shards(root: str | Path, split: str) -> list[Path]:
-    """The tar files of a split below `root`, by their names, sorted."""
-    root, pattern = Path(root), _SPLITS[split]
-    found = [path for path in root.glob("*.tar") if pattern.search(path.name)]
+    """The tar files of a split below `root`, by their names, sorted.
+
+    Raises:
+        UserError: a name that tells no split, or two.
+    """
+    root = Path(root)
+    found = [path for path in root.glob("*.tar") if _split_of(path) == split]
     for folder in root.iterdir():
-        if folder.is_dir() and pattern.fullmatch(folder.name):
+        if folder.is_dir() and folder.name.lower() in _WORDS[split]:
             found += folder.glob("*.tar")
     return sorted(found)
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a shard's name tells, by whole words; None for another kind of file.
+
+    Raises:
+        UserError: words of both splits, or a word that only contains one of theirs.
+    """
+    name = path.stem.lower()
+    words = set(re.findall("[^\\W\\d_]+", name))
+    splits = [split for split, own in _WORDS.items() if words & set(own)]
+    if len(splits) == 1:
+        return splits[0]
+    if splits or any(word in name for own in _WORDS.values() for word in own):
+        raise UserError(
+            f"{path}: does its name mean training or test images? Call it train-... or val-..., "
+            "or move it elsewhere"
+        )
+    return None
 
 
 def list_images(root: str | Path, split: str) -> tuple[TarFiles, np.ndarray, tuple[str, ...]]:
@@ -108,45 +139,86 @@ def _members(root: str | Path, split: str) -> tuple[list[_Member], set[str]]:
     members: list[_Member] = []
     for number, path in enumerate(shards(root, split)):
         try:
+            _check_uncompressed(path)
             with tarfile.open(path, "r:") as tar:
                 members += _shard_members(tar, number, path)
+                _check_end(tar, path)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"cannot read the shard {path} ({error}): copy it again") from error
     return members, {member[0] for member in members}
 
 
+def _check_uncompressed(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(6)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"{path} is compressed ({name}), and members are read in place: decompress it"
+            )
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """Raises UserError unless zeros end the archive; else it may be cut off between two members."""
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise UserError(f"the shard {path} has no end: it is cut off; copy it again")
+
+
+def _linked(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
+    """The file that a hard or symbolic link inside an archive means, or the member itself."""
+    if not (member.islnk() or member.issym()):
+        return member
+    target = member.linkname
+    if member.issym():
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
+    try:
+        meant = tar.getmember(target)
+    except KeyError:
+        meant = member
+    if not meant.isfile():
+        raise UserError(
+            f"{path}: {member.name} is a link to {member.linkname}, which is no file in it"
+        )
+    return meant
+
+
 def _shard_members(tar: tarfile.TarFile, number: int, path: Path) -> Iterator[_Member]:
     """The images of one tar file."""
     classes: dict[str, str] = {}
-    found = []
+    found: dict[str, tuple[str, str, tarfile.TarInfo]] = {}
     for member in tar:
         stem, suffix = os.path.splitext(member.name)
-        if not member.isfile() or os.path.basename(stem).startswith("."):
+        if member.isdir() or os.path.basename(stem).startswith("."):
             continue
         if suffix == ".cls":
             file = tar.extractfile(member)
             text = file.read(_CLASS_BYTES) if file else b""
             classes[stem] = text.decode(errors="replace").strip()
         elif suffix.lower() in SUFFIXES:
+            if member.name in found:
+                raise UserError(f"{path} has {member.name} twice: pack it again")
             folders = [part for part in member.name.split("/")[:-1] if part != "images"]
-            found.append((folders[-1] if folders else "", stem, member))
-    for folder, stem, member in found:
+            folder = folders[-1] if folders else ""
+            found[member.name] = (folder, stem, _linked(tar, member, path))
+    for own, (folder, stem, member) in found.items():
         name = classes.get(stem, folder)
         if not name:
             raise UserError(
-                f"{path}: {member.name} has no class: it must lie in a folder of its class's name,"
+                f"{path}: {own} has no class: it must lie in a folder of its class's name,"
                 f" or have its number beside it in {stem}.cls"
             )
         # Zero-padded, so that the text sorts like the numbers.
         name = name.zfill(6) if stem in classes and name.isdecimal() else name
-        yield name, member.name, number, member.offset_data, member.size
+        yield name, own, number, member.offset_data, member.size
 
 
 def _titles(root: str | Path, names: Sequence[str]) -> tuple[str, ...]:
     """The class names: for numbered classes the lines of classes.txt, if it exists."""
     titles = Path(root) / "classes.txt"
     if titles.is_file() and all(name.isdecimal() for name in names):
-        lines = titles.read_text().splitlines()
+        lines = read_text(titles).splitlines()
         if len(lines) < int(names[-1]) + 1:
             raise UserError(f"{titles} has {len(lines)} lines and the shards class {names[-1]}")
         return tuple(lines[int(name)] for name in names)

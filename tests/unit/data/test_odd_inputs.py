@@ -1,0 +1,191 @@
+"""Inputs that are often wrong in practice: read rightly, or refused in one line."""
+
+import gzip
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2mkd_jax.data import check, layouts
+from m2mkd_jax.data.decode import DamagedImage, decode
+from m2mkd_jax.data.formats import tar
+from m2mkd_jax.errors import UserError
+
+RAMP = np.arange(0, 256, 32, dtype=np.uint8)[None].repeat(2, 0)
+
+
+def encoded(pixels, form="PNG", **options):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, form, **options)
+    return content.getvalue()
+
+
+def pack(path, *names, links=(), content=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            data = content or encoded(RAMP)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, target, kind in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return path
+
+
+def refusal(function, *arguments):
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000", "train"),
+        ("imagenet_train_0001", "train"),
+        ("latest-train-00", "train"),
+        ("training.01", "train"),
+        ("TRAIN0", "train"),
+        ("val-000", "test"),
+        ("x-validation-3", "test"),
+        ("my.test.1", "test"),
+        ("devkit", None),
+    ],
+)
+def test_the_split_of_a_shard_is_a_whole_word_of_its_name(tmp_path, name, split):
+    pack(tmp_path / f"{name}.tar", "a/1.png")
+    for each in ("train", "test"):
+        assert [p.stem for p in tar.shards(tmp_path, each)] == [name] * (each == split)
+
+
+@pytest.mark.parametrize("name", ["train-for-test-0", "trainset-0", "contest-0", "interval-1"])
+def test_a_shard_of_an_ambiguous_name_is_refused(tmp_path, name):
+    pack(tmp_path / f"{name}.tar", "a/1.png")
+    assert name in refusal(tar.shards, tmp_path, "train")
+
+
+def test_a_shard_cut_between_two_members_is_damaged(tmp_path):
+    path = pack(tmp_path / "train-0.tar", *(f"a/{i}.png" for i in range(5)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        offsets = [member.offset for member in archive]
+    assert len(tar.list_images(tmp_path, "train")[0]) == 5
+    for offset in offsets[1:]:
+        path.write_bytes(whole[:offset])
+        assert "cut off" in refusal(tar.list_images, tmp_path, "train")
+
+
+def test_a_compressed_shard_is_called_compressed(tmp_path):
+    path = pack(tmp_path / "train-0.tar", "a/1.png")
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert "compressed (gzip)" in refusal(tar.list_images, tmp_path, "train")
+
+
+def test_members_of_one_name_are_refused_and_links_followed(tmp_path):
+    path = pack(tmp_path / "train-0.tar", "a/1.png", "a/1.png")
+    assert "a/1.png twice" in refusal(tar.list_images, tmp_path, "train")
+    links = [("b/2.png", "a/1.png", tarfile.LNKTYPE), ("c/3.png", "../a/1.png", tarfile.SYMTYPE)]
+    pack(path, "a/1.png", links=links)
+    files, labels, names = tar.list_images(tmp_path, "train")
+    assert (names, labels.tolist()) == (("a", "b", "c"), [0, 1, 2])
+    assert len({files.content(i) for i in range(3)}) == 1
+    pack(path, "a/1.png", links=[("b/2.png", "/etc/passwd", tarfile.SYMTYPE)])
+    assert "/etc/passwd, which is no file in it" in refusal(tar.list_images, tmp_path, "train")
+
+
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("PPM", "I")])
+def test_sixteen_bits_are_scaled(form, mode):
+    content = encoded(RAMP.astype(np.uint16) * 256, form)
+    assert Image.open(io.BytesIO(content)).mode == mode
+    pixels = decode(content, "x")
+    np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused(kind):
+    with pytest.raises(DamagedImage, match="32 bits per pixel"):
+        decode(encoded(RAMP.astype(kind), "TIFF"), "x.tif")
+
+
+def test_a_palette_with_transparency_in_bytes_warns_of_nothing():
+    image = Image.fromarray(RAMP).convert("P")
+    content = io.BytesIO()
+    image.save(content, "PNG", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = decode(content.getvalue(), "x.png")
+    np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, -1))
+
+
+def test_other_suffixes_and_deeper_folders_count_and_the_rest_is_named(tmp_path, capsys):
+    for split in ("train", "val"):
+        folder = tmp_path / split / "a"
+        (folder / "deep" / "er").mkdir(parents=True)
+        for name, form in (
+            ("1.tif", "TIFF"),
+            ("2.GIF", "GIF"),
+            ("3.jfif", "JPEG"),
+            ("4.pgm", "PPM"),
+        ):
+            (folder / name).write_bytes(encoded(RAMP, form))
+        (folder / "deep" / "er" / "5.png").write_bytes(encoded(RAMP))
+        (folder / "boxes.txt").write_text("no image")
+    (tmp_path / "train" / "a" / "6.heic").write_bytes(b"")
+    lines: list[str] = []
+    assert check.check(tmp_path, out=lines.append)
+    assert "train: 5 images of 1 classes, 5 to 5 of each" in lines
+    said = capsys.readouterr().err
+    assert said.count("6.heic") == 1 and "boxes" not in said
+    source = layouts.open_split(tmp_path, "folders", "train")
+    for index in range(5):
+        assert source.read(index).shape == (2, 8, 3)
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_tables_and_names_are_utf8_whatever_the_locale(tmp_path, locale):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        folder = root / split / "né"
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(encoded(RAMP))
+    Path(os.fsdecode(os.fsencode(root / "val" / "né") + b"/\xe9.png")).write_bytes(b"damaged")
+    code = (
+        "import sys; from m2mkd_jax.data import check, layouts;"
+        f"print(ascii(layouts.open_split({str(root)!r}, 'folders', 'train').class_names[0]));"
+        f"sys.exit(check.main([{str(root)!r}]))"
+    )
+    code = code.encode("unicode_escape").decode()
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONIOENCODING"] = "utf-8:strict" if locale != "C" else "ascii:strict"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+    )
+    assert run.returncode == 2, run.stderr.decode(errors="replace")
+    assert b"Traceback" not in run.stderr
+    lines = run.stdout.decode().splitlines()
+    assert lines[0] == ascii("né") and "1 damaged images" in run.stdout.decode()
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path):
+    pack(tmp_path / "train-0.tar", "1.png", "2.png")
+    with tarfile.open(tmp_path / "train-0.tar", "a") as archive:
+        for name in ("1", "2"):
+            member = tarfile.TarInfo(f"{name}.cls")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"0" if name == "1" else b"1"))
+    titles = tmp_path / "classes.txt"
+    titles.write_bytes("né\nb\n".encode("utf-8-sig"))
+    assert tar.list_images(tmp_path, "train")[2] == ("né", "b")
+    titles.write_bytes("né\nb\n".encode("latin-1"))
+    assert "not UTF-8 text (byte 1 is 0xe9)" in refusal(tar.list_images, tmp_path, "train")
