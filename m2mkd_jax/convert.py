@@ -24,6 +24,7 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.command_line import Parser, run
+from m2mkd_jax.conversion.converted import IMAGENET
 from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.conversion.open_weights import (
     description_errors,
@@ -60,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="for arrays that the weights do not have (default: 0)",
     )
+    for name, words in (("mean", "mean"), ("std", "standard deviation")):
+        parser.add_argument(
+            f"--{name}",
+            type=_three_numbers,
+            metavar="R,G,B",
+            help=f"{words} of the pixels (0 to 1) that the network was trained with (default: "
+            f"ImageNet's {','.join(map(str, IMAGENET[name]))})",
+        )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return parser
 
@@ -70,6 +79,14 @@ def _seed(text: str) -> int:
     if not 0 <= seed < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 2^63 - 1")
     return seed
+
+
+def _three_numbers(text: str) -> list[float]:
+    """The value of --mean or --std."""
+    numbers = [float(word) for word in text.split(",")]
+    if len(numbers) != 3 or not all(0 <= n <= 1 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is not three numbers from 0 to 1")
+    return numbers
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -95,6 +112,13 @@ def convert(args: argparse.Namespace) -> None:
 def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
     converted = convert_from_torch(source, args.arch, args.image_size, args.seed)
     report = converted.report
+    given = {key: value for key, value in (("mean", args.mean), ("std", args.std)) if value}
+    if not all(given.get("std", [1])):
+        raise UserError("--std must be above 0")
+    converted.description["normalisation"] |= given
+    used = converted.description["normalisation"]
+    source_of = "as given" if given else "ImageNet's, for no file says it; see --mean and --std"
+    report.notes.append(f"normalisation: mean {used['mean']}, std {used['std']} ({source_of})")
     try:
         save_weights(
             target,
@@ -109,8 +133,10 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
 
 
 def _to_torch(stored: Path, target: Path, args: argparse.Namespace) -> Report:
-    if args.arch or args.image_size:
-        raise UserError("--arch and --image_size are for weights that come from torch")
+    if args.arch or args.image_size or args.mean or args.std:
+        raise UserError(
+            "--arch, --image_size, --mean and --std are for weights that come from torch"
+        )
     weights = open_weights(stored)
     with description_errors(stored):
         return convert_to_torch(stored, weights.description, weights.trees, target)

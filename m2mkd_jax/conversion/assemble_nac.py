@@ -73,7 +73,7 @@ def assembled_nac(
         UserError: a field of the NAC is missing or does not fit the students.
     """
     spec = assembled_spec(description, given, str(path))
-    network = {"kind": "nac", "spec": dataclasses.asdict(spec), "normalisation": IMAGENET}
+    network = {"kind": "nac", "spec": dataclasses.asdict(spec), "normalisation": dict(IMAGENET)}
     build = registry.builder(network, "nac")
     grid, pooling = carried_parts(description["spec"], spec, given.get("student_type", ""))
 

@@ -79,7 +79,7 @@ def convert_torch_weights(
     tensors = _network_tensors(weights, description, report)
     if weights.kind in ("vit", "vmoe"):
         _resize_positions(tensors, description, report)
-    description["normalisation"] = IMAGENET
+    description["normalisation"] = dict(IMAGENET)
     # All trees are float32; the types that differ are kept for the conversion back.
     dtypes = {name: t.dtype for name, t in tensors.items() if t.dtype != "float32"}
     description["torch"] = weights.layout | {"dtypes": dtypes}

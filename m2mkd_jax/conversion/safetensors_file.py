@@ -1,10 +1,14 @@
 """Reads and writes .safetensors: eight bytes of length, a JSON header, raw little-endian bytes.
 
+The format has no tensor of two names. As the safetensors package does, a tensor is written once,
+and its other names are entries of the metadata: {other name: the name it is stored by}.
+
 Implemented here, so that it needs no package, reads without copying, and writes tensor by tensor.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -94,6 +98,10 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
         expected = end
     if expected != len(body):
         raise ValueError("its tensors do not fill the file")
+    for name, stored in list(metadata.items()):
+        if stored in tensors and name not in tensors:
+            tensors[name] = dataclasses.replace(tensors[stored], name=name)
+            del metadata[name]
     return tensors, metadata
 
 
@@ -108,16 +116,20 @@ def write_safetensors(
 
     Args:
         path: of the file.
-        arrays: (name, array) of each tensor.
+        arrays: (name, array) of each tensor; arrays that are one object are stored once, by the
+            first of their names.
         metadata: strings by name.
 
     Raises:
         UserError: the file cannot be written.
     """
-    arrays = list(arrays)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    by_name = dict(arrays)
+    first = {id(array): name for name, array in reversed(by_name.items())}
+    aliases = {n: first[id(a)] for n, a in by_name.items() if first[id(a)] != n}
+    stored = [(name, array) for name, array in by_name.items() if name not in aliases]
+    header: dict[str, Any] = {"__metadata__": {**metadata, **aliases}}
     position = 0
-    for name, array in arrays:
+    for name, array in stored:
         end = position + array.nbytes
         header[name] = {
             "dtype": _CODES[array.dtype.name],
@@ -131,7 +143,7 @@ def write_safetensors(
     def write(tmp: Path) -> None:
         with open(tmp, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for _, array in arrays:
+            for _, array in stored:
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     replace_file(path, write)

@@ -206,6 +206,8 @@ def _write_file(
         # The format has no containers; the first one has the names of the whole network.
         metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in entries.items()}
         flat = [*weights(containers[0]), *fixed.items()]
+        # Of two names of a tensor, other programs know the one without stages.
+        flat.sort(key=lambda entry: entry[0].startswith("stages."))
         safetensors_file.write_safetensors(path, flat, metadata)
         return
     content: dict[str, Any] = {}

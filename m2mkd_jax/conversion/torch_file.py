@@ -21,6 +21,41 @@ from m2mkd_jax.errors import UserError
 SUFFIXES = (".pth", ".pt")
 
 
+class Skipped:
+    """Stands for a value of a type that is not read; whatever the file calls, this does nothing."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _plain_dict(*arguments: Any) -> dict[Any, Any]:
+    return {}
+
+
+_CORES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")
+_SKIPPED = (
+    *(f"{core}.{name}" for core in _CORES for name in ("scalar", "_reconstruct", "ndarray")),
+    *(f"{core}.numeric._frombuffer" for core in ("numpy.core", "numpy._core")),
+    "numpy.dtype",
+    *(f"numpy.dtypes.{kind}{bits}DType" for kind in ("Int", "UInt") for bits in (8, 16, 32, 64)),
+    *(f"numpy.dtypes.{name}DType" for name in ("Float16", "Float32", "Float64", "Bool", "Str")),
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "set")),
+    *(f"pathlib.{kind}{name}" for kind in ("", "Pure") for name in ("Path", "PosixPath")),
+    *(f"pathlib.{kind}WindowsPath" for kind in ("", "Pure")),
+    *(f"pathlib._local.{kind}Path" for kind in ("", "Posix", "Windows")),
+    *("_codecs.encode", "datetime.datetime", "datetime.timedelta"),
+)
+# What is called in place of the names in a file.
+_STAND_INS = [
+    argparse.Namespace,
+    *((Skipped, name) for name in _SKIPPED),
+    (_plain_dict, "collections.defaultdict"),
+]
+
+
 def import_torch(purpose: str) -> Any:
     """The torch module, an optional dependency.
 
@@ -39,8 +74,9 @@ def import_torch(purpose: str) -> Any:
 def read_torch(path: Path) -> Any:
     """The content of a file, with a `Tensor` in place of every tensor, read on demand.
 
-    Only tensors and plain containers are unpickled (`weights_only`). The bytes of a zip file (the
-    format since torch 1.6) are first checked against the file's own checksums.
+    Only tensors and plain containers are unpickled (`weights_only`). Values of harmless types that
+    training programs keep beside weights (numpy's, paths) become `Skipped`. The bytes of a zip file
+    (the format since torch 1.6) are first checked against the file's own checksums.
 
     Raises:
         UserError: there is no such file, torch is missing, or the file is damaged or holds anything
@@ -56,7 +92,7 @@ def read_torch(path: Path) -> Any:
     try:
         if zipped:
             check_zip(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         return _LazyTensors(torch, zipped)(content)

@@ -3,10 +3,13 @@
 Damaged and hostile files are in test_damaged_files.py, the usual layouts in test_torch_layouts.py.
 """
 
+import collections
+import datetime
 import io
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +75,40 @@ def test_odd_names_of_what_is_ignored(tmp_path):
     back = tmp_path / "back.pth"
     run(convert, tmp_path / "weights", back)
     assert load(back)[name] == 1
+
+
+def test_values_of_harmless_types_are_skipped_and_listed(tmp_path):
+    """What training programs keep beside weights; none of it is executed."""
+    counts = collections.defaultdict(list, {"a": [1]})
+    beside = {
+        "best_acc": np.float64(3.5),
+        "epoch": 7,
+        "history": np.arange(5.0),
+        "names": np.array(["a", "b"]),
+        "flag": np.bool_(True),
+        "counts": counts,
+        "path": Path("/x/y"),
+        "classes": {1, 2},
+        "took": datetime.timedelta(3),
+        "generator": np.random.default_rng(0).bit_generator.state,
+    }
+    source = saved(tmp_path, {"model": tiny_state(), **beside})
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    facts = json.loads((tmp_path / "weights/description.json").read_text())["description"]
+    assert set(facts["conversion"]["ignored"]) == set(beside) - {"epoch"}
+
+
+def test_the_normalisation_is_told_and_can_be_given(tmp_path, capsys):
+    source, flag = saved(tmp_path, {"model": tiny_state()}), arch_flag(TINY, tmp_path)
+    run(convert, source, tmp_path / "a", flag)
+    assert "mean [0.485, 0.456, 0.406]" in capsys.readouterr().out
+    run(convert, source, tmp_path / "b", flag, "--mean=0.5,0.5,0.5", "--std=0.25,0.5,0.5")
+    assert "mean [0.5, 0.5, 0.5], std [0.25, 0.5, 0.5] (as given)" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "b/description.json").read_text())["description"]
+    assert facts["normalisation"] == {"mean": [0.5] * 3, "std": [0.25, 0.5, 0.5]}
+    for wrong in ("--mean=0.5", "--mean=a,b,c", "--std=0,1,1", "--mean=124,117,104"):
+        assert convert.main([str(source), str(tmp_path / "c"), flag, wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("copy", ["model", "stages", "model_stages"])
