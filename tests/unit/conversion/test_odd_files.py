@@ -100,12 +100,17 @@ def test_values_of_harmless_types_are_skipped_and_listed(tmp_path):
 
 def test_the_normalisation_is_told_and_can_be_given(tmp_path, capsys):
     source, flag = saved(tmp_path, {"model": tiny_state()}), arch_flag(TINY, tmp_path)
-    run(convert, source, tmp_path / "a", flag)
-    assert "mean [0.485, 0.456, 0.406]" in capsys.readouterr().out
-    run(convert, source, tmp_path / "b", flag, "--mean=0.5,0.5,0.5", "--std=0.25,0.5,0.5")
-    assert "mean [0.5, 0.5, 0.5], std [0.25, 0.5, 0.5] (as given)" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "b/description.json").read_text())["description"]
-    assert facts["normalisation"] == {"mean": [0.5] * 3, "std": [0.25, 0.5, 0.5]}
+    given = {"mean": [0.5] * 3, "std": [0.25, 0.5, 0.5]}
+    for name, flags, normalisation in (
+        ("a", [], {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}),
+        ("b", ["--mean=0.5,0.5,0.5", "--std=0.25,0.5,0.5"], given),
+    ):
+        assert convert.main([str(source), str(tmp_path / name), flag, *flags]) == 0
+        assert (
+            f"mean {normalisation['mean']}, std {normalisation['std']}" in capsys.readouterr().out
+        )
+        facts = json.loads((tmp_path / name / "description.json").read_text())["description"]
+        assert facts["normalisation"] == normalisation
     for wrong in ("--mean=0.5", "--mean=a,b,c", "--std=0,1,1", "--mean=124,117,104"):
         assert convert.main([str(source), str(tmp_path / "c"), flag, wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "c").exists()
