@@ -9,6 +9,10 @@ import sys
 from collections.abc import Iterable, Iterator
 
 
+# Least share of common letters of words that are mistaken for each other (difflib).
+SIMILAR = 0.65
+
+
 class UserError(Exception):
     """Wrong input: its message is one line that says what is wrong, where, and what to do.
 
@@ -24,7 +28,7 @@ def require(condition: bool, message: str) -> None:
 
 def closest(word: str, known: Iterable[str]) -> str:
     """The known word that is most similar to `word`; "" if none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+    return next(iter(difflib.get_close_matches(word, list(known), 1, SIMILAR)), "")
 
 
 @contextlib.contextmanager

@@ -12,8 +12,13 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # jax reads it when it is imported
 
-import errno
 import signal
+
+if __name__ == "__main__":
+    # Until the command runs, Ctrl-C ends it without a stack of half-done imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import errno
 import sys
 import textwrap
 import traceback
@@ -29,7 +34,7 @@ import m2mkd_jax
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config, shipped_configs
 from m2mkd_jax.config.values import check_values
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
@@ -91,7 +96,7 @@ def _usage() -> str:
 def _one_line(error: BaseException) -> str:
     # A KeyError's text is the repr of its argument.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()).replace("Did you mean", "did you mean")
+    return printable(" ".join(text.split())).replace("Did you mean", "did you mean")
 
 
 def _refuse(error: BaseException, where: str = "") -> int:
@@ -152,6 +157,17 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise Preempted("stopped by a signal; finished jobs and checkpoints are kept")
 
 
+def _workdir(given: str) -> Path:
+    """The directory of the run. Raises UserError where its name is not UTF-8: Orbax needs that."""
+    try:
+        os.fsencode(given).decode()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"--workdir={printable(given)}: its name is not UTF-8; use another"
+        ) from None
+    return Path(given).expanduser()
+
+
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Does what the flags ask for. Raises UserError, OSError and Preempted."""
     check_values(config)
@@ -178,7 +194,7 @@ def main(argv: list[str]) -> int:
     if process.alone():  # with several processes jax catches SIGTERM
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        _run(_CONFIG.value, Path(_WORKDIR.value or "."))
+        _run(_CONFIG.value, _workdir(_WORKDIR.value or "."))
     except UserError as error:
         return _refuse(error)
     except OSError as error:
@@ -200,6 +216,7 @@ def main(argv: list[str]) -> int:
 
 def start() -> None:
     """Entry point of the command: joins the other processes of the run, parses flags, runs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     words = {argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")}
     if words & {"help", "helpshort", "h", "?"}:
         print(_usage())
@@ -207,6 +224,7 @@ def start() -> None:
     if "version" in words:
         print(f"m2mkd_jax {m2mkd_jax.__version__}")
         return
+    show_any_name()
     logging.set_verbosity(logging.WARNING)
     try:
         cluster.start_distributed()

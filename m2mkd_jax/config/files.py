@@ -6,6 +6,7 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -86,10 +87,23 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
         flag = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not flag.startswith("config."):
             continue
-        key = flag.removeprefix("config.").partition("[")[0]
+        key, index, _ = flag.removeprefix("config.").partition("[")
         check_key(key, known)
+        if index:
+            raise UserError(
+                f"config.{key}: one entry cannot be set alone; give all of them, such as "
+                f'--config.{key}="{_at(config, key)}"'
+            )
         if any(part.isdigit() for part in key.split(".")):
             raise UserError(
                 f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
                 "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
             )
+
+
+def _at(config: ConfigDict, key: str) -> Any:
+    """The value of a.b.c; a part of it that is a number has none in a flag."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, {})
+    return value

@@ -26,7 +26,7 @@ from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
-from m2mkd_jax.errors import UserError, did_you_mean, located, require
+from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import count_updates, image_source
@@ -46,8 +46,10 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def _one_of(value: Any, known: Collection[str], key: str) -> None:
-    hint = did_you_mean(str(value), known)
-    require(value in known, f'config.{key}: "{value}" is unknown; {hint}')
+    close = closest(str(value), known)
+    hint = f'did you mean "{close}"? ' if close else ""
+    listed = ", ".join(known)
+    require(value in known, f'config.{key}: "{value}" is unknown; {hint}known: {listed}')
 
 
 def validate(config: ConfigDict, devices: int = 1) -> Plan:
@@ -62,6 +64,13 @@ def validate(config: ConfigDict, devices: int = 1) -> Plan:
     """
     check_config(config, devices)
     plan = Plan(config)
+    for name in plan.names:
+        job = plan.job(name)
+        require(
+            job.kind is not Kind.EVALUATION or bool(job.phases),
+            f'config.phases: there is no network for "{name}" to measure; set config.init.network, '
+            "or add e2e or e2e_scratch",
+        )
     check_shapes(plan)
     return plan
 
@@ -88,7 +97,7 @@ def validate_jobs(
     check_same_config(plan, workdir, plan.names, stale)
     if missing := missing_data(plan, todo):
         raise UserError("; ".join(missing))
-    _check_weights(plan, workdir, todo)
+    check_weights(plan, workdir, todo)
     _check_images(plan, todo)
     _check_partition(plan, todo, mesh)
 
@@ -126,6 +135,11 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
         where = f"recipes.{name}.modules.{index}"
         require(isinstance(changes, ConfigDict), f"config.{where} is {changes!r}; not a dict")
         require(name in MODULE_PHASES, f"config.{where}: {name} has no modules")
+        require(
+            isinstance(index, str),
+            f"config.recipes.{name}.modules: {index!r} must be a string, such as "
+            "{'0': {'epochs': 2}}",
+        )
         require(
             index.isdigit() and int(index) < modules,
             f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
@@ -261,7 +275,7 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
         )
 
 
-def _check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
+def check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
     """Refuses a job whose weights neither exist nor are about to be made, or do not fit."""
     jobs = [plan.job(name) for name in todo]
     for job in jobs:

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
-from m2mkd_jax.jobs.checks import missing_data, validate
+from m2mkd_jax.jobs.checks import check_weights, missing_data, validate
 from m2mkd_jax.jobs.plan import Job, Kind, check_same_config, is_current, open_jobs, stale_after
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
 from m2mkd_jax.models import chain
@@ -55,6 +55,7 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -
     dtype = compute_dtype(config.precision).name
     say(f"{config.name}: {mesh.size} {backend} device(s){beside}, compute type {dtype}")
     chosen, to_run = plan.select(only), open_jobs(plan, workdir, stale)
+    check_weights(plan, workdir, [name for name in plan.names if name in to_run])
     for name in chosen:
         job = plan.job(name)
         done = name not in stale and is_current(plan, workdir, name)
