@@ -8,7 +8,6 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 
-
 # Least share of common letters of words that are mistaken for each other (difflib).
 SIMILAR = 0.65
 
