@@ -181,6 +181,11 @@ DISTILLATION: Keys = {
     ),
     "alpha": Key(0.5, "weight of the distillation loss; that of the labels is 1 - alpha", SHARE),
     "temperature": Key(1.0, "temperature of both distributions, for soft", ABOVE_0),
+    "joint": Key(
+        True,
+        "train the pairs m2mkd/i that a run has to do in one program, on the same batches, as many "
+        "as fit into memory; each ends with the weights that it would have by itself",
+    ),
 }
 
 REGULARISER: Keys = {
