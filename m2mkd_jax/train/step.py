@@ -136,8 +136,8 @@ def make_joint_step(
     Returns:
         (states, frozen, batch) -> (states, metrics), both by job.
     """
-    update = _joint_update(loss, jobs, data, seed)
-    return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+    step = _joint_update(loss, jobs, data, seed)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def _joint_update(
@@ -149,7 +149,7 @@ def _joint_update(
     """The step of `make_joint_step` before it is compiled."""
     _, mixing_recipe = next(iter(jobs.values()))
 
-    def update(states: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+    def step(states: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         key = jax.random.fold_in(jax.random.key(seed), first["step"])
         mix_key, loss_key, erase_key = jax.random.split(key, 3)
@@ -167,7 +167,7 @@ def _joint_update(
             new[job] = _advance(states[job], grads[job], optimizer, recipe)
         return new, metrics
 
-    return update
+    return step
 
 
 def _advance(
