@@ -238,5 +238,5 @@ class Episode:
         return evaluate(self._count, evaluated_params(state), frozen, placed, key)
 
 
-def _processes() -> dict[str, int]:
+def _processes() -> dict[str, Any]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}

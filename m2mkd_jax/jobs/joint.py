@@ -5,6 +5,7 @@ The step of a single job is that of a group of one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ SHARED_FIELDS = (
 def is_hybrid(phase: Phase) -> bool:
     """Whether a phase trains a part of a chain against the logits of the teacher's chain."""
     return bool(phase.teacher) and len(phase.trainable) < len(phase.student)
+
+
+def keeps_targets(phase: Phase) -> bool:
+    """Whether what a phase's frozen stages give is computed once for every view."""
+    return bool(phase.views and phase.distillation and phase.distillation.keep_targets)
 
 
 def can_join(config: ConfigDict, phase: Phase) -> bool:
@@ -90,9 +96,12 @@ class JointSetup:
 
     Attributes:
         setups: of the single jobs, by name; their frozen stages of equal names are the same arrays.
+        kept: what a batch has of what frozen stages give (`given_shapes`), with its shapes for the
+            whole batch; None: images, and all frozen stages run.
     """
 
     setups: Mapping[str, Setup]
+    kept: Mapping[str, jax.ShapeDtypeStruct] | None = None
 
     @property
     def program(self) -> JointProgram:
@@ -121,10 +130,41 @@ class JointSetup:
         recipe, size = setup.phase.recipe, setup.phase.data.image_size
         images = recipe.batch // recipe.accumulate
         where = None if setup.mesh is None else meshes.batch_sharding(setup.mesh)
+        kinds = {"image": ((images, size, size, 3), jnp.uint8), "label": ((images,), jnp.int32)}
+        if self.kept is not None:
+            of_kept = {name: (leaf.shape, leaf.dtype) for name, leaf in self.kept.items()}
+            kinds = {"label": kinds["label"], **of_kept}
         return {
-            "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8, sharding=where),
-            "label": jax.ShapeDtypeStruct((images,), jnp.int32, sharding=where),
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            for name, (shape, dtype) in kinds.items()
         }
+
+    @property
+    def given_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the frozen stages give for a batch, as batches have it that are kept.
+
+        "tokens/JOB" and "logits/JOB"; "image" in place of tokens for a student that takes images.
+        """
+        setup, batch = self._first, self.abstract_batch
+        images = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
+        given = setup.on_mesh(self.program.given)
+        shapes = {}
+        for job, outputs in jax.eval_shape(given, self.abstract_frozen, images).items():
+            shapes[f"logits/{job}"] = outputs["logits"]
+            if self.setups[job].program.shared:
+                shapes[f"tokens/{job}"] = outputs["tokens"]
+            else:
+                shapes["image"] = batch["image"]
+        return shapes
+
+    def on_kept(self) -> JointSetup:
+        """The same jobs on batches of what is kept; the teachers' own stages are let go."""
+        setups = {}
+        for job, setup in self.setups.items():
+            student = setup.program.student
+            frozen = {name: stage for name, stage in setup.frozen.items() if name in student}
+            setups[job] = dataclasses.replace(setup, frozen=frozen)
+        return JointSetup(setups, self.given_shapes)
 
     @property
     def _first(self) -> Setup:
@@ -132,7 +172,13 @@ class JointSetup:
 
     def only(self, jobs: Collection[str]) -> JointSetup:
         """The setup of some of the jobs."""
-        return JointSetup({job: setup for job, setup in self.setups.items() if job in jobs})
+        setups = {job: setup for job, setup in self.setups.items() if job in jobs}
+        if self.kept is None:
+            return JointSetup(setups)
+        names = {f"{name}/{job}" for name in ("tokens", "logits") for job in setups}
+        if any(not setup.program.shared for setup in setups.values()):
+            names.add("image")
+        return JointSetup(setups, {name: self.kept[name] for name in self.kept if name in names})
 
     def make_step(self) -> FittingStep:
         """(states, frozen, batch) -> (states, metrics) by job, compiled at its first call."""
@@ -216,6 +262,8 @@ def fitting_jobs(run: Run, jobs: list[Job], updates: int) -> tuple[list[Job], Fi
     def step_of(count: int) -> tuple[FittingStep, bool]:
         phases = {job.name: job.phase for job in jobs[:count]}
         setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)
+        if keeps_targets(jobs[0].phase):
+            setup = setup.on_kept()
         step = setup.make_step()
         shapes = (setup.abstract_states, setup.abstract_frozen, setup.abstract_batch)
         return step, step.fits(*shapes)

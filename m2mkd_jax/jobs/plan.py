@@ -22,8 +22,8 @@ from m2mkd_jax.phases.initial_weights import init_path, job_directory
 from m2mkd_jax.phases.phase import Phase
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
-# what is recomputed instead of kept, what is trained at the same time.
-HARMLESS = ("root", "workers", "damaged_share", "remat", "joint")
+# what is recomputed instead of kept.
+HARMLESS = ("root", "workers", "damaged_share", "remat")
 
 
 class Kind(enum.Enum):

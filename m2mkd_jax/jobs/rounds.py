@@ -15,10 +15,18 @@ from typing import IO
 from m2mkd_jax.checkpoint.files import read_json
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.evaluation import evaluator
-from m2mkd_jax.jobs.joint import alike, fitting_jobs, is_hybrid, joint_setup, teacher_program
+from m2mkd_jax.jobs.joint import (
+    alike,
+    fitting_jobs,
+    is_hybrid,
+    joint_setup,
+    keeps_targets,
+    teacher_program,
+)
+from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
 from m2mkd_jax.jobs.plan import Job, is_done, write_inputs
 from m2mkd_jax.jobs.setup import Run, count_updates
-from m2mkd_jax.jobs.training import Training
+from m2mkd_jax.jobs.training import Training, total_steps
 from m2mkd_jax.parallel.process import from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
@@ -103,7 +111,13 @@ def _train_round(run: Run, jobs: list[Job], locks: dict[str, IO[str]]) -> list[J
     stages, origins = _load(run, phases)
     references = _references(run, phases, stages)
     setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)
-    training = Training(run, setup, updates, step, began)
+    kept = None
+    if keeps_targets(chosen[0].phase):
+        dtype = setup.program.dtype.name
+        inputs = {job.name: kept_inputs(job, stages, dtype) for job in chosen}
+        steps = max(total_steps(phase, updates) for phase in phases.values())
+        kept, setup = keep_targets(run, setup, inputs, steps), setup.on_kept()
+    training = Training(run, setup, updates, step, began, kept)
     del stages, setup  # as jobs end, what they alone need is let go
     put_off = training.begin(origins, references)
     for name in put_off:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
+from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.joint import JointSetup
+from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.setup import Run, Setup, image_source
 from m2mkd_jax.parallel import mesh as meshes
@@ -30,10 +33,16 @@ from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
 
 
 def draw_images(
-    path: Path, train: Any, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int
+    path: Path,
+    train: Any,
+    data: ConfigDict,
+    recipe: ConfigDict,
+    micro: int,
+    seed: int,
+    views: int = 0,
 ) -> None:
     """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
-    batch = first_images(train, data, batch_size=micro, seed=seed)
+    batch = first_images(train, data, batch_size=micro, seed=seed, views=views)
     keys = tuple(jax.random.split(jax.random.key(seed)))
     images, targets = jax.jit(lambda keys, batch: prepare(keys, batch, recipe, data))(keys, batch)
     pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
@@ -53,7 +62,12 @@ def _describe_inputs(setup: Setup, directory: Path) -> None:
     if not picture.is_file():
         recipe = phase.recipe
         micro, train = recipe.batch // recipe.accumulate, image_source(phase.data, "train")
-        draw_images(picture, train, phase.data, recipe, micro, phase.seed)
+        draw_images(picture, train, phase.data, recipe, micro, phase.seed, phase.views)
+
+
+def total_steps(phase: Phase, updates: int) -> int:
+    """Steps of a whole job, given the optimizer updates in an epoch."""
+    return round(phase.recipe.epochs * updates) * phase.recipe.accumulate
 
 
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:
@@ -85,11 +99,20 @@ class Training:
         updates: optimizer updates in an epoch.
         step: their joint step, if it is compiled already.
         began: when the jobs began, for their results.
+        kept: what batches are read from, where the jobs keep their targets.
     """
 
     def __init__(
-        self, run: Run, setup: JointSetup, updates: int, step: FittingStep | None, began: float
+        self,
+        run: Run,
+        setup: JointSetup,
+        updates: int,
+        step: FittingStep | None,
+        began: float,
+        kept: KeptBatches | None = None,
     ):
+        self._kept = kept
+        self._stream: BatchIterator | None = None
         self._run, self._setup, self._updates, self._began = run, setup, updates, began
         self._steps = {tuple(setup.setups): step or setup.make_step()}
         self._records: dict[str, _Record] = {}
@@ -109,7 +132,7 @@ class Training:
         """
         put_off = []
         for name, setup in self._setup.setups.items():
-            recipe, directory = setup.phase.recipe, self._run.directory(name)
+            directory = self._run.directory(name)
             _describe_inputs(setup, directory)
             checkpoints = RunCheckpoints(directory / "checkpoints")
             start, restored = 0, checkpoints.restore_latest(setup.abstract_state)
@@ -119,7 +142,7 @@ class Training:
                 checkpoints.close()
                 put_off.append(name)
                 continue
-            total = round(recipe.epochs * self._updates) * recipe.accumulate
+            total = total_steps(setup.phase, self._updates)
             if restored:
                 say(f"[{name}] resumed at step {start}/{total}")
             self._states[name] = state if restored else setup.initial_state()
@@ -141,7 +164,6 @@ class Training:
         config, phase = self._run.config, next(iter(self._setup.setups.values())).phase
         every = config.evaluation.every  # at least a batch, however small a part of an epoch
         accumulate = phase.recipe.accumulate
-        batches = self._batches(phase)
         loop = Loop(
             members=[self._member(name, release) for name in self._records],
             step_of=self._step_of,
@@ -152,8 +174,7 @@ class Training:
             accumulate=accumulate,
         )
         try:
-            placed = (meshes.put_batch(self._run.mesh, batch) for batch in batches)
-            loop.run(self._states, placed, self._start)
+            loop.run(self._states, self._batches(phase), self._start)
         except Preempted:
             # Not after an error, which may have come to this process alone: it would wait for the
             # others.
@@ -161,22 +182,40 @@ class Training:
                 record.checkpoints.close()
             raise
         finally:
-            batches.close()
+            self._close_stream()
             for record in self._records.values():
                 record.log.close()
 
-    def _batches(self, phase: Phase) -> BatchIterator:
+    def _batches(self, phase: Phase) -> Iterator[dict]:
+        """The batches from the first step on, on the devices."""
+        done = self._start
+        while True:
+            if self._stream is None:
+                self._stream = self._open_stream(phase, done)
+            yield meshes.put_batch(self._run.mesh, next(self._stream))
+            done += 1
+
+    def _open_stream(self, phase: Phase, done: int) -> BatchIterator:
+        """The batches after `done` steps, on the host, of what the jobs need that are left."""
         total = max(record.total for record in self._records.values())
+        kept = self._kept and KeptBatches({job: self._kept.jobs[job] for job in self._records})
         return train_batches(
             image_source(phase.data, "train"),
             phase.data,
             batch_size=phase.recipe.batch // phase.recipe.accumulate,
-            total_steps=max(total, self._start + 1),
-            start_step=self._start,
+            total_steps=max(total, done + 1),
+            start_step=done,
             seed=phase.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            views=phase.views,
+            kept=kept,
         )
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _member(self, name: str, release: Callable[[str], None]) -> Member:
         record, setup = self._records[name], self._setup.setups[name]
@@ -218,6 +257,8 @@ class Training:
     def _finish(self, name: str, state: dict, metrics: dict, steps: int) -> None:
         """Leaves a job's weights and result."""
         record = self._records.pop(name)
+        if self._kept:  # the others go on with what they need themselves
+            self._close_stream()
         record.log.close()
         record.checkpoints.close()
         metrics = {**metrics, **record.reference}
@@ -232,6 +273,7 @@ class Training:
         }
         if is_main():
             write_json(record.directory / "done.json", result)
+            shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
         barrier(f"{name} done")
         say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
 

@@ -74,13 +74,15 @@ class JointProgram:
         Args:
             trainable: {job: {stage: params}}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed".
-            batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one.
+            batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one; and, as
+                kept from an earlier run of the frozen stages, "tokens/JOB" and "logits/JOB". Images
+                are not needed where the tokens of all jobs are kept.
             key: as for `Program.loss`; each program draws what it would draw by itself.
 
         Returns:
             The sum, and each program's metrics as `Program.loss` gives them, by job.
         """
-        given = self.given(frozen, batch["image"])
+        given = self._kept(batch) or self.given(frozen, batch["image"])
         starts = {p.student[: p.shared]: given[job]["tokens"] for job, p in self.programs.items()}
         run = self._runner(trainable, frozen, key is not None)
         keys = {} if key is None else self._keys(key)
@@ -98,6 +100,19 @@ class JointProgram:
             )
             total += loss
         return total, metrics
+
+    def _kept(self, batch: dict) -> dict[str, dict[str, jax.Array]]:
+        """What `given` returns, where a batch has it; {}: it has not."""
+        if not all(f"logits/{job}" in batch for job in self.programs):
+            return {}
+        return {
+            job: {
+                "logits": batch[f"logits/{job}"],
+                # A job whose student takes images has no tokens.
+                "tokens": batch[f"tokens/{job}" if program.shared else "image"].astype(self.dtype),
+            }
+            for job, program in self.programs.items()
+        }
 
     def logits(
         self, trainable: dict, frozen: dict, images: jax.Array, key: jax.Array | None = None

@@ -134,7 +134,8 @@ def make_joint_step(
         data, seed, out_shardings: as for `make_step`; the shardings by job.
 
     Returns:
-        (states, frozen, batch) -> (states, metrics), both by job.
+        (states, frozen, batch) -> (states, metrics), both by job. A batch may have more entries,
+        which go to the loss as they are, and no images if the loss needs none.
     """
     step = _joint_update(loss, jobs, data, seed)
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
@@ -153,10 +154,9 @@ def _joint_update(
         first = next(iter(states.values()))
         key = jax.random.fold_in(jax.random.key(seed), first["step"])
         mix_key, loss_key, erase_key = jax.random.split(key, 3)
-        images, targets = prepare((erase_key, mix_key), batch, mixing_recipe, data)
+        batch = _prepared((erase_key, mix_key), batch, mixing_recipe, data)
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
-        batch = {"image": images, "target": targets}
         params = {job: states[job]["params"] for job in jobs}
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             params, frozen, batch, loss_key
@@ -168,6 +168,21 @@ def _joint_update(
         return new, metrics
 
     return step
+
+
+def _prepared(
+    keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
+) -> dict[str, jax.Array]:
+    """A batch as the loss takes it: "target", "image" where there are images, and all others.
+
+    Without images there is nothing to erase or mix.
+    """
+    batch = dict(batch)
+    label = batch.pop("label")
+    if "image" not in batch:
+        return batch | {"target": mixing.smooth_one_hot(label, data.classes, recipe.smoothing)}
+    images, targets = prepare(keys, {"image": batch["image"], "label": label}, recipe, data)
+    return batch | {"image": images, "target": targets}
 
 
 def _advance(
