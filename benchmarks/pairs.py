@@ -1,18 +1,24 @@
 """All pairs m2mkd/i in one program against each by itself: seconds with data, and FLOPs.
 
-    python -m benchmarks.pairs CONFIG[:ARGUMENT] [--steps=10] [--rounds=3] [--batch=N] [--flops]
+    python -m benchmarks.pairs CONFIG[:ARGUMENT] [--steps=10] [--rounds=3] [--batch=N] [--images=N]
+        [--kept] [--flops]
 
-Networks are fresh. Both ways read the same images from disk and are timed in turn, in one process;
-every pair by itself does as many steps as all of them together. --flops counts the matrix products
-of the traced programs at the config's batch and compiles nothing: for networks of full size.
+Networks are fresh. All ways read the same images and are timed in turn, in one process; every pair
+by itself does as many steps as all of them together. --kept times steps on kept targets too
+(config.distillation.views), and how long a step's targets take to compute; these are computed once
+a view. --flops counts the matrix products of the traced programs at the config's batch and compiles
+nothing: for networks of full size.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +28,8 @@ from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.pipeline import train_batches
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.jobs.joint import JointSetup, joint_setup
-from m2mkd_jax.jobs.setup import abstract_stages, image_source
+from m2mkd_jax.jobs.kept_targets import keep_targets
+from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.families import students
@@ -38,20 +45,21 @@ def phases_of(config: ConfigDict) -> dict[str, Phase]:
 
 
 def flops(setup: JointSetup, batch: int) -> int:
-    """FLOPs of a step's loss and gradients."""
+    """FLOPs of a step's loss and gradients, on kept targets where the setup is for them."""
     data = next(iter(setup.setups.values())).phase.data
     params = {job: own.params for job, own in setup.setups.items()}
     frozen = setup.frozen
     for own in setup.setups.values():
         frozen = with_fixed(frozen, own.fixed)
 
-    def loss(params: dict, frozen: dict, images: jax.Array) -> tuple[jax.Array, dict]:
-        target = jnp.zeros((batch, data.classes))
-        batch_of = {"image": images, "target": target}
-        return setup.program.loss(params, frozen, batch_of, jax.random.key(0))
+    def loss(params: dict, frozen: dict, inputs: dict) -> tuple[jax.Array, dict]:
+        whole = {**inputs, "target": jnp.zeros((batch, data.classes))}
+        return setup.program.loss(params, frozen, whole, jax.random.key(0))
 
-    images = jax.ShapeDtypeStruct((batch, data.image_size, data.image_size, 3), jnp.float32)
-    return count_flops(jax.value_and_grad(loss, has_aux=True), params, frozen, images)
+    inputs = {name: leaf for name, leaf in setup.abstract_batch.items() if name != "label"}
+    if "image" in inputs:
+        inputs["image"] = jax.ShapeDtypeStruct(inputs["image"].shape, jnp.float32)
+    return count_flops(jax.value_and_grad(loss, has_aux=True), params, frozen, inputs)
 
 
 def count(config: ConfigDict, phases: dict[str, Phase]) -> None:
@@ -59,36 +67,57 @@ def count(config: ConfigDict, phases: dict[str, Phase]) -> None:
     recipe = next(iter(phases.values())).recipe
     batch = recipe.batch // recipe.accumulate
 
-    def of(names: list[str]) -> int:
+    def of(names: list[str], kept: bool = False) -> int:
         own = {name: phases[name] for name in names}
         stages: dict[str, dict] = {}
         for phase in own.values():
             stages |= abstract_stages(phase)
         setup = joint_setup(config, own, stages, mesh=None, updates_per_epoch=1000)
-        return flops(setup, batch) // batch
+        return flops(setup.on_kept() if kept else setup, batch) // batch
 
-    separate, joint = {name: of([name]) for name in phases}, of(list(phases))
+    separate = {name: of([name]) for name in phases}
+    joint, on_kept = of(list(phases)), of(list(phases), kept=True)
     for name, each in separate.items():
         print(f"  {name}: {each / 1e9:.2f} GFLOP per image")
     total = sum(separate.values())
     print(
         f"{config.name}: {total / 1e9:.2f} GFLOP per image separately, {joint / 1e9:.2f} in one "
-        f"program: {joint / total:.3f}"
+        f"program: {joint / total:.3f}; on kept targets {on_kept / 1e9:.2f}: {on_kept / total:.3f}"
     )
 
 
-def stepper(config: ConfigDict, phases: dict[str, Phase]) -> Callable[[int], float]:
-    """Steps -> seconds that some pairs take for them in one program, with their data."""
+@dataclass
+class Way:
+    """Some pairs in one program, on their data.
+
+    Attributes:
+        run: steps -> seconds.
+        fill: seconds that the kept targets of a step took to compute.
+    """
+
+    run: Callable[[int], float]
+    fill: float = 0.0
+
+
+def make_way(config: ConfigDict, phases: dict[str, Phase], keep_in: Path | None = None) -> Way:
+    """The program of some pairs, which keep their targets in a directory, or do not."""
     stages: dict[str, dict] = {}
     for phase in phases.values():
         missing = {n: spec for n, spec in phase.stages.items() if n not in stages}
         stages |= {n: fresh_stage(config, spec, n, phase.seed) for n, spec in missing.items()}
     mesh = make_mesh()
     setup = joint_setup(config, phases, stages, mesh=mesh, updates_per_epoch=1000)
-    step, frozen = setup.make_step(), setup.frozen
-    states = {job: own.initial_state() for job, own in setup.setups.items()}
     phase = next(iter(phases.values()))
     source, recipe = image_source(phase.data, "train"), phase.recipe
+    batch_size, kept, fill = recipe.batch // recipe.accumulate, None, 0.0
+    if keep_in is not None:
+        began = time.perf_counter()
+        run_of = Run(config, keep_in, mesh)
+        kept = keep_targets(run_of, setup, {job: {} for job in phases}, steps=0)
+        fill = (time.perf_counter() - began) * batch_size / len(source)
+        setup = setup.on_kept()
+    step, frozen = setup.make_step(), setup.frozen
+    states = {job: own.initial_state() for job, own in setup.setups.items()}
 
     def run(steps: int) -> float:
         nonlocal states
@@ -96,40 +125,48 @@ def stepper(config: ConfigDict, phases: dict[str, Phase]) -> Callable[[int], flo
         stream = train_batches(
             source,
             phase.data,
-            batch_size=recipe.batch // recipe.accumulate,
+            batch_size=batch_size,
             total_steps=steps,
             seed=phase.seed,
+            views=int(kept is not None),
+            kept=kept,
         )
         for batch in stream:
             states, _ = step(states, frozen, put_batch(mesh, batch))
         jax.block_until_ready(states)
         return time.perf_counter() - began
 
-    return run
+    return Way(run, fill)
 
 
-def clock(config: ConfigDict, phases: dict[str, Phase], steps: int, rounds: int) -> None:
-    """Prints the seconds of both ways."""
-    joint = stepper(config, phases)
-    separate = [stepper(config, {job: phase}) for job, phase in phases.items()]
-    for run in (joint, *separate):
-        run(2)  # compiles
-    shares = []
+def clock(
+    config: ConfigDict, phases: dict[str, Phase], steps: int, rounds: int, keep_in: Path | None
+) -> None:
+    """Prints the seconds of each way."""
+    ways = {
+        "separately": [make_way(config, {job: phase}) for job, phase in phases.items()],
+        "in one program": [make_way(config, phases)],
+    }
+    if keep_in is not None:
+        config.distillation.views = 1
+        ways["on kept targets"] = [make_way(config, phases_of(config), keep_in)]
+    for way in (way for parts in ways.values() for way in parts):
+        way.run(2)  # compiles
+    shares: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        # Each way comes first as often as the other.
-        ways = [[joint], separate][:: 1 if number % 2 else -1]
-        seconds = {len(way) == 1: sum(run(steps) for run in way) for way in ways}
-        together, apart = seconds[True], seconds[False]
-        shares.append(together / apart)
-        print(
-            f"  round {number}: {apart / steps:.3f} s per step separately, {together / steps:.3f} "
-            f"in one program: {shares[-1]:.3f}",
-            flush=True,
-        )
-    print(
-        f"{config.name}, {len(phases)} pairs, {steps} steps: time in one program over time "
-        f"separately {statistics.median(shares):.3f} (from {min(shares):.3f} to {max(shares):.3f})"
-    )
+        # Each way comes first about as often as the others.
+        order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
+        seconds = {name: sum(way.run(steps) for way in ways[name]) / steps for name in order}
+        for name in ways:
+            shares[name].append(seconds[name] / seconds["separately"])
+        told = ", ".join(f"{seconds[name]:.3f} {name}" for name in ways)
+        print(f"  round {number}: seconds per step of all pairs: {told}", flush=True)
+    print(f"{config.name}, {len(phases)} pairs, {steps} steps, time over the time separately:")
+    for name, found in shares.items():
+        spread = f"{min(found):.3f} to {max(found):.3f}"
+        print(f"  {name}: {statistics.median(found):.3f} ({spread})")
+    for way in ways.get("on kept targets", []):
+        print(f"  the kept targets of a step took {way.fill:.3f} s to compute, with compiling")
 
 
 def main() -> None:
@@ -138,17 +175,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=0, help="images per step; 0: the config's")
+    parser.add_argument("--images", type=int, default=0, help="training images; 0: the config's")
+    parser.add_argument("--kept", action="store_true", help="time steps on kept targets too")
     parser.add_argument("--flops", action="store_true", help="count, for networks of any size")
     arguments = parser.parse_args()
     name, *argument = arguments.config.split(":", 1)
     config = read_config(find_config(name), argument)
     if arguments.batch:
         config.recipes.m2mkd.batch, config.recipes.m2mkd.accumulate = arguments.batch, 1
+    if arguments.images:
+        config.data.train_images = arguments.images
     phases = phases_of(config)
     if arguments.flops:
         count(config, phases)
-    else:
-        clock(config, phases, arguments.steps, arguments.rounds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        keep_in = Path(folder) if arguments.kept else None
+        clock(config, phases, arguments.steps, arguments.rounds, keep_in)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require
 from m2mkd_jax.jobs.few_shot import check_episodes
+from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
-from m2mkd_jax.jobs.setup import count_updates, image_source
+from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
@@ -93,6 +94,8 @@ def validate_jobs(
     _check_weights(plan, workdir, todo)
     _check_images(plan, todo)
     _check_partition(plan, todo, mesh)
+    training = [plan.job(name) for name in todo if plan.job(name).kind is Kind.TRAINING]
+    check_disk(Run(plan.config, workdir, mesh), training)
 
 
 def check_config(config: ConfigDict, devices: int = 1) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from m2mkd_jax.checkpoint.trees import checksum
 from m2mkd_jax.data.kept import KeptBatches, KeptViews, Row, ViewWriter
 from m2mkd_jax.data.pipeline import view_batches
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs.joint import JointSetup
+from m2mkd_jax.jobs.joint import JointSetup, joint_setup, keeps_targets
 from m2mkd_jax.jobs.plan import Job
-from m2mkd_jax.jobs.setup import Run, image_source
+from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.train.step import normalise
@@ -100,8 +100,28 @@ def kept_views(run: Run, setup: JointSetup, images: int) -> dict[str, KeptViews]
     }
 
 
+def check_disk(run: Run, jobs: Sequence[Job]) -> None:
+    """Refuses jobs whose kept targets do not fit on the disk. Raises UserError."""
+    phases = {job.name: job.phase for job in jobs if keeps_targets(job.phase)}
+    if not phases:
+        return
+    stages: dict[str, dict] = {}
+    for phase in phases.values():
+        stages |= abstract_stages(phase)
+    setup = joint_setup(run.config, phases, stages, mesh=None, updates_per_epoch=1)
+    first = next(iter(phases.values()))
+    kept = kept_views(run, setup, len(image_source(first.data, "train")))
+    missing = [
+        views.bytes
+        for views in kept.values()
+        for view in range(first.views)
+        if not views.is_whole(view)
+    ]
+    check_room(run, sum(missing))
+
+
 def check_room(run: Run, needed: int) -> int:
-    """The bytes that are free where a run keeps its files. Raises UserError: fewer than needed."""
+    """The bytes that are free where a run lies. Raises UserError: fewer than are needed."""
     place = run.workdir
     while not place.is_dir():
         place = place.parent

@@ -178,6 +178,28 @@ def test_pairs_go_on_together_and_by_themselves(whole, environment, tmp_path):
         assert done["origin"] == wanted["origin"]
 
 
+def test_kept_targets_change_no_weight(whole, environment, tmp_path):
+    """Pairs that train on kept targets, one of which ends earlier, against the same views anew."""
+    flags = ("--only=m2mkd/0,m2mkd/1", "--config.distillation.views=2")
+    results = {}
+    for name, more in (("kept", ()), ("anew", ("--config.distillation.keep_targets=False",))):
+        for job in ("pt", "ft"):
+            shutil.copytree(whole[0] / "jobs" / job, tmp_path / name / "jobs" / job)
+        results[name] = run(environment, tmp_path / name, *flags, *more)
+        assert results[name].returncode == 0, results[name].stderr
+    assert results["kept"].stdout.count("targets are kept in") == 1
+    assert "targets are kept" not in results["anew"].stdout
+    for job in ("m2mkd/0", "m2mkd/1"):
+        kept, anew, other = (
+            load_weights(directory / "jobs" / job / "weights")[0]
+            for directory in (tmp_path / "kept", tmp_path / "anew", whole[0])
+        )
+        assert_trees_close(kept, anew, 1e-5)
+        with pytest.raises(AssertionError):
+            assert_trees_close(kept, other, 1e-5)
+        assert not (tmp_path / "kept" / "jobs" / job / "views").exists()
+
+
 def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "--only=pt"),
