@@ -1,11 +1,15 @@
-"""Which pairs train in one program: the same batches, room in memory, no other process at it."""
+"""Which pairs train in one program: the same batches, room in memory, no other process at it.
+
+And the room on the disk that their kept targets take.
+"""
 
 import fcntl
+from types import SimpleNamespace
 
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import joint, rounds
+from m2mkd_jax.jobs import joint, kept_targets, rounds
 from m2mkd_jax.jobs.pipeline import _phases
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.setup import Run
@@ -104,3 +108,18 @@ def test_a_pair_of_another_process_is_left_to_it(tmp_path, capsys):
     (run.directory(job.name) / "done.json").write_text("{}")
     assert not rounds._lock(run, job, locks, several=True)
     locks[job.name].close()
+
+
+def test_kept_targets_that_the_disk_has_no_room_for_are_refused(tmp_path, monkeypatch):
+    values = {"distillation.views": 2, "recipes.m2mkd.drop_path": 0.0}
+    run, jobs = pairs(tmp_path, **values)
+    others = 4 * 10 + 4  # logits and label
+    rows = {"m2mkd/0": 3 * 16**2, "m2mkd/1": 4 * 5 * 16, "m2mkd/2": 4 * 5 * 16}
+    needed = 2 * 160 * sum(row + others for row in rows.values())
+    free = SimpleNamespace(free=needed)
+    monkeypatch.setattr(kept_targets.shutil, "disk_usage", lambda path: free)
+    kept_targets.check_disk(run, jobs)
+    free.free -= 1
+    with pytest.raises(UserError, match=r"config.distillation.views: the targets of all views"):
+        kept_targets.check_disk(run, jobs)
+    kept_targets.check_disk(*pairs(tmp_path, **values, **{"distillation.keep_targets": False}))
