@@ -12,6 +12,7 @@ IMAGES, SIZE, BATCH, SEED = 12, 8, 4, 5
 def source_and_config():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (IMAGES, SIZE, SIZE, 3), np.uint8)
+    images[1] = images[0]
     # A label for each image: it tells which one a batch has where.
     source = ArrayImageSource(
         images, np.arange(IMAGES, dtype=np.int32), tuple(map(str, range(IMAGES)))
@@ -36,6 +37,7 @@ def test_a_view_has_every_image_once_and_is_fixed():
     first, again = view_of(0), view_of(0, batch_size=3)
     assert first.keys() == set(range(IMAGES))
     assert all((first[i] == again[i]).all() for i in first)
+    assert (first[0] != first[1]).any(), "equal images, augmented by their numbers"
     rest = view_of(0, start=7)
     assert rest.keys() == set(range(7, IMAGES))
     assert all((first[i] == rest[i]).all() for i in rest)
