@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -18,7 +19,35 @@ from configs import nac_digits
 from m2mkd_jax.data.pipeline import train_batches
 from m2mkd_jax.jobs.setup import fresh_setup, image_source
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
-from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.loop import Loop, Member
+
+
+def run_loop(job: str, step: Callable, log_every: int, steps: int, state: dict, stream) -> dict:
+    """The state after some steps in the loop; `step` is (state, batch) -> (state, metrics)."""
+    last = {}
+
+    def joint_step(states: dict, batch: dict) -> tuple[dict, dict]:
+        state, metrics = step(states[job], batch)
+        return {job: state}, {job: metrics}
+
+    member = Member(
+        name=job,
+        total_steps=steps,
+        log=lambda record: None,
+        save=lambda *_: None,
+        stop=None,
+        learning_rate=lambda step: 0.0,
+        finish=lambda state, metrics, steps: last.update(state),
+    )
+    Loop(
+        members=[member],
+        step_of=lambda names: joint_step,
+        log_every=log_every,
+        evaluate_every=0,
+        evaluate=lambda states: {job: {"none": 0.0}},
+        save_seconds=1e9,
+    ).run({job: state}, stream)
+    return last
 
 
 def main() -> None:
@@ -36,20 +65,6 @@ def main() -> None:
         options = dict(batch_size=phase.recipe.batch, total_steps=total, seed=0)
         return (put_batch(mesh, b) for b in train_batches(train, phase.data, **options))
 
-    loop = Loop(
-        name=arguments.job,
-        step=step,
-        frozen=setup.frozen,
-        total_steps=arguments.steps,
-        log_every=config.log_every,
-        evaluate_every=0,
-        evaluate=lambda state: {"none": 0.0},
-        log=lambda record: None,
-        save=lambda *_: None,
-        save_seconds=1e9,
-        stop=None,
-        learning_rate=lambda step: 0.0,
-    )
     batch = next(batches(1))
     for _ in range(2):  # the second time the state lies where the step left it: compiled again
         state, _ = step(state, setup.frozen, batch)
@@ -62,7 +77,14 @@ def main() -> None:
         alone.append((time.perf_counter() - began) / arguments.steps)
         stream = batches(arguments.steps)
         began = time.perf_counter()
-        state, _, _ = loop.run(state, stream)
+        state = run_loop(
+            arguments.job,
+            lambda state, batch: step(state, setup.frozen, batch),
+            config.log_every,
+            arguments.steps,
+            state,
+            stream,
+        )
         jax.block_until_ready(state)
         whole.append((time.perf_counter() - began) / arguments.steps)
     extra = [b - a for a, b in zip(alone, whole, strict=True)]

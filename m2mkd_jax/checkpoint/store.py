@@ -41,7 +41,14 @@ from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nest
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import barrier, from_main, is_main
 
-__all__ = ["RunCheckpoints", "checksum", "load_weights", "match_tree", "save_weights"]
+__all__ = [
+    "RunCheckpoints",
+    "checksum",
+    "latest_step",
+    "load_weights",
+    "match_tree",
+    "save_weights",
+]
 
 _STATE = "state"
 _FORMAT = 1
@@ -186,6 +193,13 @@ class RunCheckpoints:
                 (self.directory / str(step)).rename(aside)
         barrier("damaged checkpoints aside")
         self._manager.reload()
+
+
+def latest_step(directory: str | os.PathLike) -> int:
+    """Steps taken before the newest checkpoint in a directory of `RunCheckpoints`; 0: none."""
+    path = Path(directory)
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def save_weights(

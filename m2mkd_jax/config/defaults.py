@@ -181,6 +181,23 @@ DISTILLATION: Keys = {
     ),
     "alpha": Key(0.5, "weight of the distillation loss; that of the labels is 1 - alpha", SHARE),
     "temperature": Key(1.0, "temperature of both distributions, for soft", ABOVE_0),
+    "joint": Key(
+        True,
+        "train the pairs m2mkd/i that a run has to do in one program, on the same batches, as many "
+        "as fit into memory; each ends with the weights that it would have by itself",
+    ),
+    "views": Key(
+        0,
+        "augmented views of every image in m2mkd, shown in turn, one an epoch; 0: every epoch "
+        "augments anew",
+        FROM_0,
+    ),
+    "keep_targets": Key(
+        True,
+        "with views: compute what the meta model gives the students, and the teacher's logits, "
+        "once for each view, and keep them on disk until the job ends; without mixup, cutmix, "
+        "erasing and repeated augmentation",
+    ),
 }
 
 REGULARISER: Keys = {

@@ -126,9 +126,23 @@ class Draws:
             rand_augment.Choices.of(rng, batch_size, layers),
         )
 
+    @classmethod
+    def of_each(cls, generators: Sequence[np.random.Generator], layers: int = 0) -> "Draws":
+        """Draws the numbers for one image from each of B generators; `layers` as for `of`."""
+        return _concatenated([cls.of(rng, 1, layers) for rng in generators])
+
     def __getitem__(self, part: slice) -> "Draws":
         """The draws of some of the images."""
         return Draws(*(getattr(self, f.name)[part] for f in dataclasses.fields(self)))
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Arrays, or dataclasses of arrays, one after the other."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)
+    names = [field.name for field in dataclasses.fields(first)]
+    return type(first)(*(_concatenated([getattr(part, n) for part in parts]) for n in names))
 
 
 def shift_batch(images: np.ndarray, place: np.ndarray, shift: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from m2mkd_jax.errors import UserError
 
 # Added to the seed, so that each use has its own stream of random numbers.
-_PERMUTATION, _AUGMENTATION, _SUBSET = 1, 2, 3
+_PERMUTATION, _AUGMENTATION, _SUBSET, _VIEW = 1, 2, 3, 4
 # The published sampler cuts an epoch to a multiple of this.
 # Source: docs/reference.md#repeated-augmentation.
 _REPEATED_MULTIPLE = 256
@@ -29,6 +29,15 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
         UserError: a negative seed.
     """
     return _generator(seed, _AUGMENTATION, step)
+
+
+def view_generator(seed: int, view: int, index: int) -> np.random.Generator:
+    """The generator of the augmentation of one image in one view, in whatever batch it comes.
+
+    Raises:
+        UserError: a negative seed.
+    """
+    return _generator(seed, _VIEW, view, index)
 
 
 # Around the end of an epoch, steps of two epochs are prefetched together, and a process may run
@@ -164,7 +173,11 @@ class BatchIndices:
         """The indices of the global batch at `step` (0, 1, ...): int64 (B,)."""
         if step < 0:
             raise IndexError(f"no training step {step}")
-        epoch, place = divmod(int(step), self.steps_per_epoch)
+        epoch, place = self.epoch(step), int(step) % self.steps_per_epoch
         order = epoch_permutation(self.length, self._seed, epoch)
         row = np.arange(place * self.batch_size, (place + 1) * self.batch_size)
         return order[row // self._repeats]
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that a step (0, 1, ...) lies in."""
+        return int(step) // self.steps_per_epoch

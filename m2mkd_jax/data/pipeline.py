@@ -19,7 +19,8 @@ from absl import flags
 from m2mkd_jax.data import augment
 from m2mkd_jax.data.damaged_images import DamagedImageCounter
 from m2mkd_jax.data.image_source import ImageReader, ImageSource
-from m2mkd_jax.data.indices import BatchIndices, step_generator
+from m2mkd_jax.data.indices import BatchIndices, step_generator, view_generator
+from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.workers import automatic_workers, usable_cores
 from m2mkd_jax.errors import UserError
 
@@ -40,6 +41,8 @@ def train_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    views: int = 0,
+    kept: KeptBatches | None = None,
 ) -> "BatchIterator":
     """The training batches start_step, start_step + 1, ..., total_steps - 1.
 
@@ -60,10 +63,13 @@ def train_batches(
         seed: 0 or larger.
         process_index: this process.
         process_count: all processes.
+        views: with 0, every epoch augments the images anew; else epoch e shows view e modulo
+            `views` of each, augmented from the seed, the view and the image's number alone.
+        kept: what is read in place of images.
 
     Returns:
-        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,)}. Its `close()` ends
-        workers and threads; so does dropping it.
+        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,)}, or of what `kept` gives.
+        Its `close()` ends workers and threads; so does dropping it.
 
     Raises:
         UserError: a wrong batch size, seed or augmentation; raised by the iterator if more than
@@ -74,13 +80,50 @@ def train_batches(
         raise ValueError(f"cannot start at step {start_step} of {total_steps}")
     share = _share(batch_size, process_index, process_count)
     indices = BatchIndices(len(source), batch_size, seed, config.repeated_augmentation)
+    steps = range(start_step, total_steps)
+    if kept is not None:
+        return _iterate(source, _KeptBatch(kept, indices, share, views), steps, config, share, 0)
     augmentation = augment.Augmentation.from_config(config)
-    load = _TrainBatch(source, indices, augmentation, seed, share, config.image_size)
-    return _iterate(source, load, range(start_step, total_steps), config, share)
+    load = _TrainBatch(source, indices, augmentation, seed, share, config.image_size, views)
+    return _iterate(source, load, steps, config, share)
+
+
+def view_batches(
+    source: ImageSource, config: Any, *, view: int, batch_size: int, start: int, seed: int
+) -> "BatchIterator":
+    """Every training image once, in order, as a view shows it (`train_batches`, views).
+
+    The last batch is filled up with copies of the last image.
+
+    Args:
+        source: the images.
+        config: as in `train_batches`.
+        view: its number, from 0.
+        batch_size: B.
+        start: the first image.
+        seed: as in `train_batches`.
+
+    Returns:
+        An iterator of {'image': uint8 (B, S, S, 3), 'label': int32 (B,)}, with `close()` as in
+        `train_batches`.
+
+    Raises:
+        UserError: as in `train_batches`.
+    """
+    augmentation = augment.Augmentation.from_config(config)
+    load = _ViewBatch(source, augmentation, seed, view, config.image_size, start, batch_size)
+    steps = range(math.ceil((len(source) - start) / batch_size))
+    return _iterate(source, load, steps, config, slice(0, batch_size))
 
 
 def first_images(
-    source: ImageSource, config: Any, *, batch_size: int, seed: int, count: int = 16
+    source: ImageSource,
+    config: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    count: int = 16,
+    views: int = 0,
 ) -> Batch:
     """The first images of the first training batch, made in this process without workers.
 
@@ -90,6 +133,7 @@ def first_images(
         batch_size: B.
         seed: as in `train_batches`.
         count: how many images, at most B.
+        views: as in `train_batches`.
 
     Returns:
         'image' and 'label' as in `train_batches`.
@@ -97,7 +141,7 @@ def first_images(
     indices = BatchIndices(len(source), batch_size, seed, config.repeated_augmentation)
     augmentation = augment.Augmentation.from_config(config)
     share = slice(0, min(count, batch_size))
-    batch = _TrainBatch(source, indices, augmentation, seed, share, config.image_size)(0)
+    batch = _TrainBatch(source, indices, augmentation, seed, share, config.image_size, views)(0)
     del batch[_REPLACED]
     return batch
 
@@ -146,23 +190,79 @@ class _TrainBatch:
         seed: int,
         share: slice,
         size: int,
+        views: int,
     ) -> None:
         self._source, self._indices, self._augmentation = source, indices, augmentation
-        self._seed, self._share, self._size = seed, share, size
+        self._seed, self._share, self._size, self._views = seed, share, size, views
 
     def __call__(self, step: int) -> Batch:
-        # Numbers for the global batch, of which this process uses its share: together the
-        # processes have the same batch as a single process.
-        draws = augment.Draws.of(
-            step_generator(self._seed, step), self._indices.batch_size, self._augmentation.layers
-        )
         chosen = self._indices[step][self._share]
-        reader = self._source.reader()
-        image = augment.training_images(
-            reader, chosen, self._augmentation, draws[self._share], self._size
-        )
-        label = reader.labels_of(chosen)
-        return {"image": image, "label": label, _REPLACED: _pairs(reader, len(chosen))}
+        if self._views:
+            view = self._indices.epoch(step) % self._views
+            draws = _view_draws(chosen, self._seed, view, self._augmentation)
+        else:
+            # Numbers for the global batch, of which this process uses its share: together the
+            # processes have the same batch as a single process.
+            generator, layers = step_generator(self._seed, step), self._augmentation.layers
+            draws = augment.Draws.of(generator, self._indices.batch_size, layers)[self._share]
+        return _augmented(self._source, chosen, self._augmentation, draws, self._size)
+
+
+class _ViewBatch:
+    """Batch number -> images of a view in their order."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        augmentation: augment.Augmentation,
+        seed: int,
+        view: int,
+        size: int,
+        start: int,
+        batch_size: int,
+    ) -> None:
+        self._source, self._augmentation, self._seed = source, augmentation, seed
+        self._view, self._size, self._start, self._batch_size = view, size, start, batch_size
+
+    def __call__(self, number: int) -> Batch:
+        first = self._start + number * self._batch_size
+        chosen = np.minimum(np.arange(first, first + self._batch_size), len(self._source) - 1)
+        draws = _view_draws(chosen, self._seed, self._view, self._augmentation)
+        return _augmented(self._source, chosen, self._augmentation, draws, self._size)
+
+
+class _KeptBatch:
+    """Step -> what is kept of the images of a training batch."""
+
+    def __init__(self, kept: KeptBatches, indices: BatchIndices, share: slice, views: int) -> None:
+        self._kept, self._indices, self._share, self._views = kept, indices, share, views
+
+    def __call__(self, step: int) -> Batch:
+        chosen = self._indices[step][self._share]
+        rows = self._kept.rows(self._indices.epoch(step) % self._views, chosen)
+        return {**rows, _REPLACED: np.full((len(chosen), 2), -1, np.int64)}
+
+
+def _view_draws(
+    chosen: np.ndarray, seed: int, view: int, augmentation: augment.Augmentation
+) -> augment.Draws:
+    """The random numbers of a view for images (B,)."""
+    generators = [view_generator(seed, view, int(index)) for index in chosen]
+    return augment.Draws.of_each(generators, augmentation.layers)
+
+
+def _augmented(
+    source: ImageSource,
+    chosen: np.ndarray,
+    augmentation: augment.Augmentation,
+    draws: augment.Draws,
+    size: int,
+) -> Batch:
+    """A training batch of the images `chosen` (B,)."""
+    reader = source.reader()
+    image = augment.training_images(reader, chosen, augmentation, draws, size)
+    label = reader.labels_of(chosen)
+    return {"image": image, "label": label, _REPLACED: _pairs(reader, len(chosen))}
 
 
 class _EvalBatch:
@@ -214,9 +314,14 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
 
 
 def _iterate(
-    source: ImageSource, load: Callable[[int], Batch], steps: range, config: Any, share: slice
+    source: ImageSource,
+    load: Callable[[int], Batch],
+    steps: range,
+    config: Any,
+    share: slice,
+    workers: int | None = None,
 ) -> "BatchIterator":
-    """The batches of `load` for `steps`, from threads or worker processes."""
+    """The batches of `load` for `steps`, from threads or worker processes (None: the config's)."""
     if config.workers < -1:
         raise UserError(
             f"data.workers is {config.workers}: use -1 (as fits the machine), 0 (threads) or more"
@@ -226,7 +331,7 @@ def _iterate(
         return BatchIterator(iter(()), damaged)
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
     batch_bytes = (share.stop - share.start) * config.image_size**2 * 3
-    workers = config.workers
+    workers = config.workers if workers is None else workers
     if workers < 0:
         workers = 0 if source.in_memory else automatic_workers(batch_bytes)
     if workers == 0:

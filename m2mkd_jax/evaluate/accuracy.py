@@ -18,45 +18,51 @@ from m2mkd_jax.train.step import normalise
 
 
 def make_counter(
-    logits: Callable[[dict, dict, jax.Array, jax.Array], jax.Array],
+    logits: Callable[[dict, dict, jax.Array, jax.Array], Any],
     mean: Sequence[float],
     std: Sequence[float],
     out_shardings: Any = None,
-) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
+) -> Callable[[dict, dict, dict, jax.Array], Any]:
     """A compiled function that sums the results of a batch.
 
     Args:
-        logits: (trainable, frozen, images, key) -> (B, K).
+        logits: (trainable, frozen, images, key) -> (B, K), or several of these by name.
         mean: (3,), of the pixels.
         std: (3,).
         out_shardings: of the sums; with several processes they must be replicated.
 
     Returns:
         (trainable, frozen, batch, key) -> (4,), summed over the images that are not padding:
-        images, top-1 correct, top-5 correct, negative log-likelihood. The batch has "image" uint8
+        images, top-1 correct, top-5 correct, negative log-likelihood; for several logits one each,
+        by name. The batch has "image" uint8
         (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 0 for padding.
 
     Source: docs/reference.md#evaluation.
     """
 
-    def count(trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> jax.Array:
+    def count(trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> Any:
         images = normalise(batch["image"], mean, std)
         outputs = logits(trainable, frozen, images, key)
         label, mask = batch["label"], batch["mask"].astype(jnp.float32)
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(outputs), label[:, None], -1)[:, 0]
-        sums = (
-            jnp.ones_like(mask),
-            top_k_correct(outputs, label, 1),
-            top_k_correct(outputs, label, 5),
-            nll,
-        )
-        return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
+        return jax.tree.map(lambda own: _sums(own, label, mask), outputs)
 
     return jax.jit(count, out_shardings=out_shardings, compiler_options=backend.compiler_options())
 
 
+def _sums(outputs: jax.Array, label: jax.Array, mask: jax.Array) -> jax.Array:
+    """What a counter gives, from the logits (B, K) of its images."""
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(outputs), label[:, None], -1)[:, 0]
+    sums = (
+        jnp.ones_like(mask),
+        top_k_correct(outputs, label, 1),
+        top_k_correct(outputs, label, 5),
+        nll,
+    )
+    return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
+
+
 def evaluate(
-    count: Callable[[dict, dict, dict, jax.Array], jax.Array],
+    count: Callable[[dict, dict, dict, jax.Array], Any],
     trainable: dict,
     frozen: dict,
     batches: Iterable[dict],
@@ -72,12 +78,20 @@ def evaluate(
         key: random key.
 
     Returns:
-        eval_accuracy, eval_top5, eval_loss (means over all images) and eval_images.
+        eval_accuracy, eval_top5, eval_loss (means over all images) and eval_images; of a counter of
+        several logits one dict of these each, by name.
 
     Source: docs/reference.md#evaluation.
     """
     sums = [count(trainable, frozen, b, jax.random.fold_in(key, i)) for i, b in enumerate(batches)]
-    totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    totals = jax.tree.map(
+        lambda *values: np.asarray(values, np.float64).sum(axis=0), *jax.device_get(sums)
+    )
+    return jax.tree.map(_means, totals)
+
+
+def _means(totals: np.ndarray) -> dict[str, Any]:
+    """The metrics that `evaluate` returns, from the sums over all batches."""
     images, top1, top5, nll = totals.tolist()
     return {
         "eval_accuracy": top1 / images,

@@ -46,18 +46,19 @@ def positions(name: str, classes: Sequence[str] | None = None) -> np.ndarray:
     return np.array([place[wordnet_id] for wordnet_id in wanted], np.int32)
 
 
-def restricted(logits: Callable[..., jax.Array], where: np.ndarray) -> Callable[..., jax.Array]:
+def restricted(logits: Callable[..., Any], where: np.ndarray) -> Callable[..., Any]:
     """Restricts the logits of a function to some classes.
 
     Args:
-        logits: returns (B, K).
+        logits: returns (B, K), or several of these by name.
         where: int (P,), from `positions`.
 
     Returns:
-        A function of the same arguments that returns (B, P).
+        A function of the same arguments that returns (B, P), likewise.
     """
 
-    def narrowed(*arguments: Any) -> jax.Array:
-        return jnp.take(logits(*arguments), jnp.asarray(where), axis=-1)
+    def narrowed(*arguments: Any) -> Any:
+        places = jnp.asarray(where)
+        return jax.tree.map(lambda own: jnp.take(own, places, axis=-1), logits(*arguments))
 
     return narrowed

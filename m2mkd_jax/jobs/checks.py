@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from m2mkd_jax.config.defaults import (
     recipe_name,
     renditions_data,
     teaching_data,
+    teaching_data_key,
 )
 from m2mkd_jax.config.values import check_value, check_values
 from m2mkd_jax.data.augment import Augmentation
@@ -28,8 +30,9 @@ from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
 from m2mkd_jax.jobs.few_shot import check_episodes
+from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
-from m2mkd_jax.jobs.setup import count_updates, image_source
+from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
@@ -100,6 +103,8 @@ def validate_jobs(
     check_weights(plan, workdir, todo)
     _check_images(plan, todo)
     _check_partition(plan, todo, mesh)
+    training = [plan.job(name) for name in todo if plan.job(name).kind is Kind.TRAINING]
+    check_disk(Run(plan.config, workdir, mesh), training)
 
 
 def check_config(config: ConfigDict, devices: int = 1) -> None:
@@ -127,6 +132,7 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)
     _check_networks(config, devices)
+    _check_views(config)
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
@@ -179,6 +185,33 @@ def _check_stop(config: ConfigDict, name: str) -> None:
     require(
         config.evaluation.every > 0,
         f"{key} is looked at every config.evaluation.every epochs, which is 0",
+    )
+
+
+def _check_views(config: ConfigDict) -> None:
+    """Refuses kept targets of images that are changed, or mixed with others, in every step."""
+    views, data, key = config.distillation.views, teaching_data(config), teaching_data_key(config)
+    if not views or not config.distillation.keep_targets or "m2mkd" not in config.phases:
+        return
+    changes = []
+    for index in (None, *range(teacher(config).modules)):
+        recipe = module_recipe(config, "m2mkd", index)
+        changes += [f"recipes.m2mkd.{name}=0" for name in ("mixup", "cutmix") if recipe[name]]
+    if data.augment.erase:
+        changes.append(f"{key}.augment.erase=0")
+    if data.repeated_augmentation > 1:
+        changes.append(f"{key}.repeated_augmentation=1")
+    if config.distillation.kind == "none":
+        changes.append('distillation.kind="soft"')
+    require(
+        not changes,
+        f"config.distillation.views is {views}: targets are kept for single images as they are; "
+        f"set {', '.join(dict.fromkeys(changes))}, or distillation.keep_targets=False",
+    )
+    require(
+        jax.process_count() == 1,
+        f"config.distillation.views is {views}: targets are kept by one process, and there are "
+        f"{jax.process_count()}; set distillation.keep_targets=False",
     )
 
 

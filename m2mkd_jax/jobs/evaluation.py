@@ -22,14 +22,17 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, is_main, say
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
+from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.phases.program import Program
 
 
-def evaluator(run: Run, program: Program, data: ConfigDict) -> Callable[[dict, dict], dict]:
+def evaluator(
+    run: Run, program: Program | JointProgram, data: ConfigDict
+) -> Callable[[dict, dict], dict]:
     """(trainable, frozen) -> metrics over the whole test split, every image once.
 
-    On renditions only the logits of their classes compete.
+    Those of a joint program are by job. On renditions only the logits of their classes compete.
     """
     config, mesh, test = run.config, run.mesh, image_source(data, "test")
     logits = meshes.with_mesh(mesh, program.logits)

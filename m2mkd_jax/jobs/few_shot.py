@@ -34,7 +34,7 @@ from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import FRESH, Phase, WeightsFrom
-from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.loop import Loop, Member
 from m2mkd_jax.train.step import evaluated_params, with_fixed
 
 
@@ -200,28 +200,38 @@ class Episode:
             seed=seed,
             **_processes(),
         )
+        name = f"{self._phase.job}, episode of seed {seed}"
         loop = Loop(
-            name=f"{self._phase.job}, episode of seed {seed}",
-            step=self._step,
-            frozen=self._frozen,
-            total_steps=self.steps,
+            members=[
+                Member(
+                    name=name,
+                    total_steps=self.steps,
+                    log=lambda entry: None,
+                    save=lambda *_: None,
+                    stop=None,
+                    learning_rate=self._setup.rate,
+                )
+            ],
+            step_of=lambda names: self._train,
             log_every=self._config.log_every,
             evaluate_every=0,
-            evaluate=lambda state: self._evaluate(state, query),
-            log=lambda entry: None,
-            save=lambda *_: None,
+            evaluate=lambda states: {name: self._evaluate(states[name], query)},
             save_seconds=float("inf"),
-            stop=None,
-            learning_rate=self._setup.rate,
             accumulate=self._phase.recipe.accumulate,
         )
         fixed = {self._stage: self._frozen[self._stage]["fixed"]}
-        state = self._begin(jax.random.key(seed), fixed)
+        states = {name: self._begin(jax.random.key(seed), fixed)}
         try:
-            _, metrics, _ = loop.run(state, (meshes.put_batch(self._mesh, b) for b in batches))
+            metrics = loop.run(states, (meshes.put_batch(self._mesh, b) for b in batches))
         finally:
             batches.close()
-        return metrics
+        return metrics[name]
+
+    def _train(self, states: dict[str, dict], batch: Any) -> tuple[dict, dict]:
+        """A step of the loop's only job."""
+        ((name, state),) = states.items()
+        state, metrics = self._step(state, self._frozen, batch)
+        return {name: state}, {name: metrics}
 
     def _evaluate(self, state: dict, query: Any) -> dict:
         batch = evaluation_batch(self._config, len(query), self._mesh)
@@ -232,5 +242,5 @@ class Episode:
         return evaluate(self._count, evaluated_params(state), frozen, placed, key)
 
 
-def _processes() -> dict[str, int]:
+def _processes() -> dict[str, Any]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}

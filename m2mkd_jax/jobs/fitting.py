@@ -21,43 +21,55 @@ USABLE = 0.9
 
 
 class FittingStep:
-    """(state, frozen, batch) -> (state, metrics), compiled at its first call.
+    """(state, frozen, batch) -> (state, metrics), compiled at its first call; states likewise.
 
     Args:
         job: its name, for people.
         make: loss -> jitted step.
         loss: of a batch.
+
+    Attributes:
+        needed: bytes that the step needs without recomputing, by the compiler's plan; 0: unknown.
     """
 
     def __init__(self, job: str, make: Callable[[Callable], Any], loss: Callable):
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
-        self._fits = False
+        self._checked = False
+        self.needed = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self._fits:
-            self._fit(arguments)
+        if not self._checked and not self.fits(*arguments):
+            self._recompute(arguments)
         return self._step(*arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """The step before it is compiled, as `jax.jit`'s `lower` gives it."""
         return self._step.lower(*arguments)
 
-    def _fit(self, arguments: tuple[Any, ...]) -> None:
-        self._fits = True
+    def fits(self, *arguments: Any) -> bool:
+        """Whether the step fits without recomputing more than the config says; compiles it.
+
+        Args:
+            arguments: arrays, or their shapes and shardings.
+        """
+        self._checked = True
         limit = device_memory()
         if not limit:
-            return
+            return True
         # The jitted step finds this program in jax's cache and does not compile it again.
-        needed = planned_bytes(self._step.lower(*arguments).compile())
-        if from_main(needed <= USABLE * limit):
-            return
+        self.needed = planned_bytes(self._step.lower(*arguments).compile())
+        self._checked = from_main(self.needed <= USABLE * limit)
+        return self._checked
+
+    def _recompute(self, arguments: tuple[Any, ...]) -> None:
+        self._checked = True
         self._step = self._make(recomputing(self._loss))
         with_remat = planned_bytes(self._step.lower(*arguments).compile())
         say(
             f"[{self._job}] activations with remat='auto' are recomputed: a step needs "
-            f"{with_remat / 2**30:.1f} GiB, without {needed / 2**30:.1f} of "
-            f"{limit / 2**30:.1f} GiB"
+            f"{with_remat / 2**30:.1f} GiB, without {self.needed / 2**30:.1f} of "
+            f"{device_memory() / 2**30:.1f} GiB"
         )
 
 

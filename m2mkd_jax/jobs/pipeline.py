@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,21 +12,21 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, jobs_to_run, stale_after
+from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.setup import Run
 from m2mkd_jax.jobs.summary import summarise
-from m2mkd_jax.jobs.training import run_training
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import job_directory
 
 RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
-    Kind.TRAINING: run_training,
     Kind.FEW_SHOT: run_few_shot,
     Kind.EVALUATION: run_evaluation,
 }
@@ -60,16 +61,34 @@ def run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> di
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
     try:
-        for name in chosen:
-            # Another process may have done it since: with --only they share a directory.
-            if name not in todo or from_main(is_current(plan, workdir, name)):
-                say(f"[{name}] done already" if name not in todo else f"[{name}] done elsewhere")
-            else:
-                job = plan.job(name)
+        for names in _phases(chosen):
+            jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
+            if jobs and jobs[0].kind is Kind.TRAINING:
+                run_training(this, jobs)
+                continue
+            for job in jobs:
                 RUNNERS[job.kind](this, job)
     finally:  # an interrupted run has a summary too
         summary = summarise(plan, workdir)
     return summary
+
+
+def _phases(names: list[str]) -> list[list[str]]:
+    """Jobs in their order, those of one phase's modules together."""
+    module = lambda name: name.partition("/")[0] in MODULE_PHASES and name.partition("/")[0]
+    return [list(group) for _, group in itertools.groupby(names, lambda n: module(n) or n)]
+
+
+def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:
+    """Whether a job is still to be done; says so where it is not.
+
+    Another process may have done it since this one began: with --only they share a directory.
+    """
+    done_already = name not in todo
+    done = done_already or from_main(is_current(plan, workdir, name))
+    if done:
+        say(f"[{name}] done already" if done_already else f"[{name}] done elsewhere")
+    return not done
 
 
 def _prepare(plan: Plan, workdir: Path, stale: list[str]) -> None:

@@ -8,7 +8,7 @@ Axes: B batch, H height, W width, K classes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,12 @@ def make_program(
 
 
 def frozen_program(
-    config: ConfigDict, phase: Phase, names: tuple[str, ...], stages: dict[str, dict]
+    config: ConfigDict,
+    phase: Phase,
+    names: tuple[str, ...],
+    stages: dict[str, dict],
+    apart: Collection[str] = (),
+    shared: Mapping[str, dict] | None = None,
 ) -> tuple[Program, dict]:
     """A chain of a phase's stages that is only evaluated.
 
@@ -134,6 +139,7 @@ def frozen_program(
         phase: the phase.
         names: of the chain's stages.
         stages: {name: {"params", "fixed"}}, placed arrays.
+        apart, shared: as for `set_up`.
 
     Returns:
         Its program, neighbouring stages joined, and what it takes for frozen.
@@ -142,16 +148,23 @@ def frozen_program(
     single = Program(
         whole.graphs, names, (), dtype=whole.dtype, sampled_evaluation=whole.sampled_evaluation
     )
-    joined = join_neighbours(single, stages, trained=False)
-    return joined.program, joined.stages(
-        {
-            name: {
-                **stages[name],
-                "params": chain.cast_compute(stages[name]["params"], whole.dtype),
-            }
-            for name in names
-        }
-    )
+    joined = join_neighbours(single, stages, trained=False, apart=apart)
+    shared, own = split_shared(joined, {name: stages[name] for name in names}, shared)
+    cast = {
+        name: {**stage, "params": chain.cast_compute(stage["params"], whole.dtype)}
+        for name, stage in own.items()
+    }
+    return joined.program, shared | joined.stages(cast)
+
+
+def split_shared(
+    joined: Joined, stages: dict[str, dict], shared: Mapping[str, dict] | None
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Those of the joined stages that exist already, and the single stages of all others."""
+    shared = shared or {}
+    reused = {name: shared[name] for name in joined.groups if name in shared}
+    parts = {part for name in reused for part in joined.groups[name]}
+    return reused, {name: stage for name, stage in stages.items() if name not in parts}
 
 
 def partition_stages(
@@ -279,6 +292,8 @@ def set_up(
     mesh: Mesh | None = None,
     updates_per_epoch: int = UPDATES_PER_EPOCH,
     params: dict | None = None,
+    apart: Collection[str] = (),
+    shared: Mapping[str, dict] | None = None,
 ) -> Setup:
     """Everything a phase's training step is made of.
 
@@ -289,23 +304,27 @@ def set_up(
         mesh: the devices; None: the first one alone.
         updates_per_epoch: optimizer updates in an epoch.
         params: the trained parameters or their shapes, where they are not those of `stages`.
+        apart: stages that are joined to no other.
+        shared: frozen joined stages of another phase, by name, used where this one has the same.
     """
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
     program = make_program(config, phase, None if abstract else stages)
-    joined = join_neighbours(program, stages, trained=not phase.head and phase.regulariser is None)
+    whole = not phase.head and phase.regulariser is None
+    joined = join_neighbours(program, stages, trained=whole, apart=apart)
     place = None
     if mesh is not None and not abstract:
         place = functools.partial(partition.shardings, mesh, fsdp=config.mesh.fsdp)
     separate = functools.partial(partition_stages, phase, program.dtype)
-    trained, fixed, still = jax.eval_shape(separate, stages) if abstract else separate(stages)
+    reused, own = split_shared(joined, stages, shared)
+    trained, fixed, still = jax.eval_shape(separate, own) if abstract else separate(own)
     trained = joined.join(trained, place) if params is None else params
     return Setup(
         phase=phase,
         joined=joined,
         params=trained,
         fixed=joined.fixed(fixed),
-        frozen=joined.stages(still, place),
+        frozen=reused | joined.stages(still, place),
         optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained),
         rate=learning_rate(phase.recipe, updates_per_epoch),
         mesh=mesh,

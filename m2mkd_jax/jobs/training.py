@@ -1,9 +1,9 @@
-"""A job that trains: from its phase to finished weights, resuming what was interrupted."""
+"""Jobs in training, in one program: from their newest checkpoints to their finished weights."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,109 +14,41 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import read_record, write_record
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
-from m2mkd_jax.data.pipeline import first_images, train_batches
+from m2mkd_jax.data.kept import KeptBatches
+from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
-from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.evaluation import evaluator
+from m2mkd_jax.jobs.fitting import FittingStep
+from m2mkd_jax.jobs.joint import JointSetup
+from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
-from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import (
-    Run,
-    Setup,
-    count_updates,
-    frozen_program,
-    image_source,
-    set_up,
-)
+from m2mkd_jax.jobs.setup import Run, Setup, image_source
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
-from m2mkd_jax.phases.initial_weights import load_stages
+from m2mkd_jax.parallel.process import barrier, is_main, say
 from m2mkd_jax.phases.phase import Phase
-from m2mkd_jax.train.loop import Loop, Preempted
+from m2mkd_jax.train.loop import Loop, Member, Preempted
 from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
 
 
 def draw_images(
-    path: Path, train: Any, data: ConfigDict, recipe: ConfigDict, micro: int, seed: int
+    path: Path,
+    train: Any,
+    data: ConfigDict,
+    recipe: ConfigDict,
+    micro: int,
+    seed: int,
+    views: int = 0,
 ) -> None:
     """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
-    batch = first_images(train, data, batch_size=micro, seed=seed)
+    batch = first_images(train, data, batch_size=micro, seed=seed, views=views)
     keys = tuple(jax.random.split(jax.random.key(seed)))
     images, targets = jax.jit(lambda keys, batch: prepare(keys, batch, recipe, data))(keys, batch)
     pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
     shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
     captions = [caption(share, train.class_names) for share in shares]
     draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
-
-
-@contextlib.contextmanager
-def _locked(run: Run, job: str) -> Iterator[Path]:
-    """The job's directory, while no other process trains in it. Raises UserError: one does."""
-    directory = run.directory(job)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        if is_main():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"{job}: another process is running it in {run.workdir}; wait for it, or use "
-                    "another --workdir"
-                ) from None
-        yield directory
-
-
-def run_training(run: Run, job: Job) -> dict:
-    """Runs a training job to its end and returns its result (also in JOB/done.json).
-
-    Raises:
-        UserError: input that is wrong, another process at the same job, a diverging loss.
-        Preempted: a signal arrived; the state was saved.
-    """
-    with _locked(run, job.name) as directory:
-        began, phase = time.monotonic(), job.phase
-        if is_main():
-            write_inputs(run.workdir, job)
-        stages, origin = load_stages(run.config, run.workdir, phase, run.shardings)
-        updates = count_updates(phase)
-        reference = _reference(run, phase, stages)
-        setup = set_up(run.config, phase, stages, mesh=run.mesh, updates_per_epoch=updates)
-        del stages
-        _describe_inputs(setup, directory)
-        state, metrics, steps = _train(run, setup, updates, directory, reference)
-        metrics = {**metrics, **reference}
-        _save(setup, directory, state, steps, metrics)
-        result = {
-            "name": job.name,
-            "status": "done",
-            "steps": steps,
-            "seconds": round(time.monotonic() - began, 2),
-            "metrics": metrics,
-            "origin": origin,
-        }
-        if is_main():
-            write_record(directory / "done.json", result)
-        barrier(f"{job.name} done")
-        say(
-            f"[{job.name}] done in {result['seconds']:.1f} s, accuracy "
-            f"{metrics['eval_accuracy']:.4f}"
-        )
-        return result
-
-
-def _reference(run: Run, phase: Phase, stages: dict) -> dict[str, float]:
-    """The accuracy that a hybrid is measured by: its teacher's hybrid, or the meta model's."""
-    if phase.teacher and len(phase.trainable) < len(phase.student):
-        program, frozen = frozen_program(run.config, phase, phase.teacher, stages)
-        metrics = evaluator(run, program, phase.data)({}, frozen)
-        return {"teacher_accuracy": metrics["eval_accuracy"]}
-    done = run.directory("pt") / "done.json"
-    found = {}
-    if is_main() and "pt" in phase.needs and done.is_file():
-        found = {"meta_accuracy": read_record(done)["metrics"]["eval_accuracy"]}
-    return from_main(found)
 
 
 def _describe_inputs(setup: Setup, directory: Path) -> None:
@@ -130,7 +62,12 @@ def _describe_inputs(setup: Setup, directory: Path) -> None:
     if not picture.is_file():
         recipe = phase.recipe
         micro, train = recipe.batch // recipe.accumulate, image_source(phase.data, "train")
-        draw_images(picture, train, phase.data, recipe, micro, phase.seed)
+        draw_images(picture, train, phase.data, recipe, micro, phase.seed, phase.views)
+
+
+def total_steps(phase: Phase, updates: int) -> int:
+    """Steps of a whole job, given the optimizer updates in an epoch."""
+    return round(phase.recipe.epochs * updates) * phase.recipe.accumulate
 
 
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:
@@ -141,60 +78,204 @@ def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bo
     return lambda metrics: metrics["eval_accuracy"] >= target - phase.recipe.stop_within
 
 
-def _train(
-    run: Run, setup: Setup, updates: int, directory: Path, reference: dict[str, float]
-) -> tuple[dict, dict, int]:
-    """The loop, from the newest checkpoint on: final state, last evaluation, steps."""
-    config, phase = run.config, setup.phase
-    recipe, data, frozen = phase.recipe, phase.data, setup.frozen
-    total = round(recipe.epochs * updates) * recipe.accumulate
-    checkpoints = RunCheckpoints(directory / "checkpoints")
-    start, restored = 0, checkpoints.restore_latest(setup.abstract_state)
-    if restored:
-        start, state = restored
-        say(f"[{phase.job}] resumed at step {start}/{total}")
-    else:
-        state = setup.initial_state()
-    log = Log(directory / "metrics.jsonl", phase.job, total, start)
-    metrics_of = evaluator(run, setup.program, data)
-    every = config.evaluation.every  # at least a batch, however small a part of an epoch
-    batches = train_batches(
-        image_source(data, "train"),
-        data,
-        batch_size=recipe.batch // recipe.accumulate,
-        total_steps=max(total, start + 1),
-        start_step=start,
-        seed=phase.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    loop = Loop(
-        name=phase.job,
-        step=setup.make_step(),
-        frozen=frozen,
-        total_steps=total,
-        log_every=config.log_every,
-        evaluate_every=every and max(round(every * updates), 1) * recipe.accumulate,
-        evaluate=lambda s: metrics_of(evaluated_params(s), with_fixed(frozen, s["fixed"])),
-        log=log,
-        save=checkpoints.save,
-        save_seconds=60.0 * config.checkpoint_minutes,
-        stop=_stop_rule(phase, reference),
-        learning_rate=setup.rate,
-        accumulate=recipe.accumulate,
-    )
-    try:
-        placed = (meshes.put_batch(run.mesh, batch) for batch in batches)
-        finished = loop.run(state, placed, start)
-    except Preempted:
-        checkpoints.close()
-        raise
-    finally:
-        batches.close()
-        log.close()
-    # Not after an error, which may have come to this process alone: it would wait for the others.
-    checkpoints.close()
-    return finished
+@dataclasses.dataclass
+class _Record:
+    """What a job in training keeps beside its state."""
+
+    directory: Path
+    total: int
+    checkpoints: RunCheckpoints
+    reference: dict[str, float]
+    origin: dict[str, str]
+    log: Log
+
+
+class Training:
+    """Jobs that train in one program, from their newest checkpoints to their finished weights.
+
+    Args:
+        run: the run.
+        setup: of the jobs.
+        updates: optimizer updates in an epoch.
+        step: their joint step, if it is compiled already.
+        began: when the jobs began, for their results.
+        kept: what batches are read from, where the jobs keep their targets.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        setup: JointSetup,
+        updates: int,
+        step: FittingStep | None,
+        began: float,
+        kept: KeptBatches | None = None,
+    ):
+        self._kept = kept
+        self._stream: BatchIterator | None = None
+        self._run, self._setup, self._updates, self._began = run, setup, updates, began
+        self._steps = {tuple(setup.setups): step or setup.make_step()}
+        self._records: dict[str, _Record] = {}
+        self._states: dict[str, dict] = {}
+        self._counters: dict[tuple[str, ...], Callable] = {}
+        self._start = 0
+
+    def begin(self, origins: dict[str, dict], references: dict[str, dict]) -> list[str]:
+        """Fetches the states, from the newest checkpoints where there are any.
+
+        Args:
+            origins: where the stages of each job come from, for its result.
+            references: the accuracies that each job is measured by.
+
+        Returns:
+            The jobs that are at another step than the first, which do not take part.
+        """
+        put_off = []
+        for name, setup in self._setup.setups.items():
+            directory = self._run.directory(name)
+            _describe_inputs(setup, directory)
+            checkpoints = RunCheckpoints(directory / "checkpoints")
+            start, restored = 0, checkpoints.restore_latest(setup.abstract_state)
+            if restored:
+                start, state = restored
+            if self._states and start != self._start:  # its newest checkpoint is damaged
+                checkpoints.close()
+                put_off.append(name)
+                continue
+            total = total_steps(setup.phase, self._updates)
+            if restored:
+                say(f"[{name}] resumed at step {start}/{total}")
+            self._states[name] = state if restored else setup.initial_state()
+            self._start = start
+            log = Log(directory / "metrics.jsonl", name, total, start)
+            self._records[name] = _Record(
+                directory, total, checkpoints, references[name], origins[name], log
+            )
+        self._setup = self._setup.only(self._records)
+        return put_off
+
+    def run(self, release: Callable[[str], None]) -> None:
+        """Trains the jobs to their ends; `release` is called with the name of each that has ended.
+
+        Raises:
+            UserError: a diverging loss.
+            Preempted: a signal arrived; the states were saved.
+        """
+        config, phase = self._run.config, next(iter(self._setup.setups.values())).phase
+        every = config.evaluation.every  # at least a batch, however small a part of an epoch
+        accumulate = phase.recipe.accumulate
+        loop = Loop(
+            members=[self._member(name, release) for name in self._records],
+            step_of=self._step_of,
+            log_every=config.log_every,
+            evaluate_every=every and max(round(every * self._updates), 1) * accumulate,
+            evaluate=self._evaluate,
+            save_seconds=60.0 * config.checkpoint_minutes,
+            accumulate=accumulate,
+        )
+        try:
+            loop.run(self._states, self._batches(phase), self._start)
+        except Preempted:
+            # Not after an error, which may have come to this process alone: it would wait for the
+            # others.
+            for record in self._records.values():
+                record.checkpoints.close()
+            raise
+        finally:
+            self._close_stream()
+            for record in self._records.values():
+                record.log.close()
+
+    def _batches(self, phase: Phase) -> Iterator[dict]:
+        """The batches from the first step on, on the devices."""
+        done = self._start
+        while True:
+            if self._stream is None:
+                self._stream = self._open_stream(phase, done)
+            yield meshes.put_batch(self._run.mesh, next(self._stream))
+            done += 1
+
+    def _open_stream(self, phase: Phase, done: int) -> BatchIterator:
+        """The batches after `done` steps, on the host, of what the jobs need that are left."""
+        total = max(record.total for record in self._records.values())
+        kept = self._kept and KeptBatches({job: self._kept.jobs[job] for job in self._records})
+        return train_batches(
+            image_source(phase.data, "train"),
+            phase.data,
+            batch_size=phase.recipe.batch // phase.recipe.accumulate,
+            total_steps=max(total, done + 1),
+            start_step=done,
+            seed=phase.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            views=phase.views,
+            kept=kept,
+        )
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _member(self, name: str, release: Callable[[str], None]) -> Member:
+        record, setup = self._records[name], self._setup.setups[name]
+
+        def finish(state: dict, metrics: dict, steps: int) -> None:
+            self._finish(name, state, metrics, steps)
+            release(name)
+
+        return Member(
+            name=name,
+            total_steps=record.total,
+            log=record.log,
+            save=record.checkpoints.save,
+            stop=_stop_rule(setup.phase, record.reference),
+            learning_rate=setup.rate,
+            finish=finish,
+        )
+
+    def _step_of(self, names: tuple[str, ...]) -> Callable[[dict, Any], tuple[dict, dict]]:
+        """The step of those jobs that are left."""
+        self._setup = self._setup.only(names)
+        if names not in self._steps:
+            self._steps = {names: self._setup.make_step()}
+        step, frozen = self._steps[names], self._setup.frozen
+        return lambda states, batch: step(states, frozen, batch)
+
+    def _evaluate(self, states: dict[str, dict]) -> dict[str, dict]:
+        """Metrics by job, from one pass over the test images."""
+        names, setup = tuple(states), self._setup.only(states)
+        if names not in self._counters:
+            data = next(iter(setup.setups.values())).phase.data
+            self._counters = {names: evaluator(self._run, setup.program, data)}
+        frozen = setup.frozen
+        for state in states.values():
+            frozen = with_fixed(frozen, state["fixed"])
+        params = {name: evaluated_params(state) for name, state in states.items()}
+        return self._counters[names](params, frozen)
+
+    def _finish(self, name: str, state: dict, metrics: dict, steps: int) -> None:
+        """Leaves a job's weights and result."""
+        record = self._records.pop(name)
+        if self._kept:  # the others go on with what they need themselves
+            self._close_stream()
+        record.log.close()
+        record.checkpoints.close()
+        metrics = {**metrics, **record.reference}
+        _save(self._setup.setups[name], record.directory, state, steps, metrics)
+        result = {
+            "name": name,
+            "status": "done",
+            "steps": steps,
+            "seconds": round(time.monotonic() - self._began, 2),
+            "metrics": metrics,
+            "origin": record.origin,
+        }
+        if is_main():
+            write_record(record.directory / "done.json", result)
+            shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
+        barrier(f"{name} done")
+        say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:

@@ -187,7 +187,7 @@ def _distillation(config: ConfigDict, job: str, index: int) -> Phase:
             index,
             **_family_fields(config),
             teacher=config.teacher,
-            distillation=config.distillation,
+            distillation=_loss_fields(config) | _view_fields(config),
         ),
         stages=stages,
         student=student_chain,
@@ -196,6 +196,7 @@ def _distillation(config: ConfigDict, job: str, index: int) -> Phase:
         rates=tuple(student_module.rates if n == student else None for n in student_chain),
         teacher=teacher_chain,
         distillation=config.distillation,
+        views=config.distillation.views,
         describe=student_module.describe,
     )
 
@@ -205,6 +206,17 @@ def _family_fields(config: ConfigDict) -> dict[str, Any]:
     section = students(config).section
     fields = {"family": config.family}
     return fields | ({section: config[section]} if section else {})
+
+
+def _loss_fields(config: ConfigDict) -> dict[str, Any]:
+    """What of config.distillation the loss depends on."""
+    return {name: config.distillation[name] for name in ("kind", "alpha", "temperature")}
+
+
+def _view_fields(config: ConfigDict) -> dict[str, Any]:
+    """What of config.distillation the images of m2mkd depend on; {}: nothing."""
+    views = config.distillation.views
+    return {"views": views} if views else {}
 
 
 def _few_shot(config: ConfigDict, job: str) -> Phase:
@@ -239,7 +251,7 @@ def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
     imitated = _fine_tuned(config) if name == "e2e_kd" else {}
     sections = _family_fields(config) | {"regulariser": config.regulariser}
     if imitated:
-        sections |= {"distillation": config.distillation, "teacher": config.teacher}
+        sections |= {"distillation": _loss_fields(config), "teacher": config.teacher}
     common = _common(config, job, **sections)
     return Phase(
         # Every end-to-end run of one seed starts from the same fresh network and graph, so that

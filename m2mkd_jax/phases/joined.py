@@ -10,7 +10,7 @@ student's chain, the teacher's or both, and on the same side of the prefix that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,13 +119,20 @@ def _merged(program: Program, names: Sequence[str], params: Sequence[Params]) ->
     return [chain.merge(program.graphs[n], p, {}) for n, p in zip(names, params, strict=True)]
 
 
-def join_neighbours(program: Program, stages: Mapping[str, Params], *, trained: bool) -> Joined:
+def join_neighbours(
+    program: Program,
+    stages: Mapping[str, Params],
+    *,
+    trained: bool,
+    apart: Collection[str] = (),
+) -> Joined:
     """Joins the stages of both chains of a program.
 
     Args:
         program: on single stages.
         stages: {name: {"params", "fixed"}} of all of them, arrays or shapes.
         trained: join trained stages too, which must be whole.
+        apart: stages that are joined to no other.
     """
     shapes = {n: jax.eval_shape(lambda p: p, s["params"]) for n, s in stages.items()}
     groups: dict[str, tuple[str, ...]] = {}
@@ -134,7 +141,7 @@ def join_neighbours(program: Program, stages: Mapping[str, Params], *, trained: 
         rates = dict(zip(names, program.rates if names is program.student else (), strict=False))
         joined_names: list[str] = []
         joined_rates: list[chain.Rates] = []
-        for alike in _alike(program, names, stages, trained):
+        for alike in _alike(program, names, stages, trained, apart):
             for parts in _joinable(program, alike, shapes):
                 name = parts[0] if len(parts) == 1 else f"{parts[0]}..{parts[-1]}"
                 groups[name] = tuple(parts)
@@ -155,14 +162,19 @@ def join_neighbours(program: Program, stages: Mapping[str, Params], *, trained: 
 
 
 def _alike(
-    program: Program, names: Sequence[str], stages: Mapping[str, Params], trained: bool
+    program: Program,
+    names: Sequence[str],
+    stages: Mapping[str, Params],
+    trained: bool,
+    apart: Collection[str],
 ) -> Iterator[list[str]]:
     """The chain in runs of stages that may be joined."""
     before: Any = None
     run: list[str] = []
     for i, name in enumerate(names):
         is_trained = name in program.trainable
-        single = bool(stages[name]["fixed"]) or (is_trained and not trained)
+        whole = trained or not is_trained
+        single = bool(stages[name]["fixed"]) or not whole or name in apart
         kind = (
             is_trained,
             name in program.student,

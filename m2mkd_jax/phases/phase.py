@@ -67,6 +67,7 @@ class Phase:
         regulariser: (initial stages, merged, by name) -> a term of the loss; None: there is none.
         head: path of the only trained part of the trainable stage; (): all of it.
         seed: of fresh weights, data order and training noise.
+        views: how many views of an image are shown in turn; 0: new ones in every epoch.
         describe: what is saved with the weights, see models/registry.py.
         depends_on: values of the config that decide the result, by key; see jobs/plan.py.
     """
@@ -85,6 +86,7 @@ class Phase:
     regulariser: Callable[[Mapping[str, nnx.Module]], Regulariser] | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
+    views: int = 0
     describe: dict = field(default_factory=dict)
     depends_on: dict[str, Any] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,16 +93,17 @@ class Program:
         Returns:
             What the last stage gives, and auxiliary outputs by name, (L, ...) over all layers.
         """
-        stages = []
-        for name in names:
-            params = frozen[name].get("params", {})
-            if name in self.trainable:  # the whole stage, or a part of it
-                params = chain.deep_update(params, trainable[name])
-            params = layers.all_gather_params(chain.cast_compute(params, self.dtype))
-            stages.append(chain.merge(self.graphs[name], params, frozen[name]["fixed"]))
+        stages = [self.stage(name, trainable, frozen) for name in names]
         x, seen = chain.run_with_aux(stages, x, rates=rates or None, key=key, train=train)
-        seen = [observed for observed in seen if observed]
-        return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
+        return x, concatenated(seen)
+
+    def stage(self, name: str, trainable: dict, frozen: dict) -> Any:
+        """A stage with its parameters, in the compute type."""
+        params = frozen[name].get("params", {})
+        if name in self.trainable:  # the whole stage, or a part of it
+            params = chain.deep_update(params, trainable[name])
+        params = layers.all_gather_params(chain.cast_compute(params, self.dtype))
+        return chain.merge(self.graphs[name], params, frozen[name]["fixed"])
 
     @property
     def shared(self) -> int:
@@ -137,17 +139,39 @@ class Program:
         logits, seen = self.run_with_aux(
             names, trainable, frozen, x, rates, key, train=key is not None
         )
+        taught = self.run(self.teacher[shared:], trainable, frozen, x) if self.teacher else None
+        return self.objective(logits, taught, seen, trainable, frozen, batch)
+
+    def objective(
+        self,
+        logits: jax.Array,
+        taught: jax.Array | None,
+        seen: dict,
+        trainable: dict,
+        frozen: dict,
+        batch: dict,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`loss` from what the chains gave.
+
+        Args:
+            logits: (B, K), of the student's chain.
+            taught: (B, K), of the teacher's; None without one.
+            seen: auxiliary outputs of the student's chain, see `run_with_aux`.
+            trainable, frozen, batch: as for `loss`.
+
+        Returns:
+            As `loss`.
+        """
         loss = classification.soft_cross_entropy(logits, batch["target"])
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}
         metrics |= {f"router/{name}": layers for name, layers in seen.items()}
-        if self.teacher:
-            target = self.run(self.teacher[shared:], trainable, frozen, x)
-            target = jax.lax.stop_gradient(target)
+        if taught is not None:
+            taught = jax.lax.stop_gradient(taught)
             loss = distillation.distill(
-                loss, logits, target, self.kind, self.alpha, self.temperature
+                loss, logits, taught, self.kind, self.alpha, self.temperature
             )
-            agree = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
+            agree = jnp.argmax(logits, -1) == jnp.argmax(taught, -1)
             metrics |= {"teacher_agreement": agree.mean()}
         for name, weight in self.balance.items():
             if weight and name in seen:
@@ -175,3 +199,9 @@ class Program:
         """
         key = key if self.sampled_evaluation else None
         return self.run(self.student, trainable, frozen, images.astype(self.dtype), key=key)
+
+
+def concatenated(seen: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Auxiliary outputs of stages, one after the other: (L, ...) by name over all their layers."""
+    seen = [observed for observed in seen if observed]
+    return jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}

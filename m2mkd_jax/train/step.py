@@ -10,7 +10,7 @@ kept, "ema" like "params".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,26 +105,15 @@ def make_step(
         "label" int32 (B,).
     """
 
+    def joint_loss(trainable: dict, *arguments: Any) -> tuple[jax.Array, dict]:
+        value, metrics = loss(trainable[""], *arguments)
+        return value, {"": metrics}
+
+    update = _joint_update(joint_loss, {"": (optimizer, recipe)}, data, seed)
+
     def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        mix_key, loss_key, erase_key = jax.random.split(key, 3)
-        images, targets = prepare((erase_key, mix_key), batch, recipe, data)
-        frozen = with_fixed(frozen, state["fixed"])
-        batch = {"image": images, "target": targets}
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            state["params"], frozen, batch, loss_key
-        )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        if recipe.ema:
-            new["ema"] = ema_update(state["ema"], params, recipe.ema)
-        if recipe.ema and recipe.accumulate > 1:
-            # The weights change with the last part of a batch only, and so must their average.
-            moved = new["step"] % recipe.accumulate == 0
-            new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
-        return new, metrics
+        states, metrics = update({"": state}, frozen, batch)
+        return states[""], metrics[""]
 
     return jax.jit(
         step,
@@ -132,6 +121,90 @@ def make_step(
         out_shardings=out_shardings,
         compiler_options=backend.compiler_options(),
     )
+
+
+def make_joint_step(
+    loss: Callable,
+    jobs: Mapping[str, tuple[optax.GradientTransformation, Any]],
+    data: Any,
+    seed: int,
+    out_shardings: Any = None,
+) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
+    """`make_step` for jobs that train on the same batches, each with a state of its own.
+
+    Args:
+        loss: (trainable, frozen, batch, key) -> (scalar, metrics), `trainable` and `metrics` by
+            job; the scalar is the sum of the jobs' losses, so that each job's gradient is its own.
+        jobs: name -> optimizer and recipe. The states are after the same number of steps, and the
+            recipes mix alike.
+        data, seed, out_shardings: as for `make_step`; the shardings by job.
+
+    Returns:
+        (states, frozen, batch) -> (states, metrics), both by job. A batch may have more entries,
+        which go to the loss as they are, and no images if the loss needs none.
+    """
+    step = _joint_update(loss, jobs, data, seed)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _joint_update(
+    loss: Callable,
+    jobs: Mapping[str, tuple[optax.GradientTransformation, Any]],
+    data: Any,
+    seed: int,
+) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
+    """The step of `make_joint_step` before it is compiled."""
+    _, mixing_recipe = next(iter(jobs.values()))
+
+    def step(states: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+        first = next(iter(states.values()))
+        key = jax.random.fold_in(jax.random.key(seed), first["step"])
+        mix_key, loss_key, erase_key = jax.random.split(key, 3)
+        batch = _prepared((erase_key, mix_key), batch, mixing_recipe, data)
+        for state in states.values():
+            frozen = with_fixed(frozen, state["fixed"])
+        params = {job: states[job]["params"] for job in jobs}
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, frozen, batch, loss_key
+        )
+        new = {}
+        for job, (optimizer, recipe) in jobs.items():
+            metrics[job]["gradient_norm"] = optax.tree.norm(grads[job])
+            new[job] = _advance(states[job], grads[job], optimizer, recipe)
+        return new, metrics
+
+    return step
+
+
+def _prepared(
+    keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
+) -> dict[str, jax.Array]:
+    """A batch as the loss takes it: "target", "image" where there are images, and all others.
+
+    Without images there is nothing to erase or mix.
+    """
+    batch = dict(batch)
+    label = batch.pop("label")
+    if "image" not in batch:
+        return batch | {"target": mixing.smooth_one_hot(label, data.classes, recipe.smoothing)}
+    images, targets = prepare(keys, {"image": batch["image"], "label": label}, recipe, data)
+    return batch | {"image": images, "target": targets}
+
+
+def _advance(
+    state: dict, grads: dict, optimizer: optax.GradientTransformation, recipe: Any
+) -> dict:
+    """The state after one more step, given the gradient of its parameters."""
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}
+    if recipe.ema:
+        new["ema"] = ema_update(state["ema"], params, recipe.ema)
+    if recipe.ema and recipe.accumulate > 1:
+        # The weights change with the last part of a batch only, and so must their average.
+        moved = new["step"] % recipe.accumulate == 0
+        new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
+    return new
 
 
 def with_fixed(frozen: dict, fixed: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from m2mkd_jax.checkpoint.store import load_weights
 from tests.e2e import command as commands
 from tests.e2e.command import ROOT, TIMEOUT, summary
+from tests.support import assert_trees_close
 
 JOBS = [
     "pt",
@@ -93,6 +96,13 @@ def wait_for_records(file: Path, count: int, process: subprocess.Popen) -> bool:
     raise AssertionError(f"{file} never had {count} records")
 
 
+def records(workdir: Path, job: str) -> list[dict]:
+    """The log of a job, without clocks."""
+    lines = (workdir / "jobs" / job / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in found]
+
+
 def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
     """SIGKILL in the middle of each phase; the summary is that of the uninterrupted run."""
     killed = []
@@ -117,15 +127,7 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
     assert "[e2e_kd] resumed at step" in result.stdout
     assert summary(tmp_path) == summary(whole[0])
     for job in JOBS[:-1]:
-        mine, other = (
-            [
-                json.loads(line)
-                for line in (d / "jobs" / job / "metrics.jsonl").read_text().splitlines()
-            ]
-            for d in (tmp_path, whole[0])
-        )
-        for record in (*mine, *other):
-            record.pop("seconds_per_step", None)
+        mine, other = (records(d, job) for d in (tmp_path, whole[0]))
         steps = [record["step"] for record in mine]
         assert steps == sorted(steps)
         # Loss and accuracy of the records that both runs cut at the same steps are equal.
@@ -133,6 +135,69 @@ def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
         assert [r for r in mine if "eval_accuracy" in r] == [
             r for r in other if "eval_accuracy" in r
         ] and common
+
+
+def test_pairs_go_on_together_and_by_themselves(whole, environment, tmp_path):
+    """Interrupted together, one pair ends by itself, the others together: equal weights and logs.
+
+    The records of the uninterrupted run, in which all pairs train in one program, are cut at other
+    steps than those after a restart; the evaluations are at the same ones.
+    """
+    for job in ("pt", "ft"):
+        shutil.copytree(whole[0] / "jobs" / job, tmp_path / "jobs" / job)
+    process = subprocess.Popen(
+        command(tmp_path, "--only=m2mkd"),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert wait_for_records(tmp_path / "jobs" / "m2mkd" / "2" / "metrics.jsonl", 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT) == 3
+    alone = run(environment, tmp_path, "--only=m2mkd/0")
+    assert alone.returncode == 0 and "[m2mkd/0] resumed at step" in alone.stdout, alone.stderr
+    rest = run(environment, tmp_path, "--only=m2mkd")
+    assert rest.returncode == 0, rest.stderr
+    assert "[m2mkd/0] done already" in rest.stdout
+    assert all(f"[m2mkd/{i}] resumed at step" in rest.stdout for i in (1, 2))
+    for i in range(3):
+        job = f"m2mkd/{i}"
+        mine, other = (load_weights(d / "jobs" / job / "weights")[0] for d in (tmp_path, whole[0]))
+        assert_trees_close(mine, other, 1e-5)
+        evaluations, expected = (
+            [record for record in records(d, job) if "eval_accuracy" in record]
+            for d in (tmp_path, whole[0])
+        )
+        assert [r["step"] for r in evaluations] == [r["step"] for r in expected]
+        assert evaluations[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], rel=1e-5)
+        done, wanted = (
+            json.loads((d / "jobs" / job / "done.json").read_text()) for d in (tmp_path, whole[0])
+        )
+        assert done["steps"] == wanted["steps"] == (60 if i == 1 else 80)
+        assert done["origin"] == wanted["origin"]
+
+
+def test_kept_targets_change_no_weight(whole, environment, tmp_path):
+    """Pairs that train on kept targets, one of which ends earlier, against the same views anew."""
+    flags = ("--only=m2mkd/0,m2mkd/1", "--config.distillation.views=2")
+    results = {}
+    for name, more in (("kept", ()), ("anew", ("--config.distillation.keep_targets=False",))):
+        for job in ("pt", "ft"):
+            shutil.copytree(whole[0] / "jobs" / job, tmp_path / name / "jobs" / job)
+        results[name] = run(environment, tmp_path / name, *flags, *more)
+        assert results[name].returncode == 0, results[name].stderr
+    assert results["kept"].stdout.count("targets are kept in") == 1
+    assert "targets are kept" not in results["anew"].stdout
+    for job in ("m2mkd/0", "m2mkd/1"):
+        kept, anew, other = (
+            load_weights(directory / "jobs" / job / "weights")[0]
+            for directory in (tmp_path / "kept", tmp_path / "anew", whole[0])
+        )
+        assert_trees_close(kept, anew, 1e-5)
+        with pytest.raises(AssertionError):
+            assert_trees_close(kept, other, 1e-5)
+        assert not (tmp_path / "kept" / "jobs" / job / "views").exists()
 
 
 def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):

@@ -1,6 +1,7 @@
 """A V-MoE through every phase: routers watched, weights carried over, wrong input refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from m2mkd_jax.checkpoint.store import load_weights
 from tests.e2e import command as commands
 from tests.e2e.command import run, summary
+from tests.support import assert_trees_close
 
 LAYERS = {"m2mkd/0": 1, "m2mkd/1": 0, "m2mkd/2": 2, "e2e": 3, "e2e_scratch": 3}
 
@@ -30,10 +32,20 @@ def workdir(whole):
     return whole[0]
 
 
-def test_every_job_compiles_its_step_once(whole):
+def test_every_program_compiles_its_step_once(whole):
     """A state that comes back placed otherwise than it went in would compile it twice."""
     jobs = [job["name"] for job in summary(whole[0])["jobs"] if job["name"] != "eval"]
-    assert whole[1].stderr.count("Finished XLA compilation of jit(step)") == len(jobs)
+    programs = {"m2mkd" if job.startswith("m2mkd/") else job for job in jobs}
+    assert whole[1].stderr.count("Finished XLA compilation of jit(step)") == len(programs)
+
+
+def test_a_pair_by_itself_is_as_in_the_program_of_all(workdir, environment, tmp_path):
+    for job in ("pt", "ft"):
+        shutil.copytree(workdir / "jobs" / job, tmp_path / "jobs" / job)
+    result = run("tiny_vmoe", environment, tmp_path, "--only=m2mkd/2")
+    assert result.returncode == 0, result.stderr
+    mine, other = (load_weights(d / "jobs/m2mkd/2/weights")[0] for d in (tmp_path, workdir))
+    assert_trees_close(mine, other, 1e-5)
 
 
 def records(workdir, job) -> list[dict]:

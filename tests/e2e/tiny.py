@@ -25,7 +25,8 @@ def get_config():
         recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 4, 16, 0, 1e-3
         recipe.mixup = recipe.cutmix = 0.0  # drawing from Beta takes long to compile
     config.recipes.ft.mixup, config.recipes.ft.cutmix = 0.8, 1.0
-    config.recipes.m2mkd.accumulate = 2
+    config.recipes.m2mkd.accumulate, config.recipes.m2mkd.drop_path = 2, 0.1
+    config.recipes.m2mkd.modules = {"1": {"epochs": 3, "clip": 1.0}}
     config.recipes.e2e.ema, config.recipes.e2e.drop_path = 0.9, 0.1
     config.evaluation.batch = 64
     config.evaluation.every = 1

@@ -44,6 +44,7 @@ from tests.shipped import change, digits, load
         (change("nac.pooling", "gumble"), "pooling"),
         (change("nac.truncation", "far"), "config.nac.truncation"),
         (change("data.image_size", 36), "36"),
+        (change("distillation.views", -1), "config.distillation.views"),
     ],
 )
 def test_what_cannot_run_is_refused(changed, says):
@@ -134,3 +135,26 @@ def test_stopping_at_the_meta_model_needs_its_accuracy():
 def test_the_batch_must_be_cut_over_the_devices():
     with pytest.raises(UserError, match="multiple of 8"):
         checks.check_config(digits(), devices=8)
+
+
+KEPT = [
+    ("recipes.m2mkd.mixup", 0.8, "recipes.m2mkd.mixup=0"),
+    ("recipes.m2mkd.modules", {"1": {"cutmix": 1.0}}, "recipes.m2mkd.cutmix=0"),
+    ("data.augment.erase", 0.25, "data.augment.erase=0"),
+    ("data.repeated_augmentation", 3, "data.repeated_augmentation=1"),
+    ("distillation.kind", "none", 'distillation.kind="soft"'),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "says"), KEPT)
+def test_targets_are_kept_of_images_as_they_are_alone(key, value, says):
+    config = digits()
+    config.distillation.views = 2
+    checks.check_config(config)
+    change(key, value)(config)
+    with pytest.raises(UserError) as error:
+        checks.check_config(config)
+    assert f"set {says}, or distillation.keep_targets=False" in str(error.value)
+    if key != "distillation.kind":
+        config.distillation.keep_targets = False
+        checks.check_config(config)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.config.defaults import base
-from m2mkd_jax.train.loop import Loop
+from m2mkd_jax.train.loop import Loop, Member
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
 from m2mkd_jax.train.step import initial_state, make_step
@@ -90,39 +90,47 @@ def make_loop():
     def wrapped_step(state, frozen, batch):
         return wrapped(step(unwrapped(state), frozen, batch))
 
-    loop = Loop(
+    def joint_step(states, batch):
+        state, metrics = wrapped_step(states["job"], {}, batch)
+        return {"job": state}, {"job": metrics}
+
+    member = Member(
         name="job",
-        step=wrapped_step,
-        frozen={},
         total_steps=STEPS,
-        log_every=3,
-        evaluate_every=4,
-        evaluate=lambda state: {"eval_loss": float(jax.device_get(state["step"]))},
         log=logs.append,
         save=lambda step, state, metrics: None,
-        save_seconds=1e9,
         stop=None,
         learning_rate=lambda update: OnDevice(rate(update)),
     )
-    return loop, wrapped(state), itertools.repeat(batch), logs
+    loop = Loop(
+        members=[member],
+        step_of=lambda names: joint_step,
+        log_every=3,
+        evaluate_every=4,
+        evaluate=lambda states: {
+            "job": {"eval_loss": float(jax.device_get(states["job"]["step"]))}
+        },
+        save_seconds=1e9,
+    )
+    return loop, {"job": wrapped(state)}, itertools.repeat(batch), logs
 
 
-def run_guarded(loop, state, batches, read=None):
+def run_guarded(loop, states, batches, read=None):
     """Runs all but the first step; `read` is called with the loss after each of them."""
     # Compiling may read constants, so the first step is done without the guard.
-    state, _ = loop.step(state, loop.frozen, next(batches))
-    loop.learning_rate(0)
-    step = loop.step
+    step = loop.step_of(("job",))
+    states, _ = step(states, next(batches))
+    loop.members[0].learning_rate(0)
 
     def reading_step(*arguments):
-        state, metrics = step(*arguments)
+        states, metrics = step(*arguments)
         if read:
-            read(metrics["loss"])
-        return state, metrics
+            read(metrics["job"]["loss"])
+        return states, metrics
 
-    loop.step = reading_step
+    loop.step_of = lambda names: reading_step
     with jax.transfer_guard_device_to_host("disallow"):
-        loop.run(state, batches, start=1)
+        loop.run(states, batches, start=1)
 
 
 def test_only_logs_and_evaluations_read_from_the_device(reads):

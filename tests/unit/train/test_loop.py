@@ -7,41 +7,49 @@ import jax
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.train.loop import Loop, Preempted
+from m2mkd_jax.train.loop import Loop, Member, Preempted
 
 
 class Recorder:
-    """A loop over the state {"n": steps done}; accuracy is n / 100."""
+    """A loop over the state {"n": steps done} of one job; accuracy is n / 100."""
 
     def __init__(self, total=10, log_every=4, evaluate_every=0, stop=None, losses=None, **options):
-        self.logs, self.saves, self.evaluations = [], [], []
+        self.logs, self.saves, self.evaluations, self.ended = [], [], [], []
         self.losses = losses or {}
-        self.loop = Loop(
+        member = Member(
             name="job",
-            step=self.step,
-            frozen={},
             total_steps=total,
+            log=self.logs.append,
+            save=lambda step, state, metrics: self.saves.append((step, dict(metrics))),
+            stop=stop,
+            learning_rate=lambda update: 0.5 * update,
+            finish=lambda *result: self.ended.append(result),
+        )
+        self.loop = Loop(
+            members=[member],
+            step_of=lambda names: self.step,
             log_every=log_every,
             evaluate_every=evaluate_every,
             evaluate=self.evaluate,
-            log=self.logs.append,
-            save=lambda step, state, metrics: self.saves.append((step, dict(metrics))),
             save_seconds=options.pop("save_seconds", 1e9),
-            stop=stop,
-            learning_rate=lambda update: 0.5 * update,
             **options,
         )
 
-    def step(self, state, frozen, batch):
+    def step(self, states, batch):
+        state = states["job"]
         assert batch == state["n"], "a batch was skipped or repeated"
-        return {"n": state["n"] + 1}, {"loss": self.losses.get(state["n"], 1.0)}
+        loss = self.losses.get(state["n"], 1.0)
+        return {"job": {"n": state["n"] + 1}}, {"job": {"loss": loss}}
 
-    def evaluate(self, state):
-        self.evaluations.append(state["n"])
-        return {"eval_accuracy": state["n"] / 100}
+    def evaluate(self, states):
+        self.evaluations.append(states["job"]["n"])
+        return {"job": {"eval_accuracy": states["job"]["n"] / 100}}
 
     def run(self, start=0):
-        return self.loop.run({"n": start}, itertools.count(start), start)
+        metrics = self.loop.run({"job": {"n": start}}, itertools.count(start), start)
+        ((state, last, steps),) = self.ended
+        assert metrics == {"job": last}
+        return state, last, steps
 
 
 def test_logs_evaluations_and_saves():
@@ -103,15 +111,87 @@ def test_a_diverging_loss_stops_and_names_the_steps(value):
 
 def test_a_signal_saves_and_raises():
     recorder = Recorder()
-    step = recorder.loop.step
+    step = recorder.step
 
-    def interrupted(state, frozen, batch):
-        if state["n"] == 2:
+    def interrupted(states, batch):
+        if states["job"]["n"] == 2:
             signal.raise_signal(signal.SIGTERM)
-        return step(state, frozen, batch)
+        return step(states, batch)
 
-    recorder.loop.step = interrupted
+    recorder.step = interrupted
     with pytest.raises(Preempted, match="step 3"):
         recorder.run()
     assert recorder.saves == [(3, {})]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Jobs:
+    """A loop over several jobs, {"n": steps done} each; the loss of a job is its own constant."""
+
+    def __init__(self, totals, stops=None, losses=None, log_every=4, evaluate_every=0):
+        self.events = {name: [] for name in totals}
+        self.programs, self.losses = [], losses or {}
+        self.loop = Loop(
+            members=[self.member(name, total, stops or {}) for name, total in totals.items()],
+            step_of=self.step_of,
+            log_every=log_every,
+            evaluate_every=evaluate_every,
+            evaluate=lambda states: {
+                name: {"eval_accuracy": state["n"] / 100} for name, state in states.items()
+            },
+            save_seconds=1e9,
+        )
+
+    def member(self, name, total, stops):
+        note = self.events[name].append
+        return Member(
+            name=name,
+            total_steps=total,
+            log=lambda entry: note(("log", entry["step"])),
+            save=lambda step, state, metrics: note(("save", step)),
+            stop=stops.get(name),
+            learning_rate=lambda update: 0.0,
+            finish=lambda state, metrics, steps: note(("end", steps, state["n"])),
+        )
+
+    def step_of(self, names):
+        self.programs.append(names)
+
+        def step(states, batch):
+            assert tuple(states) == names
+            assert all(state["n"] == batch for state in states.values())
+            losses = {name: {"loss": self.losses.get(name, 1.0)} for name in names}
+            return {name: {"n": state["n"] + 1} for name, state in states.items()}, losses
+
+        return step
+
+    def run(self, start=0):
+        states = {name: {"n": start} for name in self.events}
+        return self.loop.run(states, itertools.count(start), start)
+
+
+def test_each_job_ends_by_itself_and_the_rest_go_on():
+    """What a job logs, saves and ends with is what it would by itself."""
+    totals, stops = {"a": 10, "b": 5, "c": 9}, {"c": near}
+    together = Jobs(totals, stops, evaluate_every=2)
+    metrics = together.run()
+    assert together.programs == [("a", "b", "c"), ("a", "b"), ("a",)]
+    for name, total in totals.items():
+        alone = Jobs({name: total}, stops, evaluate_every=2)
+        assert alone.run() == {name: metrics[name]}
+        assert alone.events[name] == together.events[name]
+    assert [event for event in together.events["c"] if event[0] == "end"] == [("end", 4, 4)]
+
+
+def test_jobs_that_had_ended_before_a_kill_do_not_train_on():
+    jobs = Jobs({"a": 10, "b": 4, "c": 9}, {"c": near}, evaluate_every=2)
+    jobs.run(start=4)
+    assert jobs.programs == [("a",)]
+    assert jobs.events["b"] == jobs.events["c"] == [("end", 4, 4)]
+
+
+def test_where_one_job_diverges_the_others_are_saved():
+    jobs = Jobs({"a": 10, "b": 10}, losses={"b": float("nan")})
+    with pytest.raises(UserError, match="b: the loss is no longer finite between steps 1 and 4"):
+        jobs.run()
+    assert ("save", 4) in jobs.events["a"] and ("save", 4) not in jobs.events["b"]

@@ -1,0 +1,283 @@
+"""Jobs that train in one program: which can, how many fit into memory, and their joint step.
+
+The step of a single job is that of a group of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.jobs.fitting import FittingStep, device_memory
+from m2mkd_jax.jobs.plan import Job
+from m2mkd_jax.jobs.setup import Run, Setup, abstract_stages, frozen_program, set_up
+from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel.process import from_main, say
+from m2mkd_jax.phases.joint import JointProgram
+from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.program import Program
+from m2mkd_jax.train.step import make_joint_step
+
+# What of a recipe decides the batches, which jobs of one program share.
+SHARED_FIELDS = (
+    "batch",
+    "accumulate",
+    "mixup",
+    "cutmix",
+    "switch_prob",
+    "mix_prob",
+    "smoothing",
+)
+
+
+def is_hybrid(phase: Phase) -> bool:
+    """Whether a phase trains a part of a chain against the logits of the teacher's chain."""
+    return bool(phase.teacher) and len(phase.trainable) < len(phase.student)
+
+
+def keeps_targets(phase: Phase) -> bool:
+    """Whether what a phase's frozen stages give is computed once for every view."""
+    return bool(phase.views and phase.distillation and phase.distillation.keep_targets)
+
+
+def can_join(config: ConfigDict, phase: Phase) -> bool:
+    """Whether a phase may train in one program with others.
+
+    Without distillation, and with the published evaluation's noise, random numbers depend on how
+    many stages a chain has, and so on which other pairs there are.
+    """
+    return (
+        config.distillation.joint
+        and is_hybrid(phase)
+        and config.distillation.kind != "none"
+        and not config.evaluation.sampled
+    )
+
+
+def alike(run: Run, jobs: Sequence[Job]) -> list[Job]:
+    """The first of some jobs, and those of the others that can train in one program with it.
+
+    They see the same batches from the same step on.
+    """
+    first, *others = jobs
+    if not can_join(run.config, first.phase):
+        return [first]
+    wanted = _batches(run, first)
+    return [first] + [
+        job for job in others if can_join(run.config, job.phase) and _batches(run, job) == wanted
+    ]
+
+
+def _batches(run: Run, job: Job) -> tuple[Any, ...]:
+    """What decides the batches that a job sees next."""
+    phase = job.phase
+    start = from_main(latest_step(run.directory(job.name) / "checkpoints"))
+    shared = tuple(phase.recipe[name] for name in SHARED_FIELDS)
+    return phase.data.to_json(), phase.seed, start, shared
+
+
+def stages_apart(phases: Iterable[Phase]) -> set[str]:
+    """The stages that not all of some phases run: in a joint program they are joined to none."""
+    first, *others = ({*phase.student, *phase.teacher} for phase in phases)
+    return first.union(*others) - first.intersection(*others)
+
+
+@dataclass(frozen=True)
+class JointSetup:
+    """What the training step of one or several jobs is made of.
+
+    Attributes:
+        setups: of the single jobs, by name; their frozen stages of equal names are the same arrays.
+        kept: what a batch has of what frozen stages give (`given_shapes`), with its shapes for the
+            whole batch; None: images, and all frozen stages run.
+    """
+
+    setups: Mapping[str, Setup]
+    kept: Mapping[str, jax.ShapeDtypeStruct] | None = None
+
+    @property
+    def program(self) -> JointProgram:
+        """The losses and logits of all jobs."""
+        return JointProgram({job: setup.program for job, setup in self.setups.items()})
+
+    @property
+    def frozen(self) -> dict[str, dict]:
+        """The frozen stages of all jobs."""
+        return {n: stage for setup in self.setups.values() for n, stage in setup.frozen.items()}
+
+    @property
+    def abstract_states(self) -> dict[str, dict]:
+        """Shapes and types of the states' arrays, and where they lie, by job."""
+        return {job: setup.abstract_state for job, setup in self.setups.items()}
+
+    @property
+    def abstract_frozen(self) -> dict[str, dict]:
+        """Shapes and types of the frozen arrays, and where they lie."""
+        return {n: s for setup in self.setups.values() for n, s in setup.abstract_frozen.items()}
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a batch from the host, and where it lies."""
+        setup = self._first
+        recipe, size = setup.phase.recipe, setup.phase.data.image_size
+        images = recipe.batch // recipe.accumulate
+        where = None if setup.mesh is None else meshes.batch_sharding(setup.mesh)
+        kinds = {"image": ((images, size, size, 3), jnp.uint8), "label": ((images,), jnp.int32)}
+        if self.kept is not None:
+            of_kept = {name: (leaf.shape, leaf.dtype) for name, leaf in self.kept.items()}
+            kinds = {"label": kinds["label"], **of_kept}
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            for name, (shape, dtype) in kinds.items()
+        }
+
+    @property
+    def given_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the frozen stages give for a batch, as batches have it that are kept.
+
+        "tokens/JOB" and "logits/JOB"; "image" in place of tokens for a student that takes images.
+        """
+        setup, batch = self._first, self.abstract_batch
+        images = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
+        given = setup.on_mesh(self.program.given)
+        shapes = {}
+        for job, outputs in jax.eval_shape(given, self.abstract_frozen, images).items():
+            shapes[f"logits/{job}"] = outputs["logits"]
+            if self.setups[job].program.shared:
+                shapes[f"tokens/{job}"] = outputs["tokens"]
+            else:
+                shapes["image"] = batch["image"]
+        return shapes
+
+    def on_kept(self) -> JointSetup:
+        """The same jobs on batches of what is kept; the teachers' own stages are let go."""
+        setups = {}
+        for job, setup in self.setups.items():
+            student = setup.program.student
+            frozen = {name: stage for name, stage in setup.frozen.items() if name in student}
+            setups[job] = dataclasses.replace(setup, frozen=frozen)
+        return JointSetup(setups, self.given_shapes)
+
+    @property
+    def _first(self) -> Setup:
+        return next(iter(self.setups.values()))
+
+    def only(self, jobs: Collection[str]) -> JointSetup:
+        """The setup of some of the jobs."""
+        setups = {job: setup for job, setup in self.setups.items() if job in jobs}
+        if self.kept is None:
+            return JointSetup(setups)
+        names = {f"{name}/{job}" for name in ("tokens", "logits") for job in setups}
+        if any(not setup.program.shared for setup in setups.values()):
+            names.add("image")
+        return JointSetup(setups, {name: self.kept[name] for name in self.kept if name in names})
+
+    def make_step(self) -> FittingStep:
+        """(states, frozen, batch) -> (states, metrics) by job, compiled at its first call."""
+        setup = self._first
+        where = None
+        if setup.mesh is not None:
+            places = {job: own.placement for job, own in self.setups.items()}
+            where = (places, meshes.replicated(setup.mesh))
+
+        def make(loss: Callable) -> Any:
+            return make_joint_step(
+                setup.on_mesh(loss),
+                {job: (own.optimizer, own.phase.recipe) for job, own in self.setups.items()},
+                setup.phase.data,
+                setup.phase.seed,
+                out_shardings=where,
+            )
+
+        return FittingStep(", ".join(self.setups), make, self.program.loss)
+
+
+def joint_setup(
+    config: ConfigDict,
+    phases: Mapping[str, Phase],
+    stages: dict[str, dict],
+    *,
+    mesh: Mesh | None,
+    updates_per_epoch: int,
+) -> JointSetup:
+    """Everything a joint training step is made of.
+
+    Args:
+        config: of the run.
+        phases: by job.
+        stages: {name: {"params", "fixed"}} of all of them, arrays or shapes.
+        mesh: the devices; None: the first one alone.
+        updates_per_epoch: optimizer updates in an epoch.
+    """
+    apart = stages_apart(phases.values())
+    setups: dict[str, Setup] = {}
+    shared: dict[str, dict] = {}
+    for job, phase in phases.items():
+        setups[job] = set_up(
+            config,
+            phase,
+            {name: stages[name] for name in phase.stages},
+            mesh=mesh,
+            updates_per_epoch=updates_per_epoch,
+            apart=apart,
+            shared=shared,
+        )
+        shared |= setups[job].frozen
+    return JointSetup(setups)
+
+
+def teacher_program(
+    config: ConfigDict, phases: Mapping[str, Phase], stages: dict[str, dict]
+) -> tuple[JointProgram, dict]:
+    """The teachers' chains of some phases, by job, and what they take for frozen."""
+    apart = stages_apart(phases.values())
+    programs: dict[str, Program] = {}
+    frozen: dict[str, dict] = {}
+    for job, phase in phases.items():
+        programs[job], own = frozen_program(config, phase, phase.teacher, stages, apart, frozen)
+        frozen |= own
+    return JointProgram(programs), frozen
+
+
+def fitting_jobs(run: Run, jobs: list[Job], updates: int) -> tuple[list[Job], FittingStep]:
+    """As many of the first of some jobs as fit into memory, and their step, compiled.
+
+    Args:
+        run: the run.
+        jobs: that can train in one program.
+        updates: optimizer updates in an epoch.
+    """
+    stages: dict[str, dict] = {}
+    for job in jobs:
+        stages |= abstract_stages(job.phase)
+
+    def step_of(count: int) -> tuple[FittingStep, bool]:
+        phases = {job.name: job.phase for job in jobs[:count]}
+        setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)
+        if keeps_targets(jobs[0].phase):
+            setup = setup.on_kept()
+        step = setup.make_step()
+        shapes = (setup.abstract_states, setup.abstract_frozen, setup.abstract_batch)
+        return step, step.fits(*shapes)
+
+    whole, fits = step_of(len(jobs))
+    if fits:
+        return jobs, whole
+    fitting, few, many = None, 1, len(jobs) - 1
+    while few < many:  # the largest number that fits lies between them
+        count = (few + many + 1) // 2
+        step, fits = step_of(count)
+        fitting, few, many = (step, count, many) if fits else (fitting, few, count - 1)
+    say(
+        f"[{jobs[0].name}] {few} of {len(jobs)} pairs train at once, the others after them: all "
+        f"need {whole.needed / 2**30:.1f} GiB of {device_memory() / 2**30:.1f} GiB"
+    )
+    return jobs[:few], fitting or step_of(few)[0]

@@ -1,0 +1,125 @@
+"""Which pairs train in one program: the same batches, room in memory, no other process at it.
+
+And the room on the disk that their kept targets take.
+"""
+
+import fcntl
+from types import SimpleNamespace
+
+import pytest
+
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs import joint, kept_targets, rounds
+from m2mkd_jax.jobs.pipeline import _phases
+from m2mkd_jax.jobs.plan import Plan
+from m2mkd_jax.jobs.setup import Run
+from m2mkd_jax.parallel.mesh import make_mesh
+from tests.e2e import tiny
+
+
+def pairs(tmp_path, **values):
+    """The run and the three pairs of the tiny config."""
+    config = tiny.get_config()
+    config.recipes.m2mkd.modules = {}
+    config.update_from_flattened_dict(values)
+    plan = Plan(config)
+    return Run(config, tmp_path, make_mesh()), [plan.job(f"m2mkd/{i}") for i in range(3)]
+
+
+def names(jobs):
+    return [job.name for job in jobs]
+
+
+ALL = ["m2mkd/0", "m2mkd/1", "m2mkd/2"]
+CASES = [
+    ({}, ALL),
+    ({"recipes.m2mkd.modules": {"1": {"epochs": 2, "lr": 0.1, "clip": 1.0, "ema": 0.5}}}, ALL),
+    ({"recipes.m2mkd.modules": {"1": {"batch": 32}}}, ["m2mkd/0", "m2mkd/2"]),
+    ({"recipes.m2mkd.modules": {"2": {"smoothing": 0.0}}}, ["m2mkd/0", "m2mkd/1"]),
+    ({"recipes.m2mkd.modules": {"0": {"mixup": 0.5}}}, ["m2mkd/0"]),
+    ({"distillation.joint": False}, ["m2mkd/0"]),
+    ({"distillation.kind": "none"}, ["m2mkd/0"]),
+    ({"evaluation.sampled": True}, ["m2mkd/0"]),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), CASES, ids=lambda v: str(v)[:40])
+def test_pairs_that_see_the_same_batches_train_together(tmp_path, values, expected):
+    assert names(joint.alike(*pairs(tmp_path, **values))) == expected
+
+
+def test_pairs_at_other_steps_train_in_another_round(tmp_path):
+    run, jobs = pairs(tmp_path)
+    for job, step in (("m2mkd/0", 8), ("m2mkd/2", 8)):
+        (tmp_path / "jobs" / job / "checkpoints" / str(step)).mkdir(parents=True)
+    assert names(joint.alike(run, jobs)) == ["m2mkd/0", "m2mkd/2"]
+    assert names(joint.alike(run, jobs[1:])) == ["m2mkd/1"]
+
+
+def test_jobs_come_by_phases():
+    plan = Plan(tiny.get_config())
+    assert ["m2mkd/0", "m2mkd/1", "m2mkd/2"] in _phases(plan.names)
+    assert _phases(["mt/1", "ft", "m2mkd/0", "e2e", "e2e/1"]) == [
+        ["mt/1"],
+        ["ft"],
+        ["m2mkd/0"],
+        ["e2e"],
+        ["e2e/1"],
+    ]
+
+
+class Step:
+    """A step of so many jobs, and what the compiler plans for them: 1 GiB each."""
+
+    needed = 3 << 30
+
+    def __init__(self, setup, most):
+        self.count, self.most = len(setup.setups), most
+
+    def fits(self, *arguments):
+        return self.count <= self.most
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_as_many_pairs_as_fit_and_the_others_after_them(tmp_path, monkeypatch, capsys, most):
+    monkeypatch.setattr(joint.JointSetup, "make_step", lambda setup: Step(setup, most))
+    monkeypatch.setattr(joint.JointSetup, "abstract_states", None)
+    monkeypatch.setattr(joint.JointSetup, "abstract_frozen", None)
+    chosen, step = joint.fitting_jobs(*pairs(tmp_path), 10)
+    assert names(chosen) == ALL[:most] and step.count == most
+    said = capsys.readouterr().out
+    assert said.count("\n") == (most < 3)
+    assert most == 3 or f"[m2mkd/0] {most} of 3 pairs train at once" in said
+
+
+def test_a_pair_of_another_process_is_left_to_it(tmp_path, capsys):
+    run, (job, *_) = pairs(tmp_path)
+    run.directory(job.name).mkdir(parents=True)
+    with (run.directory(job.name) / "lock").open("w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        locks: dict = {}
+        assert not rounds._lock(run, job, locks, several=True) and not locks
+        assert f"[{job.name}] another process is running it" in capsys.readouterr().out
+        with pytest.raises(UserError, match="another process is running it"):
+            rounds._lock(run, job, locks, several=False)
+    assert rounds._lock(run, job, locks, several=True)
+    locks[job.name].close()
+    # Another process had it done when the lock was free.
+    (run.directory(job.name) / "done.json").write_text("{}")
+    assert not rounds._lock(run, job, locks, several=True)
+    locks[job.name].close()
+
+
+def test_kept_targets_that_the_disk_has_no_room_for_are_refused(tmp_path, monkeypatch):
+    values = {"distillation.views": 2, "recipes.m2mkd.drop_path": 0.0}
+    run, jobs = pairs(tmp_path, **values)
+    others = 4 * 10 + 4  # logits and label
+    rows = {"m2mkd/0": 3 * 16**2, "m2mkd/1": 4 * 5 * 16, "m2mkd/2": 4 * 5 * 16}
+    needed = 2 * 160 * sum(row + others for row in rows.values())
+    free = SimpleNamespace(free=needed)
+    monkeypatch.setattr(kept_targets.shutil, "disk_usage", lambda path: free)
+    kept_targets.check_disk(run, jobs)
+    free.free -= 1
+    with pytest.raises(UserError, match=r"config.distillation.views: the targets of all views"):
+        kept_targets.check_disk(run, jobs)
+    kept_targets.check_disk(*pairs(tmp_path, **values, **{"distillation.keep_targets": False}))
