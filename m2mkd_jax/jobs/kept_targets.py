@@ -24,6 +24,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.joint import JointSetup, joint_setup, keeps_targets
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.train.step import normalise
@@ -185,7 +186,7 @@ def _targets_of(run: Run, setup: JointSetup) -> Callable[[dict], dict[str, dict]
     def given(frozen: dict, images: jax.Array) -> dict:
         return program.given(frozen, normalise(images, data.mean, data.std))
 
-    compiled = jax.jit(first.on_mesh(given))
+    compiled = jax.jit(first.on_mesh(given), compiler_options=backend.compiler_options())
 
     def targets(batch: dict) -> dict[str, dict]:
         placed = meshes.put_batch(run.mesh, {"image": batch["image"]})

@@ -144,7 +144,12 @@ def make_joint_step(
         which go to the loss as they are, and no images if the loss needs none.
     """
     step = _joint_update(loss, jobs, data, seed)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=out_shardings,
+        compiler_options=backend.compiler_options(),
+    )
 
 
 def _joint_update(
