@@ -20,15 +20,22 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 def pytest_configure(config: pytest.Config) -> None:
     # Before any test imports jax; pytest-xdist's workers inherit the environment.
-    roots = [os.path.abspath(str(arg).split("::")[0]) for arg in config.args]
-    lane = os.path.join(os.path.dirname(os.path.abspath(__file__)), "multidevice")
-    inside = [root == lane or root.startswith(lane + os.sep) for root in roots]
     flags = os.environ.get("XLA_FLAGS", "")
-    if inside and all(inside) and "xla_force_host_platform_device_count" not in flags:
+    if _only(config, "multidevice") and "xla_force_host_platform_device_count" not in flags:
         flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
-        # These programs run for milliseconds and compile for seconds.
+    # These programs run for milliseconds and compile for seconds. tests/parity, which holds the
+    # numbers against the original's, compiles as users do.
+    if _only(config, "multidevice", "unit"):
         flags += " --xla_backend_optimization_level=0"
-        os.environ["XLA_FLAGS"] = flags.strip()
+    os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _only(config: pytest.Config, *lanes: str) -> bool:
+    """Whether all that was asked for lies in these lanes."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    roots = [os.path.abspath(str(arg).split("::")[0]) + os.sep for arg in config.args]
+    inside = tuple(os.path.join(here, lane) + os.sep for lane in lanes)
+    return bool(roots) and all(root.startswith(inside) for root in roots)
 
 
 def skipped_where_forbidden(terminalreporter: Any) -> list[str]:

@@ -4,18 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.jobs import fitting
 from m2mkd_jax.jobs.setup import training_step
+from tests.e2e import tiny_vmoe
 from tests.support import assert_close
 
 
+def training(remat):
+    """A training step of a tiny meta model with its state."""
+    config = tiny_vmoe.get_config()
+    config.teacher.remat, config.recipes.pt.batch = remat, 8
+    return training_step(config, "pt")
+
+
 def stepped(remat):
-    """Metrics of one step of the digits' meta model."""
-    config = read_config(find_config("nac_digits"))
-    config.teacher.remat = remat
-    config.recipes.pt.batch = 8
-    setup, state, step = training_step(config, "pt")
+    """Metrics of one step."""
+    setup, state, step = training(remat)
     size = setup.phase.data.image_size
     image = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
     batch = {"image": image, "label": np.arange(8, dtype=np.int32)}
@@ -25,7 +29,7 @@ def stepped(remat):
 def test_auto_recomputes_only_what_does_not_fit(monkeypatch, capsys):
     plain = stepped("auto")
     assert "recomputed" not in capsys.readouterr().out
-    monkeypatch.setattr(fitting, "device_memory", lambda: 1 << 20)
+    monkeypatch.setattr(fitting, "device_memory", lambda: 1)
     again = stepped("auto")
     assert "[pt] activations with remat='auto' are recomputed" in capsys.readouterr().out
     for name, value in plain.items():
@@ -34,9 +38,7 @@ def test_auto_recomputes_only_what_does_not_fit(monkeypatch, capsys):
 
 def products(remat):
     """How many matrix products the program of a step has."""
-    config = read_config(find_config("nac_digits"))
-    config.teacher.remat, config.recipes.pt.batch = remat, 8
-    setup, state, step = training_step(config, "pt")
+    setup, state, step = training(remat)
     size = setup.phase.data.image_size
     batch = {
         "image": jnp.zeros((8, size, size, 3), jnp.uint8),

@@ -17,7 +17,7 @@ from tests.support import GRADIENT_TOLERANCE, assert_trees_close
 VIT = vit.ViTSpec(16, 8, 12, 2, 5)
 VMOE = vmoe.VMoESpec(VIT, (0, 1), experts=3)
 # A tokenizer that starts with four channels: of two a norm leaves the signs, without gradient.
-NAC_SPEC = tiny_nac.spec_with(state_dim=16)
+NAC_SPEC = tiny_nac.spec_with(state_dim=16, iterations=1)
 BUILDERS = {
     "nac": lambda rngs: NAC(NAC_SPEC, rngs=rngs),
     "vit": lambda rngs: vit.ViTStage(VIT, 2, first=True, last=True, rngs=rngs),
