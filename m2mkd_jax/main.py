@@ -193,6 +193,7 @@ def main(argv: list[str]) -> int:
     logging.get_absl_logger().setLevel("CRITICAL")
     if process.alone():  # with several processes jax catches SIGTERM
         signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGINT, _terminated)
     try:
         _run(_CONFIG.value, _workdir(_WORKDIR.value or "."))
     except UserError as error:

@@ -97,6 +97,20 @@ def checksum(tree: Tree) -> str:
     return digest.hexdigest()
 
 
+def not_finite(tree: Tree) -> str:
+    """The path of the first array with a number that is not finite; "" if there is none.
+
+    Of arrays that are sharded over several processes only this process's part is looked at.
+    """
+    for path, leaf in flatten(tree).items():
+        parts = [leaf]
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            parts = [shard.data for shard in leaf.addressable_shards]
+        if not all(np.isfinite(np.asarray(part)).all() for part in parts):
+            return path
+    return ""
+
+
 def _on_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         return multihost_utils.process_allgather(leaf, tiled=True)

@@ -288,6 +288,12 @@ def all_keys(family: str = "nac") -> Keys:
             FROM_0,
         ),
         "log_every": Key(50, "optimizer updates between two lines of the log", ABOVE_0),
+        "max_skipped_steps": Key(
+            0,
+            "steps of a job whose loss or gradient may be not finite: they change no weights; one "
+            "more ends the job",
+            FROM_0,
+        ),
         "precision": Key(
             "auto",
             "of activations: float32, bfloat16; auto: bfloat16 on GPU and TPU, float32 on CPU",

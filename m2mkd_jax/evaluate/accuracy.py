@@ -16,6 +16,9 @@ from m2mkd_jax.losses.classification import top_k_correct
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.step import normalise
 
+# Enough that the device never waits, few enough that an evaluation can be stopped.
+IN_FLIGHT = 2
+
 
 def make_counter(
     logits: Callable[[dict, dict, jax.Array, jax.Array], Any],
@@ -68,7 +71,7 @@ def evaluate(
     batches: Iterable[dict],
     key: jax.Array,
 ) -> dict[str, Any]:
-    """Metrics over all batches; the host waits for the device once, at the end.
+    """Metrics over all batches; the host is at most IN_FLIGHT batches ahead of the device.
 
     Args:
         count: from `make_counter`.
@@ -83,7 +86,11 @@ def evaluate(
 
     Source: docs/reference.md#evaluation.
     """
-    sums = [count(trainable, frozen, b, jax.random.fold_in(key, i)) for i, b in enumerate(batches)]
+    sums: list[Any] = []
+    for i, batch in enumerate(batches):
+        sums.append(count(trainable, frozen, batch, jax.random.fold_in(key, i)))
+        if i >= IN_FLIGHT:
+            jax.block_until_ready(sums[i - IN_FLIGHT])
     totals = jax.tree.map(
         lambda *values: np.asarray(values, np.float64).sum(axis=0), *jax.device_get(sums)
     )

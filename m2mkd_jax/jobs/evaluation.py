@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -19,12 +19,13 @@ from m2mkd_jax.jobs.setup import Run, frozen_program, image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.parallel.process import barrier, is_main, say
+from m2mkd_jax.parallel.process import barrier, interrupted, is_main, say
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.phases.program import Program
+from m2mkd_jax.train.loop import EvaluationStopped
 
 
 def evaluator(
@@ -49,10 +50,18 @@ def evaluator(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        placed = (meshes.put_batch(mesh, b) for b in batches)
+        placed = (meshes.put_batch(mesh, b) for b in until_interrupted(batches))
         return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
 
     return measure
+
+
+def until_interrupted(batches: Iterable[dict]) -> Iterator[dict]:
+    """The batches of an evaluation. Raises EvaluationStopped where a signal arrives."""
+    for batch in batches:
+        if interrupted():
+            raise EvaluationStopped
+        yield batch
 
 
 def evaluation_batch(config: ConfigDict, images: int, mesh: jax.sharding.Mesh) -> int:

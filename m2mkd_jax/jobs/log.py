@@ -15,6 +15,7 @@ class Log:
 
     def __init__(self, path: Path, job: str, total: int, start: int):
         self.job, self.total = job, total
+        self.evaluated = 0  # steps before the last evaluation in the file
         self.file = None
         if not is_main():
             return
@@ -23,11 +24,13 @@ class Log:
             # A restart repeats the steps after its checkpoint: drop their log lines.
             for line in path.read_text(errors="replace").splitlines():
                 try:
-                    step = json.loads(line)["step"]
+                    entry = json.loads(line)
+                    step = entry["step"]
                 except (ValueError, TypeError, KeyError):  # the line that a kill cut off
                     continue
                 if step <= start:
                     kept.append(line + "\n")
+                    self.evaluated = step if "eval_loss" in entry else self.evaluated
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,12 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
+from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.joint import JointSetup
@@ -26,9 +30,9 @@ from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.setup import Run, Setup, image_source
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import barrier, is_main, say
+from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
 from m2mkd_jax.phases.phase import Phase
-from m2mkd_jax.train.loop import Loop, Member, Preempted
+from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
 from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
 
 
@@ -181,10 +185,24 @@ class Training:
             for record in self._records.values():
                 record.checkpoints.close()
             raise
+        except NotFinite as error:
+            raise self._explained(error) from None
         finally:
             self._close_stream()
             for record in self._records.values():
                 record.log.close()
+
+    def _explained(self, error: NotFinite) -> UserError:
+        """The error with where it began, and what to do."""
+        setup, where = self._setup.setups[error.name], ""
+        if error.training and alone():
+            where = where_it_began(setup, self._states[error.name], error.step)
+        key, at = f"config.{setup.phase.recipe_key}", f"at step {error.step}{where}"
+        return UserError(
+            f"{error.name}: the {error.what} is no longer finite {at}; lower {key}.lr or set "
+            f"{key}.clip and start the job again with --redo={error.name}, or let "
+            "config.max_skipped_steps steps be skipped"
+        )
 
     def _batches(self, phase: Phase) -> Iterator[dict]:
         """The batches from the first step on, on the devices."""
@@ -228,10 +246,13 @@ class Training:
             name=name,
             total_steps=record.total,
             log=record.log,
-            save=record.checkpoints.save,
+            save=functools.partial(_save_finite, name, record.checkpoints),
             stop=_stop_rule(setup.phase, record.reference),
             learning_rate=setup.rate,
             finish=finish,
+            allowed=self._run.config.max_skipped_steps,
+            skipped=int(self._states[name]["skipped"]),
+            evaluated=from_main(record.log.evaluated),
         )
 
     def _step_of(self, names: tuple[str, ...]) -> Callable[[dict, Any], tuple[dict, dict]]:
@@ -276,6 +297,16 @@ class Training:
             shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
         barrier(f"{name} done")
         say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
+
+
+def _save_finite(
+    name: str, checkpoints: RunCheckpoints, step: int, state: dict, metrics: dict
+) -> None:
+    """Saves a state. Raises NotFinite, in all processes, where its weights are not finite."""
+    wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
+    if any_process(bool(wrong)):
+        raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
+    checkpoints.save(step, state, metrics)
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:

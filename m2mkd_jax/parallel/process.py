@@ -25,6 +25,7 @@ CONNECT_SECONDS = 300
 _END, _LEFT = "m2mkd_jax/end", "m2mkd_jax/left"
 _POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
 _steps = itertools.count()
+_arrived: list[int] = []  # signals since the begin of `stopping`
 
 
 def alone() -> bool:
@@ -73,24 +74,33 @@ def from_main(value: Any) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
+def any_process(value: bool) -> bool:
+    """Whether it is true in one of the processes; every process makes this call."""
+    if alone():
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
     """Catches SIGTERM and SIGINT, in the main thread only.
 
-    A second SIGINT (with one process, also SIGTERM) raises KeyboardInterrupt.
+    A second signal ends this process at once (with several processes: a second SIGINT). What is
+    half written then is not taken for whole: it has no final name yet.
 
     Yields:
         A function to be called after each step: whether to stop. With several processes a signal
         to one of them is enough, and all stop after the same step.
     """
     by_itself = alone()
-    arrived: list[int] = []
+    arrived = _arrived
+    arrived.clear()
     previous: dict[int, Any] = {}
 
     def handler(number: int, _: Any) -> None:
         arrived.append(number)
         if len(arrived) > 1:
-            raise KeyboardInterrupt
+            os._exit(128 + number)
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -107,8 +117,14 @@ def stopping() -> Iterator[Callable[[], bool]]:
     try:
         yield stop
     finally:
+        arrived.clear()
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def interrupted() -> bool:
+    """Whether a signal asks this only process to stop; several processes agree after a step."""
+    return alone() and bool(_arrived)
 
 
 def fail(message: str, code: int) -> int:

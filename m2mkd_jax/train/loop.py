@@ -7,6 +7,7 @@ callbacks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,28 @@ class Preempted(Exception):
     """SIGTERM or SIGINT arrived in one of the processes; the states have been saved."""
 
 
+class EvaluationStopped(Exception):
+    """A signal arrived in the middle of an evaluation, which has no result."""
+
+
+class NotFinite(UserError):
+    """A loss, gradient or evaluation is not finite.
+
+    Args:
+        name: the job.
+        step: the step, counted from 1, or the number of steps before the evaluation.
+        what: what is not finite.
+        training: whether it is the step's, not an evaluation's.
+    """
+
+    def __init__(self, name: str, step: int, what: str, training: bool):
+        self.name, self.step, self.what, self.training = name, step, what, training
+        super().__init__(
+            f"{name}: the {what} is no longer finite at step {step}; lower the learning rate or "
+            "set clip in its recipe"
+        )
+
+
 @dataclass
 class Member:
     """One of the jobs of a loop.
@@ -37,6 +60,10 @@ class Member:
         learning_rate: update number -> rate, for the log.
         finish: (state, metrics of the last evaluation, steps done) -> None, called once, at the
             end of the job.
+        allowed: how many steps whose loss or gradient is not finite are skipped; one more ends the
+            job.
+        skipped: how many have been.
+        evaluated: steps before the last evaluation in the log.
     """
 
     name: str
@@ -46,7 +73,39 @@ class Member:
     stop: Callable[[dict], bool] | None
     learning_rate: Callable[[int], Any]
     finish: Callable[[dict, dict, int], None] = lambda state, metrics, steps: None
+    allowed: int = 0
+    skipped: int = 0
+    evaluated: int = 0
     _pending: list[dict] = field(default_factory=list, init=False)  # on the device
+    _taken: list[dict] = field(default_factory=list, init=False)  # fetched, not yet logged
+    _steps: int = field(default=0, init=False)  # since the last log entry
+
+    def add(self, metrics: dict) -> None:
+        """Adds the metrics of a step, which are still on the device."""
+        self._pending.append(metrics)
+        self._steps += 1
+
+    def take(self, done: int) -> None:
+        """Fetches the metrics of the pending steps, and forgets those of skipped steps.
+
+        Args:
+            done: steps done.
+
+        Raises:
+            NotFinite: more steps are skipped than allowed.
+        """
+        if not self._pending:
+            return
+        fetched, self._pending = jax.device_get(self._pending), []
+        for step, values in enumerate(fetched, done - len(fetched) + 1):
+            numbers = {"loss": values["loss"], "gradient": values.get("gradient_norm", 0.0)}
+            wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+            if not wrong:
+                self._taken.append(values)
+                continue
+            self.skipped += 1
+            if self.skipped > self.allowed:
+                raise NotFinite(self.name, step, wrong[0], True)
 
     def stops(self, metrics: dict) -> bool:
         """Whether the job stops early after an evaluation; {}: there was none."""
@@ -89,14 +148,15 @@ class Loop:
 
         Raises:
             Preempted: a signal arrived; the states were saved first.
-            UserError: a loss is no longer finite; the states of the other jobs were saved first.
+            NotFinite: a loss, gradient or evaluation is not; its state is not saved, the states of
+                the other jobs were saved first.
         """
-        ended = self._ended_before(states, start)
-        results = self._finish(states, ended, start)
-        members = [member for member in self.members if member.name not in ended]
         saved = clock = time.monotonic()
         done = start
         with stopping() as asked_to_stop:
+            ended = self._ended_before(states, start)
+            results = self._finish(states, ended, start)
+            members = [member for member in self.members if member.name not in ended]
             while members:
                 step = self.step_of(tuple(member.name for member in members))
                 ended = {}
@@ -105,19 +165,25 @@ class Loop:
                     states.update(stepped)
                     done += 1
                     for member in members:
-                        member._pending.append(step_metrics[member.name])
+                        member.add(step_metrics[member.name])
                     logs = self._due(members, done)
                     if logs:
                         # Between evaluations, the host waits for the device only here.
-                        clock = self._log(done, logs, members, states, clock)
-                    metrics = self._evaluated(done, members, states)
+                        clock = self._log(done, logs, states, clock)
+                    metrics, stopped = {}, asked_to_stop()
+                    if not stopped:
+                        try:
+                            metrics = self._evaluated(done, members, states)
+                        except EvaluationStopped:
+                            stopped = True
                     if metrics:
                         clock = time.monotonic()
                     overdue = time.monotonic() - saved > self.save_seconds
                     if not alone():
                         # Clocks differ between processes, and agreeing at every step would be slow.
                         overdue = bool(logs) and from_main(overdue)
-                    stopped = asked_to_stop()
+                    if overdue or stopped:
+                        self._check_pending(done, members, states)
                     for member in members:
                         own = metrics.get(member.name, {})
                         if own or overdue or stopped:
@@ -137,18 +203,25 @@ class Loop:
         return results
 
     def _ended_before(self, states: dict, done: int) -> dict[str, dict]:
-        """Metrics of jobs that a previous run may have been killed in after their last step."""
-        evaluated = self.evaluate_every and done and done % self.evaluate_every == 0
-        asked = {
-            member.name: member
+        """Metrics of jobs that a previous run may have been stopped in after their last step.
+
+        An evaluation that was due and is not in the log is made up for.
+        """
+        due = bool(self.evaluate_every and done and done % self.evaluate_every == 0)
+        asked = [
+            member
             for member in self.members
-            if done >= member.total_steps or (member.stop and evaluated)
-        }
-        metrics = self.evaluate({name: states[name] for name in asked}) if asked else {}
+            if done >= member.total_steps or (due and (member.stop or member.evaluated < done))
+        ]
+        try:
+            metrics = self._measured(done, asked, states) if asked else {}
+        except EvaluationStopped:
+            names = ", ".join(member.name for member in asked)
+            raise Preempted(f"{names}: stopped by a signal at step {done}") from None
         return {
-            name: metrics[name]
-            for name, member in asked.items()
-            if done >= member.total_steps or member.stops(metrics[name])
+            member.name: metrics[member.name]
+            for member in asked
+            if done >= member.total_steps or member.stops(metrics[member.name])
         }
 
     def _finish(self, states: dict, ended: dict[str, dict], done: int) -> dict[str, dict]:
@@ -163,7 +236,7 @@ class Loop:
         return [
             member
             for member in members
-            if done == member.total_steps or len(member._pending) == self.log_every
+            if done == member.total_steps or member._steps == self.log_every
         ]
 
     def _evaluated(self, done: int, members: list[Member], states: dict) -> dict[str, dict]:
@@ -172,42 +245,57 @@ class Loop:
         due = [member for member in members if all_due or done == member.total_steps]
         if not due:
             return {}
+        self._check_pending(done, due, states)
+        return self._measured(done, due, states)
+
+    def _measured(self, done: int, due: Iterable[Member], states: dict) -> dict[str, dict]:
+        """Metrics of some jobs, which are logged. Raises NotFinite and EvaluationStopped."""
         metrics = self.evaluate({member.name: states[member.name] for member in due})
         for member in due:
-            member.log({"step": done, **metrics[member.name]})
+            if member.evaluated < done:
+                member.log({"step": done, **metrics[member.name]})
+                member.evaluated = done
+            for name, value in metrics[member.name].items():
+                if not math.isfinite(value):
+                    raise self._failed(NotFinite(member.name, done, name, False), done, states)
         return metrics
 
-    def _log(
-        self, done: int, due: list[Member], members: list[Member], states: dict, clock: float
-    ) -> float:
+    def _check_pending(self, done: int, members: Iterable[Member], states: dict) -> None:
+        """Raises NotFinite where a step since the last log entry was one too many to skip."""
+        for member in members:
+            try:
+                member.take(done)
+            except NotFinite as error:
+                raise self._failed(error, done, states) from None
+
+    def _failed(self, error: NotFinite, done: int, states: dict) -> NotFinite:
+        """The error, once the jobs that go well are saved."""
+        for member in self.members:
+            if member.name != error.name and member.name in states:
+                with contextlib.suppress(NotFinite):
+                    member.take(done)
+                    member.save(done, states[member.name], {})
+        return error
+
+    def _log(self, done: int, due: list[Member], states: dict, clock: float) -> float:
         """Logs the means of the pending metrics; returns the time.
 
         Args:
             done: steps done.
             due: jobs whose metrics are logged.
-            members: all jobs that are trained.
             states: by job.
             clock: when the last log entry was written.
         """
         update = max(done // self.accumulate - 1, 0)
-        on_device = [(member._pending, member.learning_rate(update)) for member in due]
-        fetched = jax.device_get(on_device)
+        self._check_pending(done, due, states)
         now = time.monotonic()
-        diverged = {}
-        for member, (values, rate) in zip(due, fetched, strict=True):
+        for member in due:
+            values, member._taken = member._taken, []
+            steps, member._steps = member._steps, 0
             # Scalars become numbers, arrays per layer become lists.
-            mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in values[0]}
-            seconds = (now - clock) / len(values)
-            member.log({"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean})
-            member._pending = []
-            if not math.isfinite(mean["loss"]):
-                diverged[member.name] = done - len(values) + 1
-        for member in members if diverged else ():
-            if member.name not in diverged:
-                member.save(done, states[member.name], {})
-        for name, first in diverged.items():
-            raise UserError(
-                f"{name}: the loss is no longer finite between steps {first} and {done}; "
-                "lower the learning rate or set clip in its recipe, then delete the job's directory"
-            )
+            names = values[0] if values else ()
+            mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in names}
+            rate = float(member.learning_rate(update))
+            entry = {"step": done, "lr": rate, "seconds_per_step": (now - clock) / steps, **mean}
+            member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
         return now

@@ -2,9 +2,12 @@
 
 Axes: B batch, H height, W width, K classes.
 
-The training state is a plain dict: "step" (int32 scalar), "params" {stage: params}, "opt_state",
-"fixed" {stage: random arrays, drawn once and saved} and, if a moving average of the weights is
-kept, "ema" like "params".
+The training state is a plain dict: "step" (int32 scalar), "skipped" (int32 scalar, how many of the
+steps changed nothing else), "params" {stage: params}, "opt_state", "fixed" {stage: random arrays,
+drawn once and saved} and, if a moving average of the weights is kept, "ema" like "params".
+
+A step whose loss or gradient is not finite changes nothing but the two counts; `Loop` decides how
+many of them a job survives.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ def initial_state(
     """
     state = {
         "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": optimizer.init(params),
         "fixed": fixed,
@@ -163,9 +167,8 @@ def _joint_update(
 
     def step(states: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
         first = next(iter(states.values()))
-        key = jax.random.fold_in(jax.random.key(seed), first["step"])
-        mix_key, loss_key, erase_key = jax.random.split(key, 3)
-        batch = _prepared((erase_key, mix_key), batch, mixing_recipe, data)
+        loss_key, prepare_keys = step_keys(seed, first["step"])
+        batch = prepared(prepare_keys, batch, mixing_recipe, data)
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {job: states[job]["params"] for job in jobs}
@@ -174,14 +177,22 @@ def _joint_update(
         )
         new = {}
         for job, (optimizer, recipe) in jobs.items():
-            metrics[job]["gradient_norm"] = optax.tree.norm(grads[job])
-            new[job] = _advance(states[job], grads[job], optimizer, recipe)
+            norm = metrics[job]["gradient_norm"] = optax.tree.norm(grads[job])
+            finite = jnp.isfinite(metrics[job]["loss"]) & jnp.isfinite(norm)
+            new[job] = _advance(states[job], grads[job], finite, optimizer, recipe)
         return new, metrics
 
     return step
 
 
-def _prepared(
+def step_keys(seed: int, step: jax.Array | int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The keys of a step, which depend on nothing else: the loss's, and those of `prepared`."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    mix_key, loss_key, erase_key = jax.random.split(key, 3)
+    return loss_key, (erase_key, mix_key)
+
+
+def prepared(
     keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
 ) -> dict[str, jax.Array]:
     """A batch as the loss takes it: "target", "image" where there are images, and all others.
@@ -197,19 +208,36 @@ def _prepared(
 
 
 def _advance(
-    state: dict, grads: dict, optimizer: optax.GradientTransformation, recipe: Any
+    state: dict,
+    grads: dict,
+    finite: jax.Array,
+    optimizer: optax.GradientTransformation,
+    recipe: Any,
 ) -> dict:
-    """The state after one more step, given the gradient of its parameters."""
+    """The state after one more step.
+
+    Args:
+        state: before it.
+        grads: gradient of its parameters.
+        finite: whether loss and gradient are; if not, only the counts change.
+            (optax.apply_if_finite gives up after some steps, and lets NaN through.)
+        optimizer: of train/optimizer.py.
+        recipe: its ema and accumulate.
+    """
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    new = {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}
+    changed = {"params": params, "opt_state": opt_state}
     if recipe.ema:
-        new["ema"] = ema_update(state["ema"], params, recipe.ema)
+        changed["ema"] = ema_update(state["ema"], params, recipe.ema)
     if recipe.ema and recipe.accumulate > 1:
         # The weights change with the last part of a batch only, and so must their average.
-        moved = new["step"] % recipe.accumulate == 0
-        new["ema"] = jax.tree.map(functools.partial(jnp.where, moved), new["ema"], state["ema"])
-    return new
+        moved = (state["step"] + 1) % recipe.accumulate == 0
+        keep = functools.partial(jnp.where, moved)
+        changed["ema"] = jax.tree.map(keep, changed["ema"], state["ema"])
+    before = {name: state[name] for name in changed}
+    changed = jax.tree.map(functools.partial(jnp.where, finite), changed, before)
+    skipped = state["skipped"] + jnp.where(finite, 0, 1)
+    return {**state, **changed, "step": state["step"] + 1, "skipped": skipped}
 
 
 def with_fixed(frozen: dict, fixed: dict) -> dict:

@@ -1,13 +1,14 @@
 """The training loop with a step that only counts: logs, evaluations, saves, stops, resumes."""
 
 import itertools
+import math
 import signal
 
 import jax
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.train.loop import Loop, Member, Preempted
+from m2mkd_jax.train.loop import EvaluationStopped, Loop, Member, NotFinite, Preempted
 
 
 class Recorder:
@@ -15,7 +16,7 @@ class Recorder:
 
     def __init__(self, total=10, log_every=4, evaluate_every=0, stop=None, losses=None, **options):
         self.logs, self.saves, self.evaluations, self.ended = [], [], [], []
-        self.losses = losses or {}
+        self.losses, self.norms = losses or {}, options.pop("norms", {})
         member = Member(
             name="job",
             total_steps=total,
@@ -24,6 +25,7 @@ class Recorder:
             stop=stop,
             learning_rate=lambda update: 0.5 * update,
             finish=lambda *result: self.ended.append(result),
+            allowed=options.pop("allowed", 0),
         )
         self.loop = Loop(
             members=[member],
@@ -39,7 +41,8 @@ class Recorder:
         state = states["job"]
         assert batch == state["n"], "a batch was skipped or repeated"
         loss = self.losses.get(state["n"], 1.0)
-        return {"job": {"n": state["n"] + 1}}, {"job": {"loss": loss}}
+        metrics = {"loss": loss, "gradient_norm": self.norms.get(state["n"], 2.0)}
+        return {"job": {"n": state["n"] + 1}}, {"job": metrics}
 
     def evaluate(self, states):
         self.evaluations.append(states["job"]["n"])
@@ -98,6 +101,7 @@ def test_early_stop_and_resume_after_it():
 
 def test_resume_after_the_last_step_only_evaluates():
     recorder = Recorder()
+    recorder.loop.members[0].evaluated = 10
     assert recorder.run(start=10) == ({"n": 10}, {"eval_accuracy": 0.1}, 10)
     assert recorder.logs == [] and recorder.evaluations == [10]
 
@@ -105,8 +109,60 @@ def test_resume_after_the_last_step_only_evaluates():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverging_loss_stops_and_names_the_steps(value):
     recorder = Recorder(losses={5: value})
-    with pytest.raises(UserError, match="between steps 5 and 8"):
+    with pytest.raises(UserError, match="at step 6;"):
         recorder.run()
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    with pytest.raises(NotFinite, match="the gradient is no longer finite at step 3;"):
+        Recorder(norms={2: float("inf")}).run()
+
+
+def test_steps_that_may_be_skipped_are_counted_and_left_out_of_the_means():
+    recorder = Recorder(losses={1: float("nan"), 2: float("nan"), 3: 5.0}, allowed=2)
+    assert recorder.run()[2] == 10
+    first, *others = [r for r in recorder.logs if "lr" in r]
+    assert first["loss"] == 3.0 and first["skipped"] == 2
+    assert [r["skipped"] for r in others] == [2, 2]
+    assert all(math.isfinite(r["loss"]) for r in recorder.logs if "loss" in r)
+    recorder = Recorder(losses={1: float("nan"), 2: float("nan"), 7: float("nan")}, allowed=2)
+    with pytest.raises(NotFinite, match="at step 8;"):
+        recorder.run()
+
+
+def test_nothing_is_saved_after_a_step_that_was_one_too_many():
+    recorder = Recorder(losses={3: float("nan")}, log_every=50, evaluate_every=5)
+    with pytest.raises(NotFinite, match="at step 4;"):
+        recorder.run()
+    assert recorder.saves == []
+
+
+def test_an_evaluation_that_is_not_finite_stops_before_it_is_saved():
+    recorder = Recorder(evaluate_every=5)
+    recorder.evaluate = lambda states: {"job": {"eval_loss": float("nan")}}
+    recorder.loop.evaluate = recorder.evaluate
+    with pytest.raises(NotFinite, match="the eval_loss is no longer finite at step 5"):
+        recorder.run()
+    assert recorder.saves == []
+
+
+def test_a_signal_in_an_evaluation_saves_and_a_resumed_run_makes_up_for_it():
+    recorder = Recorder(evaluate_every=5)
+
+    def stopped(states):
+        raise EvaluationStopped
+
+    recorder.loop.evaluate = stopped
+    with pytest.raises(Preempted, match="step 5"):
+        recorder.run()
+    assert recorder.saves == [(5, {})]
+    again = Recorder(evaluate_every=5)
+    again.run(start=5)
+    assert [r["step"] for r in again.logs if "eval_accuracy" in r] == [5, 10]
+    known = Recorder(evaluate_every=5)
+    known.loop.members[0].evaluated = 5
+    known.run(start=5)
+    assert [r["step"] for r in known.logs if "eval_accuracy" in r] == [10]
 
 
 def test_a_signal_saves_and_raises():
@@ -185,6 +241,8 @@ def test_each_job_ends_by_itself_and_the_rest_go_on():
 
 def test_jobs_that_had_ended_before_a_kill_do_not_train_on():
     jobs = Jobs({"a": 10, "b": 4, "c": 9}, {"c": near}, evaluate_every=2)
+    for member in jobs.loop.members:
+        member.evaluated = 4
     jobs.run(start=4)
     assert jobs.programs == [("a",)]
     assert jobs.events["b"] == jobs.events["c"] == [("end", 4, 4)]
@@ -192,6 +250,6 @@ def test_jobs_that_had_ended_before_a_kill_do_not_train_on():
 
 def test_where_one_job_diverges_the_others_are_saved():
     jobs = Jobs({"a": 10, "b": 10}, losses={"b": float("nan")})
-    with pytest.raises(UserError, match="b: the loss is no longer finite between steps 1 and 4"):
+    with pytest.raises(UserError, match="b: the loss is no longer finite at step 1;"):
         jobs.run()
     assert ("save", 4) in jobs.events["a"] and ("save", 4) not in jobs.events["b"]

@@ -1,0 +1,93 @@
+"""Where a loss or gradient that is not finite begins: the step once more, stage by stage.
+
+Axes: B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2mkd_jax.checkpoint.trees import not_finite
+from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.pipeline import train_batches
+from m2mkd_jax.jobs.setup import Setup, image_source
+from m2mkd_jax.train.step import prepared, step_keys
+
+SHOWN = 8  # images of a batch
+
+
+def where_it_began(setup: Setup, state: dict, step: int) -> str:
+    """In words, to follow "at step N": the images, and the first stage, or gradient, at fault.
+
+    The step is repeated with its own batch and random numbers, and with the weights after it, which
+    it has not changed.
+
+    Args:
+        setup: of the job, in a run of a single process.
+        state: the job's.
+        step: its number, from 1.
+    """
+    phase = setup.phase
+    data, recipe = phase.data, phase.recipe
+    source, micro = image_source(data, "train"), recipe.batch // recipe.accumulate
+    indices = BatchIndices(len(source), micro, phase.seed, data.repeated_augmentation)
+    images = [int(i) for i in indices[step - 1][:SHOWN]]
+    where = f" (images {', '.join(map(str, images))}{', ...' if micro > SHOWN else ''}"
+    batches = train_batches(
+        source,
+        data,
+        batch_size=micro,
+        total_steps=step,
+        start_step=step - 1,
+        seed=phase.seed,
+        views=phase.views,
+    )
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    key, prepare_keys = step_keys(phase.seed, step - 1)
+    ready = prepared(prepare_keys, batch, recipe, data)
+    found = _first_stage(setup, state, ready["image"], key) or _first_gradient(
+        setup, state, ready, key
+    )
+    return f"{where}; {found})" if found else f"{where})"
+
+
+def _single(setup: Setup, state: dict) -> tuple[dict, dict]:
+    """The trained parameters and the frozen stages, by single stage."""
+    joined = setup.joined
+    frozen = joined.single_stages(setup.frozen)
+    fixed: dict[str, Any] = {part: {} for name in state["params"] for part in joined.groups[name]}
+    fixed |= {joined.groups[name][0]: own for name, own in state["fixed"].items() if own}
+    for name, own in fixed.items():
+        frozen[name] = {**frozen.get(name, {}), "fixed": own}
+    return joined.split(state["params"]), frozen
+
+
+def _first_stage(setup: Setup, state: dict, images: jax.Array, key: jax.Array) -> str:
+    """The first stage of the student's chain whose output is not finite; "" if all are."""
+    program = setup.joined.single
+    params, frozen = _single(setup, state)
+    x = program.run(program.student[: program.shared], params, frozen, images.astype(program.dtype))
+    names, rates = program.student[program.shared :], program.rates[program.shared :]
+    for end in range(1, len(names) + 1):
+        y = program.run(names[:end], params, frozen, x, rates[:end] or None, key, train=True)
+        if not jnp.isfinite(y).all():
+            return f"the output of {names[end - 1]} is the first that is not"
+    return ""
+
+
+def _first_gradient(setup: Setup, state: dict, batch: dict[str, Any], key: jax.Array) -> str:
+    """The array nearest to the loss whose gradient is not finite; "" if all are."""
+    program = setup.joined.single
+    params, frozen = _single(setup, state)
+    grads = jax.grad(lambda params: program.loss(params, frozen, batch, key)[0])(params)
+    for name in reversed(program.student):
+        if name in grads and (path := not_finite(jax.tree.map(np.asarray, grads[name]))):
+            return f"the gradient of {name}/{path} is not"
+    return ""
