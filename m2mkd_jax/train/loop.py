@@ -85,18 +85,21 @@ class Member:
         self._pending.append(metrics)
         self._steps += 1
 
-    def take(self, done: int) -> None:
-        """Fetches the metrics of the pending steps, and forgets those of skipped steps.
+    def pending(self) -> list[dict]:
+        """The metrics of the steps since the last call, on the device."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def take(self, fetched: list[dict], done: int) -> None:
+        """Keeps the metrics of steps until they are logged, without those of skipped steps.
 
         Args:
+            fetched: of the last steps.
             done: steps done.
 
         Raises:
             NotFinite: more steps are skipped than allowed.
         """
-        if not self._pending:
-            return
-        fetched, self._pending = jax.device_get(self._pending), []
         for step, values in enumerate(fetched, done - len(fetched) + 1):
             numbers = {"loss": values["loss"], "gradient": values.get("gradient_norm", 0.0)}
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
@@ -134,6 +137,8 @@ class Loop:
     evaluate: Callable[[dict], dict[str, dict]]
     save_seconds: float
     accumulate: int = 1
+    _saved: float = field(default=0.0, init=False)  # when
+    _clock: float = field(default=0.0, init=False)  # when the last log entry was written
 
     def run(self, states: dict[str, dict], batches: Iterator[dict], start: int = 0) -> dict:
         """Trains from step `start` on, until every job has ended.
@@ -151,7 +156,7 @@ class Loop:
             NotFinite: a loss, gradient or evaluation is not; its state is not saved, the states of
                 the other jobs were saved first.
         """
-        saved = clock = time.monotonic()
+        self._saved = self._clock = time.monotonic()
         done = start
         with stopping() as asked_to_stop:
             ended = self._ended_before(states, start)
@@ -166,33 +171,7 @@ class Loop:
                     done += 1
                     for member in members:
                         member.add(step_metrics[member.name])
-                    logs = self._due(members, done)
-                    if logs:
-                        # Between evaluations, the host waits for the device only here.
-                        clock = self._log(done, logs, states, clock)
-                    metrics, stopped = {}, asked_to_stop()
-                    if not stopped:
-                        try:
-                            metrics = self._evaluated(done, members, states)
-                        except EvaluationStopped:
-                            stopped = True
-                    if metrics:
-                        clock = time.monotonic()
-                    overdue = time.monotonic() - saved > self.save_seconds
-                    if not alone():
-                        # Clocks differ between processes, and agreeing at every step would be slow.
-                        overdue = bool(logs) and from_main(overdue)
-                    if overdue or stopped:
-                        self._check_pending(done, members, states)
-                    for member in members:
-                        own = metrics.get(member.name, {})
-                        if own or overdue or stopped:
-                            member.save(done, states[member.name], own)
-                    if metrics or overdue:
-                        saved = time.monotonic()
-                    if stopped:
-                        names = ", ".join(member.name for member in members)
-                        raise Preempted(f"{names}: stopped by a signal at step {done}, state saved")
+                    metrics = self._log_evaluate_save(done, members, states, asked_to_stop)
                     ended = {
                         member.name: metrics[member.name]
                         for member in members
@@ -201,6 +180,47 @@ class Loop:
                 results |= self._finish(states, ended, done)
                 members = [member for member in members if member.name not in ended]
         return results
+
+    def _log_evaluate_save(
+        self, done: int, members: list[Member], states: dict, asked_to_stop: Callable[[], bool]
+    ) -> dict[str, dict]:
+        """What follows a step: logs, evaluations and saves that are due.
+
+        Returns:
+            Metrics, by job, of the evaluations.
+
+        Raises:
+            Preempted, NotFinite: as `run`.
+        """
+        logs = self._due(members, done)
+        if logs:
+            # Between evaluations, the host waits for the device only here.
+            self._log(done, logs, states)
+        metrics: dict[str, dict] = {}
+        stopped = asked_to_stop()
+        if not stopped:
+            try:
+                metrics = self._evaluated(done, members, states)
+            except EvaluationStopped:
+                stopped = True
+        overdue = time.monotonic() - self._saved > self.save_seconds
+        if not alone():
+            # Clocks differ between processes, and agreeing at every step would be slow.
+            overdue = bool(logs) and from_main(overdue)
+        if overdue or stopped:
+            self._check_pending(done, members, states)
+        for member in members:
+            own = metrics.get(member.name, {})
+            if own or overdue or stopped:
+                member.save(done, states[member.name], own)
+        if metrics:
+            self._clock = time.monotonic()
+        if metrics or overdue:
+            self._saved = time.monotonic()
+        if stopped:
+            names = ", ".join(member.name for member in members)
+            raise Preempted(f"{names}: stopped by a signal at step {done}, state saved")
+        return metrics
 
     def _ended_before(self, states: dict, done: int) -> dict[str, dict]:
         """Metrics of jobs that a previous run may have been stopped in after their last step.
@@ -260,42 +280,45 @@ class Loop:
                     raise self._failed(NotFinite(member.name, done, name, False), done, states)
         return metrics
 
-    def _check_pending(self, done: int, members: Iterable[Member], states: dict) -> None:
-        """Raises NotFinite where a step since the last log entry was one too many to skip."""
-        for member in members:
+    def _check_pending(
+        self, done: int, members: Sequence[Member], states: dict, beside: Any = ()
+    ) -> Any:
+        """Fetches the metrics of pending steps, and `beside`, which is returned.
+
+        Raises:
+            NotFinite: a step of one of the jobs was one too many to skip.
+        """
+        pending = [member.pending() for member in members]
+        if any(pending) or beside:
+            pending, beside = jax.device_get((pending, beside))
+        for member, values in zip(members, pending, strict=True):
             try:
-                member.take(done)
+                member.take(values, done)
             except NotFinite as error:
                 raise self._failed(error, done, states) from None
+        return beside
 
     def _failed(self, error: NotFinite, done: int, states: dict) -> NotFinite:
         """The error, once the jobs that go well are saved."""
         for member in self.members:
             if member.name != error.name and member.name in states:
                 with contextlib.suppress(NotFinite):
-                    member.take(done)
+                    member.take(jax.device_get(member.pending()), done)
                     member.save(done, states[member.name], {})
         return error
 
-    def _log(self, done: int, due: list[Member], states: dict, clock: float) -> float:
-        """Logs the means of the pending metrics; returns the time.
-
-        Args:
-            done: steps done.
-            due: jobs whose metrics are logged.
-            states: by job.
-            clock: when the last log entry was written.
-        """
+    def _log(self, done: int, due: list[Member], states: dict) -> None:
+        """Logs the means of the pending metrics of the jobs that are due, after `done` steps."""
         update = max(done // self.accumulate - 1, 0)
-        self._check_pending(done, due, states)
+        rates = self._check_pending(done, due, states, [m.learning_rate(update) for m in due])
         now = time.monotonic()
-        for member in due:
+        for member, rate in zip(due, rates, strict=True):
             values, member._taken = member._taken, []
             steps, member._steps = member._steps, 0
             # Scalars become numbers, arrays per layer become lists.
             names = values[0] if values else ()
             mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in names}
-            rate = float(member.learning_rate(update))
-            entry = {"step": done, "lr": rate, "seconds_per_step": (now - clock) / steps, **mean}
+            seconds = (now - self._clock) / steps
+            entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean}
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
-        return now
+        self._clock = now
