@@ -7,7 +7,6 @@ single job is a round of one.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import time
 from collections.abc import Sequence
 from typing import IO
@@ -24,6 +23,7 @@ from m2mkd_jax.jobs.joint import (
     teacher_program,
 )
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
+from m2mkd_jax.jobs.locks import acquire
 from m2mkd_jax.jobs.plan import Job, is_done, write_inputs
 from m2mkd_jax.jobs.setup import Run, count_updates
 from m2mkd_jax.jobs.training import Training, total_steps
@@ -67,16 +67,8 @@ def _lock(run: Run, job: Job, locks: dict[str, IO[str]], several: bool) -> bool:
     Raises:
         UserError: another process trains the only job.
     """
-    directory = run.directory(job.name)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock, taken = (directory / "lock").open("w"), False
-    if is_main():
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            taken = True
-    if from_main(taken):
-        lock.close()
+    lock = acquire(run.directory(job.name)) if is_main() else None
+    if from_main(lock is None):
         if several:
             say(f"[{job.name}] another process is running it; left to that process")
             return False
@@ -84,7 +76,8 @@ def _lock(run: Run, job: Job, locks: dict[str, IO[str]], several: bool) -> bool:
             f"{job.name}: another process is running it in {run.workdir}; wait for it, or use "
             "another --workdir"
         )
-    locks[job.name] = lock
+    if lock is not None:
+        locks[job.name] = lock
     if from_main(is_done(run.workdir, job.name)):
         say(f"[{job.name}] done elsewhere")
         return False
@@ -99,12 +92,17 @@ def _train_round(run: Run, jobs: list[Job], locks: dict[str, IO[str]]) -> list[J
         jobs: that can train in one program.
         locks: of the jobs; they are closed as jobs end or are put off.
     """
+
+    def release(name: str) -> None:
+        if is_main():
+            locks.pop(name).close()
+
     began, updates, step = time.monotonic(), count_updates(jobs[0].phase), None
     chosen = jobs
     if len(jobs) > 1:
         chosen, step = fitting_jobs(run, jobs, updates)
     for job in jobs[len(chosen) :]:
-        locks.pop(job.name).close()
+        release(job.name)
     phases = {job.name: job.phase for job in chosen}
     for job in chosen if is_main() else ():
         write_inputs(run.workdir, job)
@@ -121,8 +119,8 @@ def _train_round(run: Run, jobs: list[Job], locks: dict[str, IO[str]]) -> list[J
     del stages, setup  # as jobs end, what they alone need is let go
     put_off = training.begin(origins, references)
     for name in put_off:
-        locks.pop(name).close()
-    training.run(lambda name: locks.pop(name).close())
+        release(name)
+    training.run(release)
     return [job for job in chosen if job.name in put_off] + jobs[len(chosen) :]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from m2mkd_jax.checkpoint.files import read_record, write_json
+from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.initial_weights import job_directory
@@ -20,7 +21,8 @@ from m2mkd_jax.phases.initial_weights import job_directory
 def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     """workdir/summary.json: every job, and the accuracies that matter side by side.
 
-    A job's status is done, interrupted, pending, or not needed: what it was needed for is done.
+    A job's status is done, running (in another process), interrupted, pending, or not needed: what
+    it was needed for is done.
     """
     jobs, still_open = [], open_jobs(plan, workdir)
     for name in plan.names:
@@ -32,6 +34,8 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
         status = "interrupted" if checkpoints.is_dir() else "pending"
         if name not in still_open:
             status = "not needed"
+        elif is_held(directory):
+            status = "running"
         saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
         jobs.append(
             {

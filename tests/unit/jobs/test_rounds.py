@@ -3,13 +3,15 @@
 And the room on the disk that their kept targets take.
 """
 
+import errno
 import fcntl
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import joint, kept_targets, rounds
+from m2mkd_jax.jobs import joint, kept_targets, locks, rounds
 from m2mkd_jax.jobs.pipeline import _phases
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.setup import Run
@@ -123,3 +125,20 @@ def test_kept_targets_that_the_disk_has_no_room_for_are_refused(tmp_path, monkey
     with pytest.raises(UserError, match=r"config.distillation.views: the targets of all views"):
         kept_targets.check_disk(run, jobs)
     kept_targets.check_disk(*pairs(tmp_path, **values, **{"distillation.keep_targets": False}))
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, capsys):
+    def refuse(code):
+        def flock(*_):
+            raise OSError(code, os.strerror(code))
+
+        return flock
+
+    for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr(fcntl, "flock", refuse(code))
+        lock = locks.acquire(tmp_path)
+        assert lock is not None and "has no locks" in capsys.readouterr().err
+        lock.close()
+        assert not locks.is_held(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EAGAIN))
+    assert locks.acquire(tmp_path) is None and locks.is_held(tmp_path)
