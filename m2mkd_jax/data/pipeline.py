@@ -5,6 +5,7 @@ of the steps, and the number of threads, workers or processes cannot change what
 Axes: B global batch, L local batch (B / processes), S image size, C channels (3).
 """
 
+import functools
 import gc
 import math
 import os
@@ -21,7 +22,7 @@ from m2mkd_jax.data.damaged_images import DamagedImageCounter
 from m2mkd_jax.data.image_source import ImageReader, ImageSource
 from m2mkd_jax.data.indices import BatchIndices, step_generator, view_generator
 from m2mkd_jax.data.kept import KeptBatches
-from m2mkd_jax.data.workers import automatic_workers, usable_cores
+from m2mkd_jax.data.workers import automatic_workers, end_with_parent, usable_cores
 from m2mkd_jax.errors import UserError
 
 # Limit for the batches waiting in memory, per process; it bounds the number of threads.
@@ -352,7 +353,8 @@ def _iterate(
             dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=min(workers, len(steps)), per_worker_buffer_size=1
-                )
+                ),
+                worker_init_fn=functools.partial(end_with_parent, os.getpid()),
             )
         ),
         damaged,

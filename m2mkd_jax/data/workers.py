@@ -1,8 +1,10 @@
-"""How many worker processes decode images when the config does not say."""
+"""The worker processes that decode images: how many, and that they end with their parent."""
 
 import math
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +13,7 @@ import psutil
 # for Python and the libraries.
 BATCHES_PER_WORKER = 4
 _OWN_BYTES = 500 << 20
+_PARENT_SECONDS = 1.0  # between looks for the parent
 
 
 def usable_cores() -> int:
@@ -37,3 +40,22 @@ def automatic_workers(batch_bytes: int) -> int:
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     free = psutil.virtual_memory().available
     return int(min(cores - cores // 8, shared / 2 // kept, free / 2 // (kept + _OWN_BYTES)))
+
+
+def end_with_parent(parent: int, worker: int, workers: int) -> None:
+    """Ends this worker process soon after its parent, which may be killed without a word to it.
+
+    What the worker had in shared memory is then freed by Python's resource tracker.
+
+    Args:
+        parent: the parent's process id.
+        worker, workers: as Grain gives them; not needed.
+    """
+    del worker, workers
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -292,7 +292,9 @@ def test_a_killed_program_goes_on_with_the_same_bytes(workers, folder_source, tm
     step = int(np.random.default_rng(workers).integers(3, 30))
     with start(0) as killed:
         seen = [killed.stdout.readline() for _ in range(step)]
-        os.killpg(killed.pid, signal.SIGKILL)
+        workers_left = psutil.Process(killed.pid).children(recursive=True)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert not psutil.wait_procs(workers_left, timeout=60)[1]
     with start(step) as resumed:
         seen += resumed.stdout.readlines()
     assert resumed.returncode == 0
