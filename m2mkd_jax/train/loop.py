@@ -90,12 +90,13 @@ class Member:
         pending, self._pending = self._pending, []
         return pending
 
-    def take(self, fetched: list[dict], done: int) -> None:
+    def take(self, fetched: list[dict], done: int, accumulate: int) -> None:
         """Keeps the metrics of steps until they are logged, without those of skipped steps.
 
         Args:
             fetched: of the last steps.
             done: steps done.
+            accumulate: steps per optimizer update.
 
         Raises:
             NotFinite: more steps are skipped than allowed.
@@ -104,6 +105,8 @@ class Member:
             numbers = {"loss": values["loss"], "gradient": values.get("gradient_norm", 0.0)}
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             if not wrong:
+                if step % accumulate:  # the norm of a part of the gradient
+                    values = {k: v for k, v in values.items() if k != "gradient_norm"}
                 self._taken.append(values)
                 continue
             self.skipped += 1
@@ -293,7 +296,7 @@ class Loop:
             pending, beside = jax.device_get((pending, beside))
         for member, values in zip(members, pending, strict=True):
             try:
-                member.take(values, done)
+                member.take(values, done, self.accumulate)
             except NotFinite as error:
                 raise self._failed(error, done, states) from None
         return beside
@@ -303,7 +306,7 @@ class Loop:
         for member in self.members:
             if member.name != error.name and member.name in states:
                 with contextlib.suppress(NotFinite):
-                    member.take(jax.device_get(member.pending()), done)
+                    member.take(jax.device_get(member.pending()), done, self.accumulate)
                     member.save(done, states[member.name], {})
         return error
 
@@ -316,8 +319,8 @@ class Loop:
             values, member._taken = member._taken, []
             steps, member._steps = member._steps, 0
             # Scalars become numbers, arrays per layer become lists.
-            names = values[0] if values else ()
-            mean = {k: np.mean([v[k] for v in values], axis=0).tolist() for k in names}
+            names = dict.fromkeys(name for own in values for name in own)
+            mean = {k: np.mean([v[k] for v in values if k in v], axis=0).tolist() for k in names}
             seconds = (now - self._clock) / steps
             entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean}
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))

@@ -177,7 +177,9 @@ def _joint_update(
         )
         new = {}
         for job, (optimizer, recipe) in jobs.items():
-            norm = metrics[job]["gradient_norm"] = optax.tree.norm(grads[job])
+            norm = metrics[job]["gradient_norm"] = optax.tree.norm(
+                _accumulated(states[job], grads[job], recipe)
+            )
             finite = jnp.isfinite(metrics[job]["loss"]) & jnp.isfinite(norm)
             new[job] = _advance(states[job], grads[job], finite, optimizer, recipe)
         return new, metrics
@@ -205,6 +207,15 @@ def prepared(
         return batch | {"target": mixing.smooth_one_hot(label, data.classes, recipe.smoothing)}
     images, targets = prepare(keys, {"image": batch["image"], "label": label}, recipe, data)
     return batch | {"image": images, "target": targets}
+
+
+def _accumulated(state: dict, grads: dict, recipe: Any) -> dict:
+    """The mean gradient of the parts of a batch up to this one; after the last, what clip sees."""
+    if recipe.accumulate == 1:
+        return grads
+    before = state["opt_state"]
+    parts = (before.mini_step + 1).astype(jnp.float32)
+    return jax.tree.map(lambda mean, grad: mean + (grad - mean) / parts, before.acc_grads, grads)
 
 
 def _advance(

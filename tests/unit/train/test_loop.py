@@ -130,6 +130,12 @@ def test_steps_that_may_be_skipped_are_counted_and_left_out_of_the_means():
         recorder.run()
 
 
+def test_the_gradient_norm_is_that_of_updates():
+    recorder = Recorder(total=8, accumulate=2, norms={0: 9.0, 1: 3.0, 2: 9.0, 3: 5.0})
+    recorder.run()
+    assert [r["gradient_norm"] for r in recorder.logs if "lr" in r] == [4.0, 2.0]
+
+
 def test_nothing_is_saved_after_a_step_that_was_one_too_many():
     recorder = Recorder(losses={3: float("nan")}, log_every=50, evaluate_every=5)
     with pytest.raises(NotFinite, match="at step 4;"):

@@ -34,6 +34,11 @@ def loss(trainable, frozen, batch, key):
 
 def trained(accumulate: int, ema: float, updates: int = 3) -> dict:
     """The state after some updates, each with a batch in `accumulate` parts."""
+    return trained_and_norm(accumulate, ema, updates)[0]
+
+
+def trained_and_norm(accumulate: int, ema: float, updates: int = 3) -> tuple[dict, float]:
+    """`trained`, and the gradient norm of the last update."""
     recipe, data = setting(accumulate, ema)
     rng = np.random.default_rng(0)
     params = {
@@ -50,8 +55,8 @@ def trained(accumulate: int, ema: float, updates: int = 3) -> dict:
         labels = rng.integers(0, CLASSES, BATCH, np.int32)
         parts = np.split(images, accumulate), np.split(labels, accumulate)
         for image, label in zip(*parts, strict=True):
-            state, _ = step(state, {}, {"image": image, "label": label})
-    return state
+            state, metrics = step(state, {}, {"image": image, "label": label})
+    return state, float(metrics["gradient_norm"])
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
@@ -74,3 +79,34 @@ def test_evaluation_takes_the_average_where_there_is_one():
     assert (kernel(without) == with_average["params"]["model"]["kernel"]).all()
     assert (kernel(with_average) == with_average["ema"]["model"]["kernel"]).all()
     assert float(jnp.abs(kernel(with_average) - kernel(without)).max()) > 1e-3
+
+
+def test_the_gradient_norm_of_a_batch_in_parts_is_that_of_the_batch():
+    assert trained_and_norm(3, ema=0.0)[1] == pytest.approx(trained_and_norm(1, ema=0.0)[1], 1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate):
+    recipe, data = setting(accumulate, ema=0.9)
+    params = {"model": {"kernel": jnp.ones((3 * SIDE**2, CLASSES)), "bias": jnp.zeros(CLASSES)}}
+    optimizer = make_optimizer(recipe, 4, params)
+
+    def breaking(trainable, frozen, batch, key):
+        value, metrics = loss(trainable, frozen, batch, key)
+        value = jnp.where(batch["target"][0, 0] > 0.5, jnp.nan, value)  # a label of 0
+        return value, metrics | {"loss": value}
+
+    step = make_step(breaking, optimizer, recipe, data, seed=0)
+    image = np.arange(BATCH * SIDE**2 * 3, dtype=np.uint8).reshape(BATCH, SIDE, SIDE, 3)
+    good = {"image": image, "label": np.ones(BATCH, np.int32)}
+    bad = {"image": image, "label": np.zeros(BATCH, np.int32)}
+    recipe.smoothing = 0.0
+    state = initial_state(params, {"model": {}}, optimizer, recipe)
+    state, _ = step(state, {}, good)
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = step(jax.tree.map(jnp.asarray, before), {}, bad)
+    assert not np.isfinite(metrics["loss"])
+    assert (int(after["step"]), int(after["skipped"])) == (2, 1)
+    for name in ("params", "opt_state", "ema"):
+        for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True):
+            np.testing.assert_array_equal(a, b)
