@@ -2,6 +2,7 @@
 # make test                             install into .venv-test; the checks of make lint, then every
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
+# make chaos [CHAOS_SEED=0]             kills, signals and damaged files at random, for hours
 # make docs                             docs/config.md from the keys of the config
 # make clean
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer).
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/nac_digits
 WORKERS ?= 2
-LANES := unit parity multidevice e2e
+LANES := unit parity multidevice e2e chaos
 
 PIP_FLAGS := --quiet --disable-pip-version-check
 # The tests convert to and from torch. The package index's own torch for Linux brings gigabytes of
@@ -17,7 +18,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint docs clean python
+.PHONY: demo test lint chaos docs clean python
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp
@@ -38,6 +39,11 @@ lint: .venv-test/stamp
 	@failed=; for check in "ruff format --check ." "ruff check ." mypy; do \
 	  echo "== $$check"; .venv-test/bin/$$check || failed=1; \
 	done; test -z "$$failed"
+
+CHAOS_SEED ?= 0
+chaos: .venv-test/stamp
+	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
+	  .venv-test/bin/python -m pytest -s tests/chaos
 
 docs: .venv-test/stamp
 	.venv-test/bin/python -m m2mkd_jax.config.document > docs/config.md

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 
 import jax
 
+_LEVEL = "xla_backend_optimization_level"
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
     "target", default=None
 )
@@ -50,11 +52,11 @@ def compiler_options(*, once: bool = False) -> dict[str, int] | None:
         once: the program runs once, and compiling it takes longer than running it.
 
     Returns:
-        Options; None: XLA's own.
+        Options; None: XLA's own, or those of $XLA_FLAGS.
     """
-    if platform() != "cpu":
+    if platform() != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
         return None
-    return {"xla_backend_optimization_level": 0 if once else 1}
+    return {_LEVEL: 0 if once else 1}
 
 
 def compute_capability() -> str:

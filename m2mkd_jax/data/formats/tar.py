@@ -159,11 +159,20 @@ def _check_uncompressed(path: Path) -> None:
 
 
 def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Raises UserError unless zeros end the archive; else it may be cut off between two members."""
+    """Raises UserError unless zeros, and nothing else, end the archive.
+
+    Else it may be cut off between two members, or a header may be lost, and all that follows it.
+    """
     with path.open("rb") as file:
         file.seek(tar.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise UserError(f"the shard {path} has no end: it is cut off; copy it again")
+        while rest := file.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise UserError(
+                    f"the shard {path} goes on after its end: it is damaged, or several archives "
+                    "are joined; copy it again, or pack it as one"
+                )
 
 
 def _linked(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:

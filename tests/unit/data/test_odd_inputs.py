@@ -86,6 +86,17 @@ def test_a_shard_cut_between_two_members_is_damaged(tmp_path):
         assert "cut off" in refusal(tar.list_images, tmp_path, "train")
 
 
+def test_a_shard_that_goes_on_after_its_end_is_refused(tmp_path):
+    path = pack(tmp_path / "train-0.tar", *(f"a/{i}.png" for i in range(5)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        third = list(archive)[2].offset
+    path.write_bytes(whole[:third] + bytes(512) + whole[third + 512 :])
+    assert "goes on after its end" in refusal(tar.list_images, tmp_path, "train")
+    path.write_bytes(whole + whole)
+    assert "goes on after its end" in refusal(tar.list_images, tmp_path, "train")
+
+
 def test_a_compressed_shard_is_called_compressed(tmp_path):
     path = pack(tmp_path / "train-0.tar", "a/1.png")
     path.write_bytes(gzip.compress(path.read_bytes()))

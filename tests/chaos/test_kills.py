@@ -1,0 +1,113 @@
+"""Runs that are killed or stopped at random moments end with the weights of one that was not.
+
+CHAOS_KILLS and CHAOS_SIGNALS set how many (2 and 2; `make chaos`: 50 and 40), CHAOS_SEED where.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
+SIGNALS = int(os.environ.get("CHAOS_SIGNALS", "2"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = ("tiny", "tiny_vmoe")
+PREEMPTED = 3
+
+
+def start(config, workdir):
+    command = [sys.executable, "-m", "m2mkd_jax.main", f"--config={ROOT}/tests/e2e/{config}.py"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(config, workdir):
+    run = start(config, workdir)
+    error = run.communicate()[1]
+    assert run.returncode == 0, error
+
+
+def trees(workdir):
+    """Checksums of all finished weights, by job and tree."""
+    return {
+        (path.parent.parent.relative_to(workdir).as_posix(), name): tree["sha256"]
+        for path in sorted(workdir.glob("jobs/**/weights/description.json"))
+        for name, tree in json.loads(path.read_text())["trees"].items()
+    }
+
+
+def results(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    return [(job["name"], job["status"], job["steps"], job["metrics"]) for job in summary["jobs"]]
+
+
+def files(workdir):
+    """Paths of all files, without the names of Orbax's data files, which are random."""
+    found = (path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file())
+    return sorted({path.as_posix() for path in found if path.parent.name != "d"})
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def whole(request, tmp_path_factory):
+    """A run that nothing disturbs, its config and its seconds; it also fills the cache."""
+    finish(request.param, tmp_path_factory.mktemp("cache"))
+    workdir = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    finish(request.param, workdir)
+    return request.param, workdir, time.monotonic() - began
+
+
+def assert_same(whole, workdir):
+    assert trees(workdir) == trees(whole)
+    assert results(workdir) == results(whole)
+    assert files(workdir) == files(whole)
+
+
+def test_killed_at_random_moments(whole, tmp_path):
+    config, expected, seconds = whole
+    draw, moments = random.Random(SEED), []
+    for _ in range(KILLS):
+        moments.append(draw.uniform(0.1, 0.6) * seconds)
+        run = start(config, tmp_path)
+        try:
+            run.wait(moments[-1])
+        except subprocess.TimeoutExpired:
+            run.kill()
+        run.communicate()
+    finish(config, tmp_path)
+    print(f"{config}, seed {SEED}: killed after {[round(m, 1) for m in moments]} s")
+    assert_same(expected, tmp_path)
+
+
+def test_stopped_by_signals_at_random_moments(whole, tmp_path):
+    config, expected, seconds = whole
+    draw, codes = random.Random(SEED + 1), []
+    numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+    for number in itertools.islice(numbers, SIGNALS):
+        run = start(config, tmp_path)
+        try:
+            run.wait(draw.uniform(0.2, 0.6) * seconds)
+            break  # it has ended before
+        except subprocess.TimeoutExpired:
+            run.send_signal(number)
+        error = run.communicate(timeout=120)[1]
+        assert "Traceback" not in error, error
+        # While Python itself starts, a signal ends the process as any other.
+        codes.append(run.returncode)
+        assert run.returncode in (0, PREEMPTED, -number), error
+    finish(config, tmp_path)
+    print(f"{config}, seed {SEED}: exit codes {codes}")
+    assert_same(expected, tmp_path)
