@@ -91,11 +91,11 @@ class Way:
     """Some pairs in one program, on their data.
 
     Attributes:
-        run: steps -> seconds.
+        run: steps -> seconds on the clock, and of the CPUs.
         fill: seconds that the kept targets of a step took to compute.
     """
 
-    run: Callable[[int], float]
+    run: Callable[[int], tuple[float, float]]
     fill: float = 0.0
 
 
@@ -119,9 +119,9 @@ def make_way(config: ConfigDict, phases: dict[str, Phase], keep_in: Path | None 
     step, frozen = setup.make_step(), setup.frozen
     states = {job: own.initial_state() for job, own in setup.setups.items()}
 
-    def run(steps: int) -> float:
+    def run(steps: int) -> tuple[float, float]:
         nonlocal states
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         stream = train_batches(
             source,
             phase.data,
@@ -134,7 +134,7 @@ def make_way(config: ConfigDict, phases: dict[str, Phase], keep_in: Path | None 
         for batch in stream:
             states, _ = step(states, frozen, put_batch(mesh, batch))
         jax.block_until_ready(states)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - began_cpu
 
     return Way(run, fill)
 
@@ -152,19 +152,27 @@ def clock(
         ways["on kept targets"] = [make_way(config, phases_of(config), keep_in)]
     for way in (way for parts in ways.values() for way in parts):
         way.run(2)  # compiles
-    shares: dict[str, list[float]] = {name: [] for name in ways}
+    shares: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
     for number in range(rounds):
         # Each way comes first about as often as the others.
         order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
-        seconds = {name: sum(way.run(steps) for way in ways[name]) / steps for name in order}
+        seconds = {
+            name: tuple(
+                sum(kind) / steps
+                for kind in zip(*(way.run(steps) for way in ways[name]), strict=True)
+            )
+            for name in order
+        }
         for name in ways:
-            shares[name].append(seconds[name] / seconds["separately"])
-        told = ", ".join(f"{seconds[name]:.3f} {name}" for name in ways)
+            pairs = zip(seconds[name], seconds["separately"], strict=True)
+            shares[name].append(tuple(own / alone for own, alone in pairs))
+        told = ", ".join(f"{seconds[n][0]:.3f} ({seconds[n][1]:.3f} CPU) {n}" for n in ways)
         print(f"  round {number}: seconds per step of all pairs: {told}", flush=True)
     print(f"{config.name}, {len(phases)} pairs, {steps} steps, time over the time separately:")
     for name, found in shares.items():
-        spread = f"{min(found):.3f} to {max(found):.3f}"
-        print(f"  {name}: {statistics.median(found):.3f} ({spread})")
+        for kind, values in zip(("clock", "CPU"), zip(*found, strict=True), strict=True):
+            spread = f"{min(values):.3f} to {max(values):.3f}"
+            print(f"  {name}, {kind}: {statistics.median(values):.3f} ({spread})")
     for way in ways.get("on kept targets", []):
         print(f"  the kept targets of a step took {way.fill:.3f} s to compute, with compiling")
 

@@ -239,7 +239,7 @@ def all_gather_params(params: Any) -> Any:
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = tree_paths.names(path)
-        if tree_paths.is_stacked(names):
+        if tree_paths.is_stacked(names) or not leaf.ndim:
             return leaf
         spec = PartitionSpec("expert" if "experts" in names else None)
         return jax.lax.with_sharding_constraint(leaf, spec)

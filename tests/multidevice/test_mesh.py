@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, checksum, load_weights, save_weights
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.models.layers import all_gather_params
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import (
     batch_sharding,
@@ -25,8 +26,15 @@ from m2mkd_jax.parallel.mesh import (
     put_batch,
     replicated,
     spanning_groups,
+    with_mesh,
 )
 from m2mkd_jax.parallel.process import is_main
+
+
+def test_scalars_are_gathered_as_they_are():
+    params = {"gain": jnp.float32(2.0), "kernel": jnp.ones((8, 8))}
+    gathered = jax.jit(with_mesh(make_mesh(), all_gather_params))(params)
+    assert gathered["gain"] == 2.0 and gathered["kernel"].sum() == 64
 
 
 def test_the_mesh_has_the_axes_asked_for():
