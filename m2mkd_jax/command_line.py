@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,6 +14,7 @@ from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable, show_any_name
 
 WRONG_INPUT = 2
+BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 LONGEST = 2000  # characters of a message
 
 
@@ -53,9 +55,13 @@ def run(name: str, command: Callable[[], None]) -> int:
     show_any_name()
     try:
         command()
+        sys.stdout.flush()
         return 0
     except UserError as error:
         reason = str(error)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}"

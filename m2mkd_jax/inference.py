@@ -131,6 +131,11 @@ class Model:
         if not (images if side else tokens):
             kind = f"images (B, {side}, {side}, 3)" if side else f"tokens (B, N, {self.width})"
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
+        if not shape[0]:
+            raise UserError("there are no inputs: the first axis has length 0")
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            hint = "; normalise pixels first: (x / 255 - mean) / std" if side else ""
+            raise UserError(f"inputs are floats, not {jnp.result_type(x)}{hint}")
         return jnp.asarray(x, jnp.float32)
 
     def _with_fixed(self, fixed: Mapping[str, ArrayLike]) -> dict[str, Any]:

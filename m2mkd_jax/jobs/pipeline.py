@@ -32,7 +32,7 @@ RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
 }
 
 
-def run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "") -> dict[str, Any]:
     """Runs every job that is not done and returns the summary (also in workdir/summary.json).
 
     Args:
@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> di
         UserError: before any work where the input is wrong.
         Preempted: a signal arrived; the same command goes on from there.
     """
+    workdir = Path(workdir).expanduser()
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     plan = checks.validate(config, mesh.size)
     warm_up_collectives(mesh)
