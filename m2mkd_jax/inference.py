@@ -55,7 +55,6 @@ class Model:
         self._features = compiled(lambda w, x: inspection.features(self._merged(w), names, x))
         self._attention = compiled(lambda w, x: inspection.attention(self._merged(w), x))
         interface = registry.interface(self.description, names)
-        self._group = interface.group
         self.image_size, self.width = interface.image_size, interface.width
         self.classes = interface.classes
         normalisation = self.description["normalisation"]
@@ -117,11 +116,7 @@ class Model:
         """
         x = self._checked(x)
         weights = self._weights if not fixed else self._with_fixed(fixed)
-        # Experts' slots are shared by groups of equal size: the remainder is a group of its own.
-        rest = len(x) % self._group if self._group else 0
-        if not 0 < rest < len(x):
-            return self._run(weights, x)
-        return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
+        return self._run(weights, x)
 
     def _checked(self, x: ArrayLike) -> jax.Array:
         """The input as float32. Raises UserError if its shape is not the network's."""

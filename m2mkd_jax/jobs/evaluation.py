@@ -20,7 +20,6 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, is_main, say
-from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
@@ -56,9 +55,8 @@ def evaluator(
 
 
 def evaluation_batch(config: ConfigDict, images: int, mesh: jax.sharding.Mesh) -> int:
-    """Images of an evaluation's batches, which devices and groups of images must divide."""
-    unit = mesh.size * max(students(config).group, 1)
-    return -(-min(config.evaluation.batch, images) // unit) * unit
+    """Images of an evaluation's batches, a multiple of the devices."""
+    return -(-min(config.evaluation.batch, images) // mesh.size) * mesh.size
 
 
 def run_evaluation(run: Run, job: Job) -> dict:
