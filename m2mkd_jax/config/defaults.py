@@ -60,7 +60,8 @@ DATA: Keys = {
     ),
     "damaged_share": Key(
         0.001,
-        "share of the images that may be undecodable and are then replaced; more are an error",
+        "share of the images that may be undecodable: in training another stands in for each, in "
+        "evaluation it is left out; more are an error",
         SHARE,
     ),
     "mean": Key(

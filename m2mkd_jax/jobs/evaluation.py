@@ -29,7 +29,7 @@ from m2mkd_jax.phases.program import Program
 def evaluator(
     run: Run, program: Program | JointProgram, data: ConfigDict
 ) -> Callable[[dict, dict], dict]:
-    """(trainable, frozen) -> metrics over the whole test split, every image once.
+    """(trainable, frozen) -> metrics over the whole test split, every undamaged image once.
 
     Those of a joint program are by job. On renditions only the logits of their classes compete.
     """
@@ -49,7 +49,7 @@ def evaluator(
             process_count=jax.process_count(),
         )
         placed = (meshes.put_batch(mesh, b) for b in batches)
-        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
+        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed), len(test))
 
     return measure
 
@@ -105,5 +105,9 @@ def _measure(run: Run, phase: Phase) -> dict:
     for name in config.evaluation.renditions if phase.data == config.data else ():
         renditions = evaluator(run, program, renditions_data(config, name))({}, frozen)
         metrics[f"{name}_accuracy"] = renditions["eval_accuracy"]
-    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}")
+    damaged = metrics.get("eval_damaged")
+    left_out = (
+        f" ({damaged} of {metrics['eval_images'] + damaged} images damaged)" if damaged else ""
+    )
+    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}")
     return metrics
