@@ -38,6 +38,7 @@ class Model:
         image_size: side of the images it takes; 0 if it takes tokens.
         width: channels of the tokens it takes; 0 if it takes images.
         classes: how many logits it gives; 0 if it gives tokens.
+        class_names: of these, in their order; () where the weights have none.
         mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
         std: likewise.
     """
@@ -57,6 +58,11 @@ class Model:
         interface = registry.interface(self.description, names)
         self.image_size, self.width = interface.image_size, interface.width
         self.classes = interface.classes
+        self.class_names = tuple(map(str, self.description.get("class_names", ())))
+        if not self.classes:  # names of logits that another module gives
+            self.class_names = ()
+        elif self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"{len(self.class_names)} class_names, {self.classes} classes")
         normalisation = self.description["normalisation"]
         self.mean, self.std = normalisation["mean"], normalisation["std"]
 
