@@ -38,6 +38,7 @@ class Model:
         image_size: side of the images it takes; 0 if it takes tokens.
         width: channels of the tokens it takes; 0 if it takes images.
         classes: how many logits it gives; 0 if it gives tokens.
+        class_names: of these, in their order; () where the weights have none.
         mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
         std: likewise.
     """
@@ -55,9 +56,13 @@ class Model:
         self._features = compiled(lambda w, x: inspection.features(self._merged(w), names, x))
         self._attention = compiled(lambda w, x: inspection.attention(self._merged(w), x))
         interface = registry.interface(self.description, names)
-        self._group = interface.group
         self.image_size, self.width = interface.image_size, interface.width
         self.classes = interface.classes
+        self.class_names = tuple(map(str, self.description.get("class_names", ())))
+        if not self.classes:  # names of logits that another module gives
+            self.class_names = ()
+        elif self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"{len(self.class_names)} class_names, {self.classes} classes")
         normalisation = self.description["normalisation"]
         self.mean, self.std = normalisation["mean"], normalisation["std"]
 
@@ -117,11 +122,7 @@ class Model:
         """
         x = self._checked(x)
         weights = self._weights if not fixed else self._with_fixed(fixed)
-        # Experts' slots are shared by groups of equal size: the remainder is a group of its own.
-        rest = len(x) % self._group if self._group else 0
-        if not 0 < rest < len(x):
-            return self._run(weights, x)
-        return jnp.concatenate([self._run(weights, part) for part in (x[:-rest], x[-rest:])])
+        return self._run(weights, x)
 
     def _checked(self, x: ArrayLike) -> jax.Array:
         """The input as float32. Raises UserError if its shape is not the network's."""

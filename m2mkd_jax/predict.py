@@ -1,5 +1,8 @@
 """Prints the five likeliest classes of each image, with their probabilities.
 
+A class is called what the training data called it, or as the file of --labels says; in weights
+without names of classes it has its number.
+
 CKPT is a directory of weights (converted, a job's or a run's), a torch or safetensors file, or
 hf://OWNER/REPOSITORY/FILE. Images are resized, cropped and normalised as in evaluation.
 
@@ -140,7 +143,7 @@ def predict(args: argparse.Namespace) -> None:
             f"{args.checkpoint} is a middle module and takes tokens (B, N, {model.width}); give "
             "them with --npz_in"
         )
-    labels = None
+    labels: Sequence[str] = model.class_names
     if args.labels:
         if not model.classes:
             raise UserError(f"--labels: {args.checkpoint} gives tokens, no classes")
@@ -171,7 +174,7 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def _print_top(names: Sequence[str], logits: np.ndarray, labels: list[str] | None) -> None:
+def _print_top(names: Sequence[str], logits: np.ndarray, labels: Sequence[str]) -> None:
     """Prints a line per image; `logits` is (B, K)."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = shifted / shifted.sum(-1, keepdims=True)

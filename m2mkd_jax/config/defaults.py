@@ -60,7 +60,8 @@ DATA: Keys = {
     ),
     "damaged_share": Key(
         0.001,
-        "share of the images that may be undecodable and are then replaced; more are an error",
+        "share of the images that may be undecodable: in training another stands in for each, in "
+        "evaluation it is left out; more are an error",
         SHARE,
     ),
     "mean": Key(
@@ -315,7 +316,8 @@ GROUPS = {
     "regulariser": "A loss on the NAC's graph, end to end.",
     "recipes": "How each phase trains; all end-to-end phases train by `recipes.e2e`.",
     "few_shot": "The phase fewshot: heads for classes that the network has not seen.",
-    "few_shot.data": "The images of the episodes; image_size 0: the network's.",
+    "few_shot.data": "The images of the episodes; image_size 0: the network's. mean and std must be "
+    "the network's.",
     "init": "Directories or files of weights, converted or torch's, in place of phases.",
     "evaluation": "How accuracies are measured.",
     "mesh": "How the devices are arranged; data x expert is their number.",

@@ -120,13 +120,16 @@ VMOE: Keys = {
     ),
     "dispatch": Key(
         "dropless",
-        "dropless: every token is served; capacity: each expert has a fixed number of slots",
+        "dropless: every token is served; capacity: each expert has a fixed number of slots in "
+        "training (evaluation is dropless)",
     ),
     "capacity_factor": Key(
         1.25, "slots of an expert over its even share; for capacity and expert_choice", ABOVE_0
     ),
     "group_images": Key(
-        0, "images whose tokens compete for the same slots; 0: those of one device", FROM_0
+        0,
+        "images whose tokens compete for the same slots in training; 0: those of one device",
+        FROM_0,
     ),
     "keep_stitches": Key(False, "keep the students' stitches in the network trained end to end"),
     "remat": Key(

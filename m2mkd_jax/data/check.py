@@ -1,4 +1,4 @@
-"""Reports what a directory of images holds: layout, counts, damaged files, missing classes.
+"""Reports what a directory of images holds: layout, classes, counts, damaged and missing ones.
 
     python -m m2mkd_jax.data.check ROOT [--quick]
 
@@ -20,7 +20,7 @@ from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.workers import usable_cores
-from m2mkd_jax.errors import UserError, show_any_name
+from m2mkd_jax.errors import UserError, printable, show_any_name
 
 _SHOWN = 10  # damaged files or missing classes that are named
 _NEARLY = 0.9  # share of a known data set's classes from which on the others count as missing
@@ -43,7 +43,7 @@ def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = 
     """
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
     out(f"{root}: {layouts.LAYOUTS[layout]}")
-    good, found = True, 0
+    good, found, order = True, 0, ""
     alone = layouts.test_only(root, layout)
     for split in ("test",) if alone else ("train", "test"):
         try:
@@ -54,6 +54,9 @@ def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = 
             good = False
             continue
         found += 1
+        if (listed := _order(source.class_names)) != order:
+            out(f"classes, in the order of their labels: {listed}")
+            order = listed
         good &= _check_split(source, split, quick, out)
     return good and found > 0
 
@@ -136,6 +139,13 @@ def _beside_known(names: Sequence[str]) -> tuple[list[str], list[str]]:
     known = _nearest(names)
     ids = wordnet_ids(known) if known else names
     return sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
+
+
+def _order(names: Sequence[str]) -> str:
+    """The first classes in the order of their labels, and the last."""
+    if len(names) <= _SHOWN:
+        return printable(", ".join(names))
+    return printable(f"{', '.join(names[: _SHOWN - 1])}, ..., {names[-1]}")
 
 
 def _some(names: Sequence[str]) -> str:

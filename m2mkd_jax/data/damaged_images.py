@@ -1,4 +1,5 @@
-"""What happens to images that cannot be decoded: they are replaced, counted and reported.
+"""What happens to images that cannot be decoded: in training they are replaced, in evaluation left
+out; they are counted and reported.
 
 Axes: B batch, H height, W width, S size in pixels, K damaged images of a batch.
 """
@@ -72,7 +73,8 @@ class DamagedImageCounter:
         """Counts the damaged images of a batch and warns of new ones on stderr.
 
         Args:
-            replaced: int (K, 2), pairs (image, replacement); -1 pads.
+            replaced: int (K, 2), pairs (image, replacement), -1 where it is left out; rows of -1
+                pad.
 
         Raises:
             UserError: more images are damaged than the limit allows.
@@ -87,9 +89,11 @@ class DamagedImageCounter:
                     f"{len(self._seen)} damaged images are more than {self._share:.2%} of"
                     f" {len(self._source)} (data.damaged_share); the last: {reason}"
                 )
+            what = "it is not counted"
+            if instead >= 0:
+                what = f"{self._source.name(int(instead))} stands in for it"
             print(
-                f"warning: {reason}; {self._source.name(int(instead))} stands in for it"
-                f" ({len(self._seen)} of at most {self._limit})",
+                f"warning: {reason}; {what} ({len(self._seen)} of at most {self._limit})",
                 file=sys.stderr,
             )
 

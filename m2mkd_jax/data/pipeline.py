@@ -28,7 +28,7 @@ from m2mkd_jax.errors import UserError
 # Limit for the batches waiting in memory, per process; it bounds the number of threads.
 _BUFFER_BYTES = 1 << 30
 _MAX_THREADS = 8
-_REPLACED = "replaced"  # entry for a batch's damaged images, removed before the caller sees it
+_REPLACED = "replaced"  # a batch's damaged images (damaged_images.py), removed for the caller
 Batch = dict[str, np.ndarray]
 
 
@@ -157,8 +157,8 @@ def eval_batches(
 ) -> "BatchIterator":
     """Every image of a source once, in order, on any number of processes.
 
-    The last global batch is padded with black images of mask 0. Every process gets the same number
-    of batches, so that collective operations match.
+    Damaged images, which are not replaced here, and those that fill up the last global batch are
+    black, of mask 0. Every process gets equally many batches, so that collective operations match.
 
     Args:
         source: the images.
@@ -168,8 +168,8 @@ def eval_batches(
         process_count: all processes.
 
     Returns:
-        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,), 'mask': float32 (L,), 0
-        for padding and else 1}, with `close()` as in `train_batches`.
+        An iterator of {'image': uint8 (L, S, S, 3), 'label': int32 (L,), 'mask': float32 (L,), 1
+        for images that count}, with `close()` as in `train_batches`.
 
     Raises:
         UserError: as in `train_batches`.
@@ -286,10 +286,12 @@ class _EvalBatch:
         }
         if len(chosen):
             count, reader = len(chosen), self._source.reader()
-            batch["image"][:count] = reader.evaluation_images(chosen, self._size)
+            images = reader.evaluation_images(chosen, self._size)
+            sound = ~np.isin(chosen, list(reader.replaced))
+            batch["image"][:count] = images * sound[:, None, None, None]
             batch["label"][:count] = reader.labels_of(chosen)
-            batch["mask"][:count] = 1
-            batch[_REPLACED][:] = _pairs(reader, local)
+            batch["mask"][:count] = sound
+            batch[_REPLACED][:, 0] = _pairs(reader, local)[:, 0]  # they count for nothing
         return batch
 
 

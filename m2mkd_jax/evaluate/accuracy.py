@@ -35,10 +35,10 @@ def make_counter(
         out_shardings: of the sums; with several processes they must be replicated.
 
     Returns:
-        (trainable, frozen, batch, key) -> (4,), summed over the images that are not padding:
-        images, top-1 correct, top-5 correct, negative log-likelihood; for several logits one each,
-        by name. The batch has "image" uint8
-        (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 0 for padding.
+        (trainable, frozen, batch, key) -> (4,), summed over the images that count: images, top-1
+        correct, top-5 correct, negative log-likelihood; for several logits one each, by name. The
+        batch has "image" uint8 (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 1 for
+        images that count.
 
     Source: docs/reference.md#evaluation.
     """
@@ -70,6 +70,7 @@ def evaluate(
     frozen: dict,
     batches: Iterable[dict],
     key: jax.Array,
+    images: int,
 ) -> dict[str, Any]:
     """Metrics over all batches; the host is at most IN_FLIGHT batches ahead of the device.
 
@@ -79,9 +80,11 @@ def evaluate(
         frozen: {stage: parameters}.
         batches: the batches of `eval_batches`.
         key: random key.
+        images: of the test split; those that the batches do not count are damaged.
 
     Returns:
-        eval_accuracy, eval_top5, eval_loss (means over all images) and eval_images; of a counter of
+        eval_accuracy, eval_top5, eval_loss (means over the images that count), eval_images, their
+        number, and where there are any eval_damaged, the number of the others; of a counter of
         several logits one dict of these each, by name.
 
     Source: docs/reference.md#evaluation.
@@ -94,15 +97,17 @@ def evaluate(
     totals = jax.tree.map(
         lambda *values: np.asarray(values, np.float64).sum(axis=0), *jax.device_get(sums)
     )
-    return jax.tree.map(_means, totals)
+    return jax.tree.map(lambda own: _means(own, images), totals)
 
 
-def _means(totals: np.ndarray) -> dict[str, Any]:
+def _means(totals: np.ndarray, images: int) -> dict[str, Any]:
     """The metrics that `evaluate` returns, from the sums over all batches."""
-    images, top1, top5, nll = totals.tolist()
-    return {
-        "eval_accuracy": top1 / images,
-        "eval_top5": top5 / images,
-        "eval_loss": nll / images,
-        "eval_images": int(images),
+    counted, top1, top5, nll = totals.tolist()
+    means = {
+        "eval_accuracy": top1 / counted,
+        "eval_top5": top5 / counted,
+        "eval_loss": nll / counted,
+        "eval_images": int(counted),
     }
+    damaged = images - int(counted)
+    return means | ({"eval_damaged": damaged} if damaged else {})

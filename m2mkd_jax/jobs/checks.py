@@ -29,6 +29,7 @@ from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
+from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
@@ -102,6 +103,7 @@ def validate_jobs(
         raise UserError("; ".join(missing))
     check_weights(plan, workdir, todo)
     _check_images(plan, todo)
+    check_classes(plan, workdir, todo)
     _check_partition(plan, todo, mesh)
     training = [plan.job(name) for name in todo if plan.job(name).kind is Kind.TRAINING]
     check_disk(Run(plan.config, workdir, mesh), training)
@@ -308,7 +310,7 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
         )
 
 
-def check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
+def check_weights(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
     """Refuses a job whose weights neither exist nor are about to be made, or do not fit."""
     jobs = [plan.job(name) for name in todo]
     for job in jobs:
@@ -321,6 +323,7 @@ def check_weights(plan: Plan, workdir: Path, todo: Iterable[str]) -> None:
         for name, stages in _measured(plan.config, job).items():
             if name not in todo:
                 check_measured(plan.config, workdir, name, stages)
+    check_normalisation(plan, workdir, todo)
 
 
 def _measured(config: ConfigDict, job: Job) -> dict[str, dict[str, StageSpec]]:

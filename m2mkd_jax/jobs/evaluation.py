@@ -20,7 +20,6 @@ from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, interrupted, is_main, say
-from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
@@ -31,7 +30,7 @@ from m2mkd_jax.train.loop import EvaluationStopped
 def evaluator(
     run: Run, program: Program | JointProgram, data: ConfigDict
 ) -> Callable[[dict, dict], dict]:
-    """(trainable, frozen) -> metrics over the whole test split, every image once.
+    """(trainable, frozen) -> metrics over the whole test split, every undamaged image once.
 
     Those of a joint program are by job. On renditions only the logits of their classes compete.
     """
@@ -51,7 +50,7 @@ def evaluator(
             process_count=jax.process_count(),
         )
         placed = (meshes.put_batch(mesh, b) for b in until_interrupted(batches))
-        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed))
+        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed), len(test))
 
     return measure
 
@@ -65,9 +64,8 @@ def until_interrupted(batches: Iterable[dict]) -> Iterator[dict]:
 
 
 def evaluation_batch(config: ConfigDict, images: int, mesh: jax.sharding.Mesh) -> int:
-    """Images of an evaluation's batches, which devices and groups of images must divide."""
-    unit = mesh.size * max(students(config).group, 1)
-    return -(-min(config.evaluation.batch, images) // unit) * unit
+    """Images of an evaluation's batches, a multiple of the devices."""
+    return -(-min(config.evaluation.batch, images) // mesh.size) * mesh.size
 
 
 def run_evaluation(run: Run, job: Job) -> dict:
@@ -116,5 +114,9 @@ def _measure(run: Run, phase: Phase) -> dict:
     for name in config.evaluation.renditions if phase.data == config.data else ():
         renditions = evaluator(run, program, renditions_data(config, name))({}, frozen)
         metrics[f"{name}_accuracy"] = renditions["eval_accuracy"]
-    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}")
+    damaged = metrics.get("eval_damaged")
+    left_out = (
+        f" ({damaged} of {metrics['eval_images'] + damaged} images damaged)" if damaged else ""
+    )
+    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}")
     return metrics

@@ -87,12 +87,15 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
             f"accuracy {done[-1]['eval_accuracy']:.4f}"
         )
     accuracies = [line["eval_accuracy"] for line in done]
+    metrics = {"eval_accuracy": sum(accuracies) / len(accuracies)}
+    if damaged := sum(line.get("eval_damaged", 0) for line in done):
+        metrics["eval_damaged"] = damaged
     result = {
         "name": job.name,
         "status": "done",
         "steps": episode.steps * len(done),
         "seconds": round(time.monotonic() - began, 2),
-        "metrics": {"eval_accuracy": sum(accuracies) / len(accuracies)},
+        "metrics": metrics,
         "episodes": accuracies,
         "origin": dict.fromkeys(phase.student, config.few_shot.network),
     }
@@ -239,7 +242,7 @@ class Episode:
         placed = (meshes.put_batch(self._mesh, b) for b in batches)
         frozen = with_fixed(self._frozen, state["fixed"])
         key = jax.random.key(self._config.seed)
-        return evaluate(self._count, evaluated_params(state), frozen, placed, key)
+        return evaluate(self._count, evaluated_params(state), frozen, placed, key, len(query))
 
 
 def _processes() -> dict[str, Any]:

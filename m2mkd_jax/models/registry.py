@@ -9,7 +9,8 @@ weights beside it are named by stage, PREFIX_INDEX:
     nac           nac                   spec
     nac_student   student_i             spec, modules, stitch_dim, states [, module]
 
-`register_kind` adds kinds of one's own.
+Weights that a job has trained also have `job`, `normalisation` (mean and std of the pixels), and
+where they give logits `class_names`, in their order. `register_kind` adds kinds of one's own.
 """
 
 from __future__ import annotations
@@ -46,14 +47,11 @@ class Interface:
         image_size: side of the images that it takes; 0 if it takes tokens.
         width: channels of the tokens that it takes; 0 if it takes images.
         classes: number of logits that it gives; 0 if it gives tokens.
-        group: images that cannot be computed apart, so that a batch must be a multiple of them; 0
-            if every image is computed for itself.
     """
 
     image_size: int = 0
     width: int = 0
     classes: int = 0
-    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def interface(description: Description, names: Sequence[str]) -> Interface:
     """
     of_stage = kind_of(description).interface
     first, last = (of_stage(description, index_of(names[i])) for i in (0, -1))
-    return Interface(first.image_size, first.width, last.classes, first.group)
+    return Interface(first.image_size, first.width, last.classes)
 
 
 # The builders are cached, so that chain.abstract traces equal stages once.
@@ -242,7 +240,6 @@ def _interface(description: Description, index: int) -> Interface:
         image_size=vit.image_size if first else 0,
         width=width,
         classes=vit.classes if last else 0,
-        group=spec.group if isinstance(spec, VMoESpec) else 0,
     )
 
 

@@ -75,16 +75,6 @@ class StudentFamily(Protocol):
     def __init__(self, config: ConfigDict):
         self.config = config
 
-    @property
-    def group(self) -> int:
-        """Images that share something (such as experts' capacity), so that a batch must be a
-        multiple of them; 0: every image by itself.
-
-        Raises:
-            UserError: the config describes no such network.
-        """
-        return 0
-
     @staticmethod
     def defaults() -> Mapping[str, Any]:
         """The keys of the family's section, with their defaults."""

@@ -6,6 +6,7 @@ or what `python -m m2mkd_jax.convert` makes; `config.init` also takes torch and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,13 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.arch_flag import job_fields, vit_fields
-from m2mkd_jax.conversion.open_weights import HUB, Weights, local_path, open_weights
+from m2mkd_jax.conversion.open_weights import (
+    HUB,
+    Weights,
+    description_errors,
+    local_path,
+    open_weights,
+)
 from m2mkd_jax.conversion.torch_layouts import has_weights
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain, registry
@@ -117,6 +124,56 @@ def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
     return vit_fields(spec) | {"depths": list(describe["depths"])}
 
 
+def _path(config: ConfigDict, workdir: Path, job: str, initial: bool) -> Path:
+    """Where the weights of `job` are; `initial`: those that config.init.network names."""
+    if initial:
+        return _given_weights(job, "network", config.init.network)
+    return weights_directory(config, workdir, job)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What weights record of the data that they were trained on.
+
+    Attributes:
+        path: of the weights.
+        job: that trained them; "": converted ones, or nothing is recorded.
+        normalisation: mean and std of the pixels; {}: not recorded.
+        class_names: in the order of the logits; (): not recorded, or they give none.
+    """
+
+    path: Path
+    job: str = ""
+    normalisation: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+
+
+def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = False) -> Recorded:
+    """What weights record; of torch files nothing.
+
+    Args:
+        config: of the run.
+        workdir: its directory.
+        job: whose weights they are, or stand for.
+        initial: those that config.init.network names, whatever this run has trained.
+
+    Raises:
+        UserError: they are not there, or the description is damaged.
+    """
+    path = _path(config, workdir, job, initial)
+    if not (path / "description.json").is_file():
+        return Recorded(path)
+    description = open_weights(path).description
+    with description_errors(path):
+        normalisation = description.get("normalisation", {})
+        return Recorded(
+            path,
+            description.get("job", ""),
+            {name: tuple(map(float, values)) for name, values in normalisation.items()},
+            tuple(map(str, description.get("class_names", ()))),
+        )
+
+
 def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[dict, str]:
     """The tree that `weights` (a job's, or given by config.init) names, and where it is from.
 
@@ -126,12 +183,9 @@ def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[
     Raises:
         UserError: the weights, or the tree among them, are not there or cannot be read.
     """
-    job, name = weights.job, weights.tree
-    if weights.kind == "init":
-        job = "e2e"
-        path = _given_weights(job, "network", config.init.network)
-    else:
-        path = weights_directory(config, workdir, job)
+    initial = weights.kind == "init"
+    job, name = "e2e" if initial else weights.job, weights.tree
+    path = _path(config, workdir, job, initial)
     if (path / "description.json").is_file():
         found = open_weights(path)
     else:

@@ -36,11 +36,6 @@ class VMoEFamily(StudentFamily):
         self.modules = len(self.depths)
         self.parts = f"config.vmoe.depths is {self.depths}"
 
-    @property
-    def group(self) -> int:
-        """Images that share expert capacity; 0: none do. Raises UserError: no such network."""
-        return vmoe_spec(self.config, self.config.data)[0].group
-
     def check(self, teaching: bool, devices: int) -> None:
         """Raises UserError where config.vmoe does not fit the rest of the config."""
         config = self.config

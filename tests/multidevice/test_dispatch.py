@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, vit
-from m2mkd_jax.models.moe import blocks, dispatch, experts, router
+from m2mkd_jax.models.moe import blocks, dispatch, experts, router, vmoe
+from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from tests.random_params import random_params
 from tests.support import OUTPUT_TOLERANCE, assert_trees_close
@@ -91,6 +92,27 @@ def test_eight_devices_equal_one(case, expert):
     assert used["all-to-all"] == (4 if expert > 1 else 0)
     assert used["all-gather"] == used["collective-permute"] == 0
     assert used["all-reduce"] > 0
+
+
+@pytest.mark.parametrize("router", ["vmoe", "expert_choice"])
+def test_evaluation_depends_neither_on_other_images_nor_on_devices(router):
+    """7 images: alone, before black padding, among others; on one device and on four."""
+    spec = blocks.VMoESpec(
+        VIT, (0,), EXPERTS, router=router, dispatch="capacity", capacity_factor=0.75
+    )
+    parts = chain.abstract(lambda rngs: vmoe.build_stage(spec, 0, (1,), rngs=rngs))
+    params = random_params(parts.params, 0)
+    images = np.random.default_rng(0).normal(size=(16, 16, 16, 3)).astype(np.float32)
+    padded = np.concatenate([images[:7], np.zeros_like(images[:1])])
+    run = jax.jit(lambda params, x: chain.merge(parts.graph, params, {})(x))
+    alone = run(params, images[:7])
+    for batch, expert in ((padded, 1), (images, 4)):
+        assert_trees_close(run(params, batch)[:7], alone, OUTPUT_TOLERANCE)
+        mesh = make_mesh(devices=jax.devices()[:4], expert=expert)
+        placed = jax.device_put(params, partition.shardings(mesh, params, fsdp=False))
+        with jax.set_mesh(mesh):
+            logits = run(placed, jax.device_put(batch, batch_sharding(mesh)))
+        assert_trees_close(np.asarray(logits)[:7], alone, OUTPUT_TOLERANCE)
 
 
 def test_exchange_by_hand():

@@ -8,7 +8,9 @@ from PIL import Image
 
 import m2mkd_jax
 from m2mkd_jax import predict
+from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.data.augment import evaluation_image
+from m2mkd_jax.errors import UserError
 from tests.published_files import ARCH, arch_flag, converted, run
 from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
@@ -70,6 +72,23 @@ def test_labels(name, content, weights, images, tmp_path):
     plain = run(predict, weights, images / "0.png").split(": ")[1].split("  ")
     named = run(predict, weights, images / "0.png", f"--labels={tmp_path / name}")
     assert named.split(": ")[1].split("  ") == [f"class {word}" for word in plain]
+
+
+def test_names_of_classes_that_are_stored_with_the_weights(weights, images, tmp_path):
+    trees, description = load_weights(weights)
+    stored, names = tmp_path / "named", [f"class {i}" for i in range(10)]
+    m2mkd_jax.save_weights(stored, trees, {**description, "class_names": names})
+    assert m2mkd_jax.load(stored).class_names == tuple(names)
+    assert m2mkd_jax.load(weights).class_names == ()
+    plain = run(predict, weights, images / "0.png").split(": ")[1].split("  ")
+    named = run(predict, stored, images / "0.png").split(": ")[1].split("  ")
+    assert named == [f"class {word}" for word in plain]
+    (tmp_path / "other.txt").write_text("\n".join(f"name {i}" for i in range(10)))
+    other = run(predict, stored, images / "0.png", f"--labels={tmp_path / 'other.txt'}")
+    assert other.split(": ")[1].split("  ") == [f"name {word}" for word in plain]
+    m2mkd_jax.save_weights(tmp_path / "few", trees, {**description, "class_names": names[1:]})
+    with pytest.raises(UserError, match="9 class_names, 10 classes"):
+        m2mkd_jax.load(tmp_path / "few")
 
 
 def test_straight_from_a_torch_file(images, tmp_path):

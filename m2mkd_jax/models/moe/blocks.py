@@ -46,21 +46,25 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Routes tokens to experts and sums the experts' outputs.
 
+        Without a key, in evaluation, an image does not depend on the others: the tokens' choices
+        are all served, whatever the dispatch, and with expert choice each image is a group.
+
         Args:
             x: (B, T, D).
-            key: of the router's noise; None for no noise.
+            key: of the router's noise, in training; None in evaluation.
 
         Returns:
             (B, T, D), and auxiliary outputs: the router's scalars (`Router.__call__`); 'load' (E,),
             the share of all assignments per expert before any is dropped; 'dead', the number of
             experts without any; 'dropped' (see dispatch.py).
         """
-        spec = self.spec
-        groups = dispatch.groups(x.shape[0], spec.group)
+        spec, training = self.spec, key is not None
+        alone = 1 if spec.router == "expert_choice" else 0
+        groups = dispatch.groups(x.shape[0], spec.group if training else alone)
         tokens = rearrange(x, "(g b) t d -> g (b t) d", g=groups)
         routing, aux = self.router(tokens, key)
         arguments = (tokens, routing, self.experts.weights(), experts.mlp)
-        if spec.dispatch == "dropless":
+        if spec.dispatch == "dropless" or not training:
             y, dropped = dispatch.dropless(*arguments)
         else:
             slots = spec.router_spec().capacity(tokens.shape[1])
@@ -101,7 +105,7 @@ class Block(nnx.Module):
         Args:
             x: tokens (B, T, D), or (B, T, X) where the block starts with a stitch.
             rate: of drop-path; None for no drop-path.
-            key: of drop-path and the router's noise; None for neither.
+            key: of drop-path and the router's noise; None in evaluation, see `MoE`.
 
         Returns:
             Tokens (B, T, D), or (B, T, X) where the block ends with a stitch, and the auxiliary

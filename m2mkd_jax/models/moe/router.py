@@ -13,8 +13,8 @@ A router is a linear layer followed by one of three assignments, pure functions 
     expert_choice   every expert takes its C best tokens (Zhou et al. 2022, arXiv 2202.09368,
                     section 3)
 
-With expert choice the result for one image depends on the other images of its group, in evaluation
-too.
+With expert choice the result for one image depends on the other images of its group. In evaluation
+each image is a group of its own (blocks.MoE).
 
 Source: the papers above; docs/reference.md#vmoe-router.
 """

@@ -64,10 +64,10 @@ class VMoESpec:
         top_k: experts per token.
         router: one of ROUTERS (models/moe/router.py).
         noise: of the router, see `RouterSpec`.
-        dispatch: one of DISPATCHES (models/moe/dispatch.py).
+        dispatch: one of DISPATCHES (models/moe/dispatch.py), in training; evaluation is dropless.
         capacity_factor: slots per expert over its even share; 'capacity' and expert choice only.
-        group_images: images that share these slots; 0 for all images of a device. Ignored where no
-            slots are shared.
+        group_images: images that share these slots in training; 0 for all images of a device.
+            Ignored where no slots are shared.
         stitch_dim: width of the meta model, which the stitches map from and to.
         pre_stitch_pos: blocks that start with a stitch.
         post_stitch_pos: blocks that end with a stitch.
@@ -113,7 +113,7 @@ class VMoESpec:
 
     @property
     def group(self) -> int:
-        """Images whose tokens compete for slots; 0 for those of one device, or where none do."""
+        """Images whose tokens compete for slots in training; 0: those of one device, or none."""
         shared = self.dispatch == "capacity" or self.router == "expert_choice"
         return self.group_images if shared else 0
 

@@ -58,7 +58,7 @@ class Segment(nnx.Module):
         Args:
             x: tokens (B, T, D or X).
             rates: (L,), of drop-path; None for no drop-path.
-            keys: (L,), one per block; None for no noise.
+            keys: (L,), one per block; None in evaluation, see `blocks.MoE`.
 
         Returns:
             Tokens (B, T, D or X), and the blocks' auxiliary outputs with a leading axis L.

@@ -273,6 +273,7 @@ def test_the_check_command(tmp_path, capsys):
     assert check.main([str(tmp_path)]) == 0
     out = capsys.readouterr()
     assert "train: 9 images of 3 classes, 3 to 3 of each" in out.out
+    assert out.out.count("classes, in the order of their labels: n01, n02, n03\n") == 1
     assert "test: 6 images" in out.out and "6/6" in out.err  # the progress bar
     bad = tmp_path / "train" / "n02" / "n02_1.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -293,6 +294,12 @@ def test_the_check_command(tmp_path, capsys):
     assert "val lacks 2 of the 3 classes of train/ (the first: n02, n03)" in out
     assert check.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_check_command_shows_the_order_of_many_classes(tmp_path, capsys):
+    write_folders(tmp_path, [str(i) for i in range(12)], per_class=1)
+    assert check.main([str(tmp_path), "--quick"]) == 0
+    assert "labels: 0, 1, 10, 11, 2, 3, 4, 5, 6, ..., 9\n" in capsys.readouterr().out
 
 
 def test_the_check_command_names_the_classes_it_knows(tmp_path, capsys):

@@ -239,13 +239,17 @@ def test_too_many_damaged_images_are_a_user_error_from_threads_and_workers(damag
         batches.close()
 
 
-def test_evaluation_replaces_and_counts_damaged_images_too(damaged_source, capsys):
-    config = make_config()
-    config.damaged_share = 0.1
-    batches = list(eval_batches(damaged_source, config, batch_size=8))
-    assert [batch["mask"].sum() for batch in batches] == [8, 4]
-    np.testing.assert_array_equal(batches[0]["image"][3], batches[0]["image"][4])
-    assert "03.png" in capsys.readouterr().err
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_does_not_count_damaged_images(workers, damaged_source, capsys):
+    """Seven images, the fourth damaged; an image in its place would count twice."""
+    config = make_config(workers=workers)
+    config.damaged_share = 0.2
+    seven = damaged_source.select(np.arange(7))
+    batches = list(eval_batches(seven, config, batch_size=4))
+    assert [list(batch["mask"]) for batch in batches] == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert not batches[0]["image"][3].any() and batches[0]["image"][2].any()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "03.png" in warning and warning.endswith("it is not counted (1 of at most 1)")
 
 
 PROGRAM = """

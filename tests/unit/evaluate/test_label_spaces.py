@@ -69,7 +69,7 @@ def test_only_the_sets_classes_compete():
     }
     for function, label, right in ((restricted(logits, where), labels, 2), (logits, labels, 0)):
         count = make_counter(function, (0.0,) * 3, (1.0,) * 3)
-        found = evaluate(count, {}, {}, [{**batch, "label": label}], jax.random.key(0))
+        found = evaluate(count, {}, {}, [{**batch, "label": label}], jax.random.key(0), 3)
         assert found["eval_accuracy"] == pytest.approx(right / 3)
         assert found["eval_images"] == 3
 
@@ -86,9 +86,8 @@ def test_sums_over_batches_leave_out_padding():
     batches = [
         {"image": images, "label": label, "mask": m} for label, m in zip(labels, mask, strict=True)
     ]
-    found = evaluate(
-        make_counter(logits, (0.0,) * 3, (1.0,) * 3), {}, {}, batches, jax.random.key(0)
-    )
+    count = make_counter(logits, (0.0,) * 3, (1.0,) * 3)
+    found = evaluate(count, {}, {}, batches, jax.random.key(0), images=5)
     loss = np.log(np.exp(scores).sum()) - scores[[0, 3, 5, 0, 4]].mean()
     assert found == {
         "eval_accuracy": pytest.approx(2 / 5),
@@ -96,6 +95,9 @@ def test_sums_over_batches_leave_out_padding():
         "eval_loss": pytest.approx(loss, rel=1e-5),
         "eval_images": 5,
     }
+    # Of six images one is damaged, which is that of mask 0.
+    with_damaged = evaluate(count, {}, {}, batches, jax.random.key(0), images=6)
+    assert with_damaged == {**found, "eval_damaged": 1}
 
 
 @pytest.mark.parametrize(

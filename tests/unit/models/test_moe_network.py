@@ -319,11 +319,15 @@ def test_capacity_drops_and_says_so():
         SPEC, moe_pos=(0,), dispatch="capacity", capacity_factor=0.5, group_images=1
     )
     graphs, params = stages_of(spec, (1,))
-    _, seen = jax.jit(merged(graphs, params)[0].with_aux)(IMAGES)
+    (stage,) = merged(graphs, params)
+    run = jax.jit(functools.partial(stage.with_aux, train=True))
+    _, seen = run(IMAGES, key=jax.random.key(0))
     # 5 tokens x 2 choices of 3 experts with ceil(0.5 * 10 / 3) = 2 slots: at most 6 of 10 stay.
     assert 0.4 <= float(seen["dropped"][0]) < 1.0
     # In steps of one assignment out of 3 images x 10.
     assert float(seen["dropped"][0]) * 30 == pytest.approx(round(float(seen["dropped"][0]) * 30))
+    _, seen = run(IMAGES)  # without a key, in evaluation
+    assert not seen["dropped"].any()
 
 
 def test_experts_start_as_published():

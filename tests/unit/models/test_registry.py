@@ -16,7 +16,7 @@ from m2mkd_jax.models.vit_spec import ViTSpec
 from tests.tiny_nac import SPEC as NAC_SPEC
 
 VIT = ViTSpec(image_size=16, patch=8, width=12, heads=2, classes=5)
-MOE = VMoESpec(VIT, (0, 1), experts=2, dispatch="capacity", group_images=3)
+MOE = VMoESpec(VIT, (0, 1), experts=2)
 STUDENTS = student_spec(MOE, (1, 1, 1), stitch_dim=8)
 
 
@@ -27,27 +27,27 @@ def described(kind, spec, **fields):
 @pytest.mark.parametrize(
     "description, names, expected",
     [
-        (described("vit", VIT, depths=[1, 1, 1]), ["meta_0", "meta_1", "meta_2"], (16, 0, 5, 0)),
-        (described("vit", VIT, depths=[1, 1, 1]), ["module_1"], (0, 12, 0, 0)),
-        (described("vit", VIT, depths=[1, 1, 1]), ["module_1", "module_2"], (0, 12, 5, 0)),
-        (described("vmoe", MOE, depths=[1, 1, 1]), ["vmoe_0"], (16, 0, 0, 3)),
-        (described("vmoe", MOE, depths=[1, 1, 1]), ["vmoe_1"], (0, 12, 0, 3)),
-        (described("vmoe", STUDENTS, depths=[1, 1, 1]), ["student_1"], (0, 8, 0, 3)),
+        (described("vit", VIT, depths=[1, 1, 1]), ["meta_0", "meta_1", "meta_2"], (16, 0, 5)),
+        (described("vit", VIT, depths=[1, 1, 1]), ["module_1"], (0, 12, 0)),
+        (described("vit", VIT, depths=[1, 1, 1]), ["module_1", "module_2"], (0, 12, 5)),
+        (described("vmoe", MOE, depths=[1, 1, 1]), ["vmoe_0"], (16, 0, 0)),
+        (described("vmoe", MOE, depths=[1, 1, 1]), ["vmoe_1"], (0, 12, 0)),
+        (described("vmoe", STUDENTS, depths=[1, 1, 1]), ["student_1"], (0, 8, 0)),
         (
             described("vmoe", VMoESpec(VIT, (0,), experts=2), depths=[1], first=True, last=False),
             ["student_0"],
-            (16, 0, 0, 0),
+            (16, 0, 0),
         ),
-        (described("nac", NAC_SPEC), ["nac"], (16, 0, 5, 0)),
+        (described("nac", NAC_SPEC), ["nac"], (16, 0, 5)),
         (
             described("nac_student", NAC_SPEC, modules=4, stitch_dim=9, states=2),
             ["student_2"],
-            (0, 9, 0, 0),
+            (0, 9, 0),
         ),
         (
             described("nac_student", NAC_SPEC, modules=4, stitch_dim=9, states=2),
             ["student_3"],
-            (0, 9, 5, 0),
+            (0, 9, 5),
         ),
     ],
 )

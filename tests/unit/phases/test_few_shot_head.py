@@ -55,7 +55,8 @@ def few_shot_digits():
     config = digits()
     config.phases = ("e2e_scratch", "fewshot")
     config.few_shot.network = "e2e_scratch"
-    config.few_shot.data.name, config.few_shot.data.classes = "digits", 10
+    data = config.few_shot.data
+    data.name, data.classes, data.mean, data.std = "digits", 10, config.data.mean, config.data.std
     config.few_shot.ways, config.few_shot.shots = 5, 2
     recipe = config.recipes.fewshot
     recipe.epochs, recipe.batch = 10, 5

@@ -1,0 +1,153 @@
+"""Refuses data that are not what weights were trained on: other pixel values, other classes.
+
+Finished weights record their normalisation and, where they give logits, the names of the classes in
+the order of the logits (training.py). Converted weights record no classes, torch files nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
+from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.jobs.plan import Kind, Plan
+from m2mkd_jax.jobs.setup import image_source
+from m2mkd_jax.phases.families import students
+from m2mkd_jax.phases.initial_weights import read_recorded
+from m2mkd_jax.phases.phase import Phase
+
+CONVERTED = ", or convert with the right --mean and --std"  # advice on weights that no job made
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Weights that a job measures or starts from.
+
+    Attributes:
+        phase: whose data they meet.
+        job: whose weights they are, or stand for.
+        initial: they are what config.init.network names, whatever this run has trained.
+        order_only: their logits are only a start, so that classes of other names will do.
+    """
+
+    phase: Phase
+    job: str
+    initial: bool = False
+    order_only: bool = False
+
+
+def check_normalisation(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
+    """Refuses jobs whose images are normalised otherwise than the weights that they begin with.
+
+    Args:
+        plan: of the run.
+        workdir: its directory.
+        todo: the jobs that are to run.
+
+    Raises:
+        UserError: one line that names both values, and the key to set.
+    """
+    for use in _uses(plan, todo):
+        data, key = use.phase.data, use.phase.data_key
+        if use.job in todo and not use.initial:
+            made = plan.job(use.job).phase
+            known, advice = _normalisation(made.data), ""
+            origin = f"{use.job} is trained with config.{made.data_key}"
+        else:
+            recorded = read_recorded(plan.config, workdir, use.job, use.initial)
+            known, advice = recorded.normalisation, "" if recorded.job else CONVERTED
+            origin = f"the weights in {recorded.path} record"
+        for field, value in _normalisation(data).items():
+            wanted = known.get(field)
+            if wanted and not (len(wanted) == len(value) and np.allclose(wanted, value, 0, 1e-6)):
+                raise UserError(
+                    f"config.{key}.{field} is {value} and {origin} {field} {wanted}: set "
+                    f"config.{key}.{field}={wanted}{advice}"
+                )
+
+
+def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
+    """Refuses jobs whose classes are not those of the logits that they begin with.
+
+    Args:
+        plan: of the run.
+        workdir: its directory.
+        todo: the jobs that are to run; their images can be opened.
+
+    Raises:
+        UserError: one line with the first class that differs.
+    """
+    for use in _uses(plan, todo):
+        if plan.job(use.phase.job).kind is Kind.FEW_SHOT:  # its head is a fresh one
+            continue
+        if use.job in todo and not use.initial:
+            known, origin = _names(plan.job(use.job).phase), use.job
+        else:
+            recorded = read_recorded(plan.config, workdir, use.job, use.initial)
+            known, origin = recorded.class_names, f"the weights in {recorded.path}"
+        if not known:
+            continue
+        given = _names(use.phase)
+        if known == given or len(known) != len(given) or _numbered(known) or _numbered(given):
+            continue
+        reordered = sorted(known) == sorted(given)
+        if use.order_only and not reordered:
+            continue
+        i = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
+        what = "the same classes in another order" if reordered else "other classes"
+        advice = "name the classes so that they sort as then" if reordered else "use those classes"
+        raise UserError(
+            printable(
+                f'config.{use.phase.data_key} has {what}: class {i} is "{given[i]}", and '
+                f'"{known[i]}" in {origin}; {advice}, or train again'
+            )
+        )
+
+
+def _uses(plan: Plan, todo: Collection[str]) -> Iterator[_Use]:
+    """The weights that jobs measure or start from, those of a data set once."""
+    seen = set()
+    for job in map(plan.job, todo):
+        for phase in job.phases:
+            for use in _of_phase(plan, phase, job.kind is Kind.EVALUATION):
+                what = (use.job, use.initial, phase.data_key, use.order_only)
+                if what not in seen:
+                    seen.add(what)
+                    yield use
+
+
+def _of_phase(plan: Plan, phase: Phase, measured: bool) -> Iterator[_Use]:
+    if measured:
+        yield _Use(phase, phase.job)
+        return
+    for weights in {stage.weights.kind: stage.weights for stage in phase.stages.values()}.values():
+        if weights.kind == "init":
+            yield _Use(phase, "e2e", initial=True)
+        elif weights.kind == "assembled":
+            for i in range(students(plan.config).modules):
+                yield _Use(phase, f"m2mkd/{i}", order_only=True)
+    for job in dict.fromkeys(s.weights.job for s in phase.stages.values() if s.weights.job):
+        yield _Use(phase, job)
+
+
+def _normalisation(data: ConfigDict) -> Mapping[str, tuple[float, ...]]:
+    return {field: tuple(map(float, data[field])) for field in ("mean", "std")}
+
+
+def _names(phase: Phase) -> tuple[str, ...]:
+    """The names of the classes that the logits of a phase's network stand for, in their order."""
+    name: Any = phase.data.name
+    if name in PARENTS:  # images of some of the network's classes
+        return wordnet_ids(PARENTS[name])
+    return tuple(image_source(phase.data, "test").class_names)
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    """Whether classes have no names but their numbers in shards (data/formats/tar.py)."""
+    return all(name == f"{i:06d}" for i, name in enumerate(names))
