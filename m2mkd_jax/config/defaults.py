@@ -310,7 +310,7 @@ GROUPS = {
     "regulariser": "A loss on the NAC's graph, end to end.",
     "recipes": "How each phase trains; all end-to-end phases train by `recipes.e2e`.",
     "few_shot": "The phase fewshot: heads for classes that the network has not seen.",
-    "few_shot.data": "The images of the episodes; image_size 0: the network's. mean and std must be "
+    "few_shot.data": "The images of the episodes, with mean and std of the network's; image_size 0: "
     "the network's.",
     "init": "Directories or files of weights, converted or torch's, in place of phases.",
     "evaluation": "How accuracies are measured.",
