@@ -310,8 +310,8 @@ GROUPS = {
     "regulariser": "A loss on the NAC's graph, end to end.",
     "recipes": "How each phase trains; all end-to-end phases train by `recipes.e2e`.",
     "few_shot": "The phase fewshot: heads for classes that the network has not seen.",
-    "few_shot.data": "The images of the episodes, with mean and std of the network's; image_size 0: "
-    "the network's.",
+    "few_shot.data": "The images of the episodes; mean and std must be the network's; "
+    "image_size 0: the network's.",
     "init": "Directories or files of weights, converted or torch's, in place of phases.",
     "evaluation": "How accuracies are measured.",
     "mesh": "How the devices are arranged; data x expert is their number.",
