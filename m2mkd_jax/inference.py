@@ -6,7 +6,6 @@ latents, S channels of a code.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,9 @@ class Model:
         program = Program({n: part.graph for n, part in self._parts.items()}, tuple(names), ())
         self._joined = join_neighbours(program, single, trained=False)
         self._weights = self._joined.stages(single)
-        compiled = functools.partial(jax.jit, compiler_options=backend.compiler_options())
-        self._run = compiled(self._forward)
-        self._features = compiled(lambda w, x: inspection.features(self._merged(w), names, x))
-        self._attention = compiled(lambda w, x: inspection.attention(self._merged(w), x))
+        self._run = backend.jit(self._forward)
+        self._features = backend.jit(lambda w, x: inspection.features(self._merged(w), names, x))
+        self._attention = backend.jit(lambda w, x: inspection.attention(self._merged(w), x))
         interface = registry.interface(self.description, names)
         self.image_size, self.width = interface.image_size, interface.width
         self.classes = interface.classes

@@ -49,7 +49,7 @@ def make_counter(
         label, mask = batch["label"], batch["mask"].astype(jnp.float32)
         return jax.tree.map(lambda own: _sums(own, label, mask), outputs)
 
-    return jax.jit(count, out_shardings=out_shardings, compiler_options=backend.compiler_options())
+    return backend.jit(count, out_shardings=out_shardings)
 
 
 def _sums(outputs: jax.Array, label: jax.Array, mask: jax.Array) -> jax.Array:

@@ -183,10 +183,9 @@ class Episode:
             # Copied, because the step gives its state's buffers away.
             return self._setup.begin(head, jax.tree.map(jnp.copy, fixed))
 
-        return jax.jit(
+        return backend.jit(
             begin,
             out_shardings=self._setup.placement,
-            compiler_options=backend.compiler_options(),
         )
 
     def draw(self, path: Path, seed: int, support: Any) -> None:

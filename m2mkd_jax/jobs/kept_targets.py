@@ -186,7 +186,7 @@ def _targets_of(run: Run, setup: JointSetup) -> Callable[[dict], dict[str, dict]
     def given(frozen: dict, images: jax.Array) -> dict:
         return program.given(frozen, normalise(images, data.mean, data.std))
 
-    compiled = jax.jit(first.on_mesh(given), compiler_options=backend.compiler_options())
+    compiled = backend.jit(first.on_mesh(given))
 
     def targets(batch: dict) -> dict[str, dict]:
         placed = meshes.put_batch(run.mesh, {"image": batch["image"]})

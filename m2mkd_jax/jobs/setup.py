@@ -248,11 +248,11 @@ class Setup:
 
     def initial_state(self) -> dict:
         """The state before the first step; it takes over the buffers of `params` and `fixed`."""
-        begin = jax.jit(
+        begin = backend.jit(
             self.begin,
             out_shardings=self.placement,
             donate_argnums=(0, 1),
-            compiler_options=backend.compiler_options(once=True),
+            once=True,
         )
         return begin(self.params, self.fixed)
 

@@ -158,9 +158,7 @@ def initialise(
 
     shapes = abstract(build)
     places = None if shardings is None else (shardings(shapes.params), shardings(shapes.fixed))
-    draw = jax.jit(
-        arrays, compiler_options=backend.compiler_options(once=True), out_shardings=places
-    )
+    draw = backend.jit(arrays, once=True, out_shardings=places)
     return SplitStage(shapes.graph, *draw(key))
 
 

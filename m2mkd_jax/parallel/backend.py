@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -41,22 +43,41 @@ def platform() -> str:
     return target[0] if target else jax.default_backend()
 
 
-def compiler_options(*, once: bool = False) -> dict[str, int] | None:
-    """XLA's options for a program of this package, for `jax.jit`.
+class CompiledFunction:
+    """`jax.jit` of a function, which on a CPU compiles faster; made by `jit`.
+
+    jax refuses options of the compiler inside another program: there this is a plain `jax.jit`.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, int], **arguments: Any):
+        self._inside = jax.jit(function, **arguments)
+        self._compiled = jax.jit(function, compiler_options=options, **arguments)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return (self._inside if traced else self._compiled)(*arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As `jax.jit`'s."""
+        return self._compiled.lower(*arguments)
+
+
+def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -> Any:
+    """`jax.jit` for a program of this package.
 
     On a CPU the higher of LLVM's optimisation levels take half as long again to compile a training
     step and make it no faster (benchmarks/RESULTS.md): products are a library's, and level 1 also
-    vectorises loops.
+    vectorises loops. A level in $XLA_FLAGS stays.
 
     Args:
-        once: the program runs once, and compiling it takes longer than running it.
-
-    Returns:
-        Options; None: XLA's own, or those of $XLA_FLAGS.
+        function: to compile.
+        once: it runs once, and compiling it takes longer than running it.
+        arguments: of `jax.jit`.
     """
     if platform() != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
-        return None
-    return {_LEVEL: 0 if once else 1}
+        return jax.jit(function, **arguments)
+    return CompiledFunction(function, {_LEVEL: 0 if once else 1}, **arguments)
 
 
 def compute_capability() -> str:

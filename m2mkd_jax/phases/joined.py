@@ -63,10 +63,10 @@ class Joined:
                 joined[name] = shapes
             else:
                 places = None if place is None else place(shapes)
-                joined[name] = jax.jit(
+                joined[name] = backend.jit(
                     self._joining(parts),
                     out_shardings=places,
-                    compiler_options=backend.compiler_options(once=True),
+                    once=True,
                 )(*own)
         return joined
 

@@ -119,11 +119,10 @@ def make_step(
         states, metrics = update({"": state}, frozen, batch)
         return states[""], metrics[""]
 
-    return jax.jit(
+    return backend.jit(
         step,
         donate_argnums=0,
         out_shardings=out_shardings,
-        compiler_options=backend.compiler_options(),
     )
 
 
@@ -148,11 +147,10 @@ def make_joint_step(
         which go to the loss as they are, and no images if the loss needs none.
     """
     step = _joint_update(loss, jobs, data, seed)
-    return jax.jit(
+    return backend.jit(
         step,
         donate_argnums=0,
         out_shardings=out_shardings,
-        compiler_options=backend.compiler_options(),
     )
 
 

@@ -23,3 +23,17 @@ def test_layers_take_the_named_platform(platform, capability, fits):
         assert layers.fits_cudnn(half, half) == fits
     assert not layers.fits_cudnn(half, half)
     assert backend.platform() == "cpu"
+
+
+def test_a_function_compiled_with_options_can_be_called_inside_another(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    double = backend.jit(lambda x: 2 * x)
+    assert isinstance(double, backend.CompiledFunction)
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(double(x), 2 * x)
+    np.testing.assert_array_equal(jax.jit(lambda x: double(x) + 1)(x), 2 * x + 1)
+    np.testing.assert_array_equal(double.lower(x).compile()(x), 2 * x)
+    assert jax.eval_shape(double, x).shape == (3,)
+    assert jax.grad(lambda x: double(x).sum())(x).tolist() == [2.0, 2.0, 2.0]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    assert not isinstance(backend.jit(lambda x: x), backend.CompiledFunction)
