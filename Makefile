@@ -43,7 +43,8 @@ lint: .venv-test/stamp
 CHAOS_SEED ?= 0
 chaos: .venv-test/stamp
 	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
-	  .venv-test/bin/python -m pytest -s tests/chaos
+	  .venv-test/bin/python -m pytest -s tests/chaos \
+	  tests/chaos/long_kills.py
 
 docs: .venv-test/stamp
 	.venv-test/bin/python -m m2mkd_jax.config.document > docs/config.md
