@@ -1,7 +1,7 @@
 """Runs that are killed or stopped at random moments end with the weights of one that was not.
 
-CHAOS_KILLS and CHAOS_SIGNALS set how many, CHAOS_SEED where. `make chaos` runs this file; `make test`
-has the kills of tests/e2e.
+CHAOS_KILLS and CHAOS_SIGNALS set how many, CHAOS_SEED where. `make chaos` runs this file; the kills
+of `make test` are those of tests/e2e.
 """
 
 import itertools
