@@ -56,9 +56,16 @@ def results(workdir):
 
 
 def files(workdir):
-    """Paths of all files, without the names of Orbax's data files, which are random."""
-    found = (path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file())
-    return sorted({path.as_posix() for path in found if path.parent.name != "d"})
+    """Paths of all files, without checkpoints and Orbax's data files, whose names are random."""
+    found = [path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file()]
+    return sorted(
+        {p.as_posix() for p in found if p.parent.name != "d" and "checkpoints" not in p.parts}
+    )
+
+
+def most_checkpoints(workdir):
+    """The largest number of checkpoints, and of what is left of others, in a job's directory."""
+    return max(len(list(path.iterdir())) for path in workdir.glob("jobs/**/checkpoints"))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -75,6 +82,7 @@ def assert_same(whole, workdir):
     assert trees(workdir) == trees(whole)
     assert results(workdir) == results(whole)
     assert files(workdir) == files(whole)
+    assert most_checkpoints(workdir) <= 3  # the latest two and the best
 
 
 def test_killed_at_random_moments(whole, tmp_path):
