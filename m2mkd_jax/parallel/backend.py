@@ -55,8 +55,13 @@ class CompiledFunction:
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
-        return (self._inside if traced else self._compiled)(*arguments)
+        try:
+            return self._compiled(*arguments)
+        except ValueError:
+            # Looked at here only: walking a training state takes half a millisecond.
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+                raise
+        return self._inside(*arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""

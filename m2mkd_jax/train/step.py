@@ -119,11 +119,7 @@ def make_step(
         states, metrics = update({"": state}, frozen, batch)
         return states[""], metrics[""]
 
-    return backend.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=out_shardings,
-    )
+    return backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def make_joint_step(
@@ -147,11 +143,7 @@ def make_joint_step(
         which go to the loss as they are, and no images if the loss needs none.
     """
     step = _joint_update(loss, jobs, data, seed)
-    return backend.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=out_shardings,
-    )
+    return backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def _joint_update(
@@ -240,7 +232,7 @@ def _advance(
         changed["ema"] = ema_update(state["ema"], params, recipe.ema)
     if recipe.ema and recipe.accumulate > 1:
         # The weights change with the last part of a batch only, and so must their average.
-        moved = (state["step"] + 1) % recipe.accumulate == 0
+        moved = opt_state.mini_step == 0
         keep = functools.partial(jnp.where, moved)
         changed["ema"] = jax.tree.map(keep, changed["ema"], state["ema"])
     before = {name: state[name] for name in changed}
