@@ -185,7 +185,8 @@ DISTILLATION: Keys = {
     "joint": Key(
         True,
         "train the pairs m2mkd/i that a run has to do in one program, on the same batches, as many "
-        "as fit into memory; each ends with the weights that it would have by itself",
+        "as fit into memory, and without drop-path the modules mt/i too; each ends with the "
+        "weights that it would have by itself",
     ),
     "views": Key(
         0,

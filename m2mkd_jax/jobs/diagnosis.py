@@ -50,7 +50,7 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
         batch = next(batches)
     finally:
         batches.close()
-    key, prepare_keys = step_keys(phase.seed, step - 1)
+    key, prepare_keys = step_keys(jax.random.key(phase.seed), step - 1)
     ready = prepared(prepare_keys, batch, recipe, data)
     found = _first_stage(setup, state, ready["image"], key) or _first_gradient(
         setup, state, ready, key

@@ -49,17 +49,18 @@ def keeps_targets(phase: Phase) -> bool:
 
 
 def can_join(config: ConfigDict, phase: Phase) -> bool:
-    """Whether a phase may train in one program with others.
+    """Whether a phase may train in one program with others: modules of one kind, m2mkd or mt.
 
-    Without distillation, and with the published evaluation's noise, random numbers depend on how
-    many stages a chain has, and so on which other pairs there are.
+    Not so where random numbers depend on how many stages a chain has, and so on which other modules
+    there are: with the published evaluation's noise, in m2mkd without distillation, and in mt with
+    drop-path, which acts in the meta model too.
     """
-    return (
-        config.distillation.joint
-        and is_hybrid(phase)
-        and config.distillation.kind != "none"
-        and not config.evaluation.sampled
-    )
+    if not config.distillation.joint or config.evaluation.sampled:
+        return False
+    if phase.teacher:
+        return is_hybrid(phase) and config.distillation.kind != "none"
+    part = len(phase.trainable) < len(phase.student)
+    return part and not phase.head and not phase.recipe.drop_path
 
 
 def alike(run: Run, jobs: Sequence[Job]) -> list[Job]:
@@ -277,7 +278,7 @@ def fitting_jobs(run: Run, jobs: list[Job], updates: int) -> tuple[list[Job], Fi
         step, fits = step_of(count)
         fitting, few, many = (step, count, many) if fits else (fitting, few, count - 1)
     say(
-        f"[{jobs[0].name}] {few} of {len(jobs)} pairs train at once, the others after them: all "
+        f"[{jobs[0].name}] {few} of {len(jobs)} modules train at once, the others after them: all "
         f"need {whole.needed / 2**30:.1f} GiB of {device_memory() / 2**30:.1f} GiB"
     )
     return jobs[:few], fitting or step_of(few)[0]

@@ -1,8 +1,8 @@
 """Several programs as one: chains that begin alike are run once, equal stages in one batch.
 
-The pairs m2mkd/i run on one meta model. What the chains of two pairs have in common up to a stage
-is computed once; and where several chains run the same frozen stage at the same place, it runs once
-over all of them, stacked along a new leading axis, so that its weights are read once.
+The modules of m2mkd and of mt run on one meta model. What the chains of two jobs have in common up
+to a stage is computed once; and where several chains run the same frozen stage at the same place,
+it runs once over all of them, stacked along a new leading axis, so that its weights are read once.
 
 Axes: B batch, H height, W width, K classes.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from m2mkd_jax.parallel import backend
@@ -113,13 +114,13 @@ def make_step(
         value, metrics = loss(trainable[""], *arguments)
         return value, {"": metrics}
 
-    update = _joint_update(joint_loss, {"": (optimizer, recipe)}, data, seed)
+    update = _joint_update(joint_loss, {"": (optimizer, recipe)}, data)
 
-    def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
-        states, metrics = update({"": state}, frozen, batch)
+    def step(state: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
+        states, metrics = update({"": state}, frozen, batch, key)
         return states[""], metrics[""]
 
-    return backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return SeededStep(backend.jit(step, donate_argnums=0, out_shardings=out_shardings), seed)
 
 
 def make_joint_step(
@@ -142,22 +143,44 @@ def make_joint_step(
         (states, frozen, batch) -> (states, metrics), both by job. A batch may have more entries,
         which go to the loss as they are, and no images if the loss needs none.
     """
-    step = _joint_update(loss, jobs, data, seed)
-    return backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    step = _joint_update(loss, jobs, data)
+    return SeededStep(backend.jit(step, donate_argnums=0, out_shardings=out_shardings), seed)
+
+
+class SeededStep:
+    """A compiled step with its seed: (state, frozen, batch) -> (state, metrics).
+
+    The seed's key is an argument of the program: jobs that differ in nothing else find the same one
+    in the cache of compiled programs.
+
+    Args:
+        compiled: a jitted function of state, frozen, batch and the data of a key.
+        seed: of all randomness.
+    """
+
+    def __init__(self, compiled: Any, seed: int):
+        self._compiled = compiled
+        self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled(*arguments, self._key)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As `jax.jit`'s."""
+        return self._compiled.lower(*arguments, self._key)
 
 
 def _joint_update(
     loss: Callable,
     jobs: Mapping[str, tuple[optax.GradientTransformation, Any]],
     data: Any,
-    seed: int,
-) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
-    """The step of `make_joint_step` before it is compiled."""
+) -> Callable[[dict, dict, dict, jax.Array], tuple[dict, dict]]:
+    """The step of `make_joint_step` before it is compiled; its last argument is a key's data."""
     _, mixing_recipe = next(iter(jobs.values()))
 
-    def step(states: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+    def step(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
-        loss_key, prepare_keys = step_keys(seed, first["step"])
+        loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
         batch = prepared(prepare_keys, batch, mixing_recipe, data)
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
@@ -177,9 +200,11 @@ def _joint_update(
     return step
 
 
-def step_keys(seed: int, step: jax.Array | int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The keys of a step, which depend on nothing else: the loss's, and those of `prepared`."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+def step_keys(
+    key: jax.Array, step: jax.Array | int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The keys of a step from the seed's: the loss's, and those of `prepared`."""
+    key = jax.random.fold_in(key, step)
     mix_key, loss_key, erase_key = jax.random.split(key, 3)
     return loss_key, (erase_key, mix_key)
 

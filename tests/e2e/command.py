@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,37 @@ def run(config: str, env: dict, workdir, *flags) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
+
+
+def start(config: str, env: dict, workdir, *flags) -> subprocess.Popen:
+    """The command in the background; what it prints on stderr can be read from it."""
+    return subprocess.Popen(
+        command(config, workdir, *flags),
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_records(file: Path, count: int, process: subprocess.Popen) -> bool:
+    """Whether the job wrote that many records before the process ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if file.is_file() and file.read_bytes().count(b"\n") >= count:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    raise AssertionError(f"{file} never had {count} records")
+
+
+def records(workdir: Path, job: str) -> list[dict]:
+    """The log of a job, without clocks."""
+    lines = (workdir / "jobs" / job / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in found]
 
 
 def summary(workdir) -> dict:

@@ -24,6 +24,8 @@ def get_config():
         recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 2, 16, 0, 1e-3
         recipe.mixup = recipe.cutmix = 0.0  # drawing from Beta takes long to compile
         recipe.importance_weight = recipe.load_weight = 0.01
+    config.recipes.m2mkd.epochs = 6
+    config.recipes.m2mkd.modules = {"1": {"epochs": 4, "clip": 1.0}}
     config.recipes.m2mkd.drop_path = config.recipes.e2e.drop_path = 0.1
     config.evaluation.batch = 64
     config.log_every = 5

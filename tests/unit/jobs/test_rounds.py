@@ -1,10 +1,11 @@
-"""Which pairs train in one program: the same batches, room in memory, no other process at it.
+"""Which modules train in one program: the same batches, room in memory, no other process at it.
 
 And the room on the disk that their kept targets take.
 """
 
 import errno
 import fcntl
+import functools
 import os
 from types import SimpleNamespace
 
@@ -19,13 +20,16 @@ from m2mkd_jax.parallel.mesh import make_mesh
 from tests.e2e import tiny
 
 
-def pairs(tmp_path, **values):
-    """The run and the three pairs of the tiny config."""
+def modules(phase, tmp_path, **values):
+    """The run and the three jobs of a phase of the tiny config."""
     config = tiny.get_config()
     config.recipes.m2mkd.modules = {}
     config.update_from_flattened_dict(values)
     plan = Plan(config)
-    return Run(config, tmp_path, make_mesh()), [plan.job(f"m2mkd/{i}") for i in range(3)]
+    return Run(config, tmp_path, make_mesh()), [plan.job(f"{phase}/{i}") for i in range(3)]
+
+
+pairs = functools.partial(modules, "m2mkd")
 
 
 def names(jobs):
@@ -48,6 +52,20 @@ CASES = [
 @pytest.mark.parametrize(("values", "expected"), CASES, ids=lambda v: str(v)[:40])
 def test_pairs_that_see_the_same_batches_train_together(tmp_path, values, expected):
     assert names(joint.alike(*pairs(tmp_path, **values))) == expected
+
+
+MODULES = [
+    ({}, ["mt/0", "mt/1", "mt/2"]),
+    ({"distillation.kind": "none"}, ["mt/0", "mt/1", "mt/2"]),
+    ({"recipes.mt.modules": {"1": {"drop_path": 0.1}}}, ["mt/0", "mt/2"]),
+    ({"recipes.mt.drop_path": 0.1}, ["mt/0"]),
+    ({"distillation.joint": False}, ["mt/0"]),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), MODULES, ids=lambda v: str(v)[:40])
+def test_modules_of_the_teacher_train_together_without_drop_path(tmp_path, values, expected):
+    assert names(joint.alike(*modules("mt", tmp_path, **values))) == expected
 
 
 def test_pairs_at_other_steps_train_in_another_round(tmp_path):
@@ -91,7 +109,7 @@ def test_as_many_pairs_as_fit_and_the_others_after_them(tmp_path, monkeypatch, c
     assert names(chosen) == ALL[:most] and step.count == most
     said = capsys.readouterr().out
     assert said.count("\n") == (most < 3)
-    assert most == 3 or f"[m2mkd/0] {most} of 3 pairs train at once" in said
+    assert most == 3 or f"[m2mkd/0] {most} of 3 modules train at once" in said
 
 
 def test_a_pair_of_another_process_is_left_to_it(tmp_path, capsys):
