@@ -1,4 +1,4 @@
-# make demo [WORKDIR=runs/nac_digits]   install into .venv (no CUDA) and run the digits pipeline
+# make demo [WORKDIR=runs/vmoe_digits]  install into .venv (no CUDA) and run the digits pipeline
 # make test                             install into .venv-test; the checks of make lint, then every
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
@@ -8,7 +8,7 @@
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
-WORKDIR ?= runs/nac_digits
+WORKDIR ?= runs/vmoe_digits
 WORKERS ?= 2
 LANES := unit parity multidevice e2e chaos
 
@@ -22,7 +22,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp
-	.venv/bin/python -m m2mkd_jax.main --config=configs/nac_digits.py --workdir=$(WORKDIR)
+	.venv/bin/python -m m2mkd_jax.main --config=configs/vmoe_digits.py --workdir=$(WORKDIR)
 
 # Lanes are separate processes: one has eight CPU devices, the others one.  All run, whatever fails;
 # pytest itself fails a lane with no test in it, tests/conftest.py one with a forbidden skip.
