@@ -10,6 +10,10 @@ Arrays instead of images: the file of --npz_in holds `images` (B, H, W, 3), floa
 for a middle module its `tokens` (B, N, D); for a NAC student optionally its `codes` and `states`.
 The file of --npz gets `outputs`, and the same as `logits` if the network gives logits.
 
+A detector takes with --npz_in `image_0`, `image_1`, ... (H, W, 3) uint8 RGB of any sizes, and
+gives for image i `boxes_i` in its pixels, `scores_i`, `classes_i` and `masks_i`; the backbone of a
+detector gives `last_feat` and `p2` to `p6` for `images`.
+
 examples:
   python -m m2mkd_jax.predict runs/nac cat.jpg dog.png --labels=imagenet.json
   python -m m2mkd_jax.predict weights --npz_in=in.npz --npz=out.npz --module=1
@@ -33,6 +37,7 @@ from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.data.decode import decode
 from m2mkd_jax.data.formats.text import read_text
+from m2mkd_jax.detection.inference import DetectionModel, open_detection, read_images
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.inference import Model, load
 
@@ -137,6 +142,10 @@ def predict(args: argparse.Namespace) -> None:
     """Predicts and prints. Raises UserError if the input is wrong."""
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
+    detection = open_detection(args.checkpoint, args.arch)
+    if detection is not None:
+        predict_detection(detection, args)
+        return
     model = load(args.checkpoint, args.module, arch=args.arch)
     if args.images and not model.image_size:
         raise UserError(
@@ -166,6 +175,30 @@ def predict(args: argparse.Namespace) -> None:
         print(f"{len(outputs)} outputs of shape {outputs.shape[1:]}")
     if args.npz:
         arrays = {"outputs": outputs} | ({"logits": outputs} if model.classes else {})
+        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+
+
+def predict_detection(model: DetectionModel, args: argparse.Namespace) -> None:
+    """`predict` with a detector, or with the backbone of one."""
+    if args.module is not None:
+        raise UserError("--module: a detector is not in modules")
+    if not args.npz_in:
+        raise UserError("a detector takes its images with --npz_in")
+    arrays: dict[str, np.ndarray] = {}
+    if model.is_detector:
+        images = read_images(args.npz_in)
+        if images is None:
+            raise UserError(f'--npz_in: {args.npz_in} needs arrays "image_0", "image_1", ...')
+        for i, found in enumerate(model.detect(images)):
+            fields = ("boxes", "scores", "classes", "masks")
+            arrays |= {f"{field}_{i}": getattr(found, field) for field in fields}
+            best = f"{found.scores[0]:.4f}" if len(found.scores) else "none"
+            print(f"{args.npz_in}[{i}]: {len(found.scores)} detections, best score {best}")
+    else:
+        inputs, _ = read_npz(args.npz_in)
+        arrays = model.features(inputs)
+        print(", ".join(f"{name} {value.shape}" for name, value in arrays.items()))
+    if args.npz:
         replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
 
 

@@ -73,6 +73,16 @@ def head_params(table: list[Entry], tensors: dict[str, np.ndarray], part: str) -
     return arrays_from_torch(own, {prefix + name: value for name, value in tensors.items()})[part]
 
 
+def run_quickly(function: Any, *arguments: Any) -> Any:
+    """Runs a function compiled without optimisation, which would take longer than all else."""
+    return compiled(function)(*arguments)
+
+
+def compiled(function: Any) -> Any:
+    """A function compiled without optimisation."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def nchw(maps: Any) -> np.ndarray:
     return np.asarray(maps).transpose(0, 3, 1, 2)
 

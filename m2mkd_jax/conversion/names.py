@@ -80,7 +80,7 @@ def write_layout(array: np.ndarray, entry: Entry, patch: int = 0) -> np.ndarray:
         return array.T
     if layout == "patches":
         side = patch
-        if entry.path[0] != "patch_embed":
+        if "patch_embed" not in entry.path:
             side = 4 if "stage_0" in entry.path else 2  # the tokenizer's stem, its downsampling
         return array.reshape(side, side, -1, array.shape[-1]).transpose(3, 2, 0, 1)
     if layout == "depthwise":

@@ -89,7 +89,11 @@ def _integers(least: int, length: int = 0) -> Callable[[Any], bool]:
 
 def _numbers(length: int, most: float = math.inf) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == length and all(_number(most)(n) for n in value)
+        return (
+            isinstance(value, list)
+            and len(value) == length
+            and all(_number(most)(n) for n in value)
+        )
 
     return check
 

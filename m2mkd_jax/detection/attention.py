@@ -56,7 +56,7 @@ class MapAttention(Attention):
         return x[:, :h, :w]
 
     def _attend(self, x: jax.Array) -> jax.Array:
-        h, w = x.shape[1:3]
+        h = x.shape[1]
         tokens = rearrange(x, "b h w d -> b (h w) d")
         if not self.has_tables:
             return super().__call__(tokens).reshape(x.shape)

@@ -21,7 +21,14 @@ from flax import nnx
 from m2mkd_jax.detection import boxes as box_ops
 from m2mkd_jax.detection import rpn
 from m2mkd_jax.detection.backbone import LEVELS, Backbone
-from m2mkd_jax.detection.heads import BOX_BINS, MASK_BINS, MASK_SIDE, BoxHead, BoxPredictor, MaskHead
+from m2mkd_jax.detection.heads import (
+    BOX_BINS,
+    MASK_BINS,
+    MASK_SIDE,
+    BoxHead,
+    BoxPredictor,
+    MaskHead,
+)
 from m2mkd_jax.detection.matching import POSITIVE, Sample, match, sample
 from m2mkd_jax.detection.roi_align import crop_masks, pool
 from m2mkd_jax.detection.rpn import Objects, Proposals, RPNHead
@@ -88,9 +95,7 @@ class Heads(nnx.Module):
         shape = boxes.shape[:2]
         return logits.reshape(*shape, -1), deltas.reshape(*shape, -1, 4)
 
-    def predict_masks(
-        self, features: Features, boxes: jax.Array, classes: jax.Array
-    ) -> jax.Array:
+    def predict_masks(self, features: Features, boxes: jax.Array, classes: jax.Array) -> jax.Array:
         """Logits (B, R, 28, 28) of boxes (B, R, 4), in the maps of their classes (B, R)."""
         pooled = _pool(features, boxes, MASK_BINS)
         logits = self.mask_head(pooled.reshape(-1, *pooled.shape[2:]))
@@ -285,7 +290,7 @@ class Detector(Backbone):
 
     def anchors(self, features: Features) -> list[Any]:
         """The anchors of each level (numpy), by the sizes of the maps."""
-        shapes = [features[name].shape[1:3] for name in LEVELS]
+        shapes = [(features[name].shape[1], features[name].shape[2]) for name in LEVELS]
         return rpn.level_anchors(self.spec, shapes)
 
     def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:

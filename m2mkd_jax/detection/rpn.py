@@ -8,6 +8,7 @@ Source: Ren et al. 2015 (arXiv 1506.01497), section 3; docs/detection.md#rpn.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,9 +120,7 @@ def losses(
     ) -> tuple[jax.Array, jax.Array]:
         object_of, drawn = assign(spec, anchors, boxes, valid, priority)
         own = drawn.index
-        cross = optax.sigmoid_binary_cross_entropy(
-            logits[own], drawn.positive.astype(jnp.float32)
-        )
+        cross = optax.sigmoid_binary_cross_entropy(logits[own], drawn.positive.astype(jnp.float32))
         # An anchor without an object has itself for a target, so that no number is undefined.
         target = jnp.where(drawn.positive[:, None], boxes[object_of[own]], anchors[own])
         error = jnp.abs(deltas[own] - box_ops.encode(anchors[own], target, WEIGHTS)).sum(-1)
@@ -195,6 +194,7 @@ def propose(
     before, after = (pair[not train] for pair in (spec.pre_nms, spec.post_nms))
     most = min(before, max(len(a) for a in anchors))
 
+    # All levels are padded to the same length, so that one loop suppresses in all.
     def best_of_level(
         logits: jax.Array, deltas: jax.Array, anchors: jax.Array, size: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -204,11 +204,9 @@ def propose(
         boxes = box_ops.clip(boxes, size)
         valid = finite & box_ops.nonempty(boxes)
         boxes = jnp.where(valid[:, None], boxes, 0.0)
-        keep = nms(boxes, values, valid, spec.rpn_nms)
-        values = jnp.where(keep, values, -jnp.inf)
         pad = most - len(values)
         values = jnp.pad(values, (0, pad), constant_values=-jnp.inf)
-        return jnp.pad(boxes, ((0, pad), (0, 0))), values, jnp.pad(keep, (0, pad))
+        return jnp.pad(boxes, ((0, pad), (0, 0))), values, jnp.pad(valid, (0, pad))
 
     def of_image(
         logits: list[jax.Array], deltas: list[jax.Array], size: jax.Array
@@ -217,9 +215,12 @@ def propose(
             best_of_level(one, two, jnp.asarray(three), size)
             for one, two, three in zip(logits, deltas, anchors, strict=True)
         ]
-        boxes, values, keep = (jnp.concatenate(part) for part in zip(*levels, strict=True))
+        boxes, values, valid = (jnp.stack(part) for part in zip(*levels, strict=True))
+        suppress = functools.partial(nms, threshold=spec.rpn_nms)
+        keep = jax.vmap(suppress)(boxes, values, valid)
+        values = jnp.where(keep, values, -jnp.inf).reshape(-1)
         values, index = jax.lax.top_k(values, min(after, len(values)))
-        return boxes[index], values, keep[index]
+        return boxes.reshape(-1, 4)[index], values, keep.reshape(-1)[index]
 
     stopped = jax.lax.stop_gradient((list(logits), list(deltas)))
     boxes, values, valid = jax.vmap(of_image)(*stopped, sizes)

@@ -13,7 +13,15 @@ from m2mkd_jax.detection import names, rpn
 from m2mkd_jax.detection.backbone import LEVELS
 from m2mkd_jax.detection.matching import match
 from m2mkd_jax.models import chain
-from tests.detection_fixtures import fixture, head_params, nchw, padded_objects, priority, state_dict
+from tests.detection_fixtures import (
+    fixture,
+    head_params,
+    nchw,
+    padded_objects,
+    priority,
+    run_quickly,
+    state_dict,
+)
 from tests.support import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
@@ -76,9 +84,7 @@ def test_matcher_gives_the_recorded_labels():
     objects, every = padded_objects(io, IMAGES, 4), jnp.concatenate([*map(jnp.asarray, anchors)])
     for i in range(IMAGES):
         overlap = box_ops.iou(objects.boxes[i], every)
-        own, labels = match(
-            overlap, objects.valid[i], *spec.rpn_thresholds, low_quality=True
-        )
+        own, labels = match(overlap, objects.valid[i], *spec.rpn_thresholds, low_quality=True)
         np.testing.assert_array_equal(labels, io[f"labels_matcher.{i}"])
         positive = np.asarray(labels) == 1
         boxes = objects.boxes[i][own]
@@ -90,7 +96,10 @@ def test_losses_and_gradients_of_the_recorded_sample():
     every = jnp.concatenate([*map(jnp.asarray, anchors)])
     objects = padded_objects(io, IMAGES, 4)
     drawn = np.stack(
-        [priority(len(every), io[f"sampled_pos.{i}"], io[f"sampled_neg.{i}"]) for i in range(IMAGES)]
+        [
+            priority(len(every), io[f"sampled_pos.{i}"], io[f"sampled_neg.{i}"])
+            for i in range(IMAGES)
+        ]
     )
 
     def loss(params, features):
@@ -98,8 +107,9 @@ def test_losses_and_gradients_of_the_recorded_sample():
         found = rpn.losses(spec, logits, deltas, every, objects, jnp.asarray(drawn))
         return sum(found.values()), (found, logits, deltas)
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (found, logits, deltas)), (of_params, of_features) = run(params, features)
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, (found, logits, deltas)), gradients = run_quickly(run, params, features)
+    of_params, of_features = gradients
     want = [np.concatenate([io[f"{k}.{v}"] for v in LEVELS], 1) for k in ("objectness", "deltas")]
     assert_close(logits, want[0], OUTPUT_TOLERANCE)
     assert_close(deltas, want[1], OUTPUT_TOLERANCE)
@@ -119,7 +129,7 @@ def test_proposals(mode):
     )
     sizes = jnp.asarray(facts("n_detection_rpn/meta.json")["image_sizes"], jnp.float32)
     propose = functools.partial(rpn.propose, spec, anchors=anchors, train=mode == "train")
-    found = jax.jit(lambda *a: propose(*a, sizes=sizes))(logits, deltas)
+    found = run_quickly(lambda *a: propose(*a, sizes=sizes), logits, deltas)
     for i in range(IMAGES):
         own = np.asarray(found.valid[i])
         assert_close(found.boxes[i][own], io[f"proposals.{mode}.{i}.boxes"], OUTPUT_TOLERANCE)

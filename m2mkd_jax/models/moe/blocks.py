@@ -55,9 +55,9 @@ class MoE(nnx.Module):
             key: of the router's noise, in training; None in evaluation.
 
         Returns:
-            An array like x, and auxiliary outputs: the router's scalars (`Router.__call__`); 'load' (E,),
-            the share of all assignments per expert before any is dropped; 'dead', the number of
-            experts without any; 'dropped' (see dispatch.py).
+            An array like x, and auxiliary outputs: the router's scalars (`Router.__call__`); 'load'
+            (E,), the share of all assignments per expert before any is dropped; 'dead', the number
+            of experts without any; 'dropped' (see dispatch.py).
         """
         spec, training = self.spec, key is not None
         alone = 1 if spec.router == "expert_choice" else 0
