@@ -77,6 +77,11 @@ class DetectionModel:
         )
 
     @property
+    def classes(self) -> int:
+        """How many classes it tells apart; 0 for a backbone."""
+        return self.spec.classes if isinstance(self.spec, DetectorSpec) else 0
+
+    @property
     def is_detector(self) -> bool:
         """Whether it gives detections, not features."""
         return isinstance(self.spec, DetectorSpec)

@@ -33,7 +33,7 @@ def nms(boxes: jax.Array, scores: jax.Array, valid: jax.Array, threshold: float)
     ranked, present = boxes[order], valid[order]
     place = jnp.arange(len(order))
     before = place[:, None] < place[None, :]
-    suppresses = (box_ops.iou(ranked, ranked) > threshold) & before & present[:, None]
+    suppresses = (box_ops.iou(ranked, ranked) > threshold) & before
 
     def refine(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         keep, _ = state

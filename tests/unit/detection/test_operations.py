@@ -83,6 +83,8 @@ def test_nms_of_nothing_and_of_equal_boxes():
     boxes, scores = np.repeat(BOXES[:1], 4, 0), np.ones(4, np.float32)
     assert nms(boxes, scores, np.ones(4, bool), 0.5).tolist() == [True, False, False, False]
     assert not nms(boxes, scores, np.zeros(4, bool), 0.5).any()
+    half = np.array([[0, 0, 2, 1], [0, 0, 1, 1]], np.float32)  # IoU 0.5: not above the threshold
+    assert nms(half, scores[:2], np.ones(2, bool), 0.5).all()
 
 
 def naive_roi_align(feature, box, stride, bins):

@@ -1,10 +1,12 @@
 """The commands convert and predict with detectors: both ways, a classifier's file, bad input."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from m2mkd_jax import convert, predict
 from m2mkd_jax.checkpoint.store import load_weights, save_weights
@@ -133,7 +135,9 @@ def test_a_classifier_without_a_block_tensor_is_refused(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "weights"
-    description = describe(TINY) | {"normalisation": IMAGENET}
+    square = dataclasses.replace(TINY.backbone, square=64)
+    spec = dataclasses.replace(TINY, backbone=square)
+    description = describe(spec) | {"normalisation": IMAGENET, "class_names": ["cat", "dog"]}
     save_weights(folder, {TREE: {"params": params()}}, description)
     return folder
 
@@ -152,6 +156,21 @@ def test_predict_gives_detections_in_the_pixels_of_each_image(tiny, tmp_path):
             assert (np.diff(out[f"scores_{i}"]) <= 0).all()
             assert out[f"boxes_{i}"].min() >= 0
             assert (out[f"boxes_{i}"].max(0)[2:] <= [64, 40 + i]).all()
+
+
+def test_predict_draws_and_writes_coco_results(tiny, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (30, 48, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = tmp_path / "out.json"
+    command = [str(tiny), str(tmp_path / "a.png"), f"--draw={tmp_path / 'drawn'}", f"--json={out}"]
+    assert predict.main(command) == 0
+    with Image.open(tmp_path / "drawn" / "0_a.png") as picture:
+        assert picture.size == (48, 30)
+        assert (np.asarray(picture) != image).any()
+    results = json.loads(out.read_text())
+    assert results[0]["segmentation"]["size"] == [30, 48]
+    assert all(r["bbox"][0] + r["bbox"][2] <= 48 + 1e-4 for r in results)
+    assert {r["category_id"] for r in results} <= {0, 1}
 
 
 @pytest.mark.parametrize(
