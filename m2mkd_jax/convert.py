@@ -7,6 +7,7 @@ in the layout that the weights came in.
 examples:
   python -m m2mkd_jax.convert vit_large.pth weights --arch=vit_large_patch16_224:6,6,6,6
   python -m m2mkd_jax.convert runs/nac/jobs/e2e nac.safetensors
+  python -m m2mkd_jax.convert detector.pth weights --arch=detector.json
 
 exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing is written)
 """
@@ -34,6 +35,8 @@ from m2mkd_jax.conversion.open_weights import (
 )
 from m2mkd_jax.conversion.report import Report
 from m2mkd_jax.conversion.to_torch import convert_to_torch
+from m2mkd_jax.detection.spec import is_detection
+from m2mkd_jax.detection.weights import TREE, convert_detector, read_arch_file, write_detector
 from m2mkd_jax.errors import UserError
 
 
@@ -110,14 +113,21 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
-    converted = convert_from_torch(source, args.arch, args.image_size, args.seed)
+    detector = read_arch_file(args.arch)
+    if detector is None:
+        converted = convert_from_torch(source, args.arch, args.image_size, args.seed)
+    else:
+        if args.image_size:
+            raise UserError("--image_size: a detector takes images of any size")
+        converted = convert_detector(source, detector, args.arch, args.seed)
     report = converted.report
     given = {key: value for key, value in (("mean", args.mean), ("std", args.std)) if value}
     if not all(given.get("std", [1])):
         raise UserError("--std must be above 0")
     converted.description["normalisation"] |= given
     used = converted.description["normalisation"]
-    source_of = "as given" if given else "ImageNet's, for no file says it; see --mean and --std"
+    stated = given or any(name.startswith("pixel_") for name in detector or ())
+    source_of = "as given" if stated else "ImageNet's, for no file says it; see --mean and --std"
     report.notes.append(f"normalisation: mean {used['mean']}, std {used['std']} ({source_of})")
     try:
         save_weights(
@@ -139,6 +149,9 @@ def _to_torch(stored: Path, target: Path, args: argparse.Namespace) -> Report:
         )
     weights = open_weights(stored)
     with description_errors(stored):
+        if is_detection(weights.description):
+            tree = weights.trees[TREE]["params"]
+            return write_detector(stored, weights.description, tree, target)
         return convert_to_torch(stored, weights.description, weights.trees, target)
 
 

@@ -10,9 +10,15 @@ Arrays instead of images: the file of --npz_in holds `images` (B, H, W, 3), floa
 for a middle module its `tokens` (B, N, D); for a NAC student optionally its `codes` and `states`.
 The file of --npz gets `outputs`, and the same as `logits` if the network gives logits.
 
+A detector takes with --npz_in `image_0`, `image_1`, ... (H, W, 3) uint8 RGB of any sizes, and
+gives for image i `boxes_i` in its pixels, `scores_i`, `classes_i` and `masks_i`; the backbone of a
+detector gives `last_feat` and `p2` to `p6` for `images`. Of image files, --draw=DIR writes pictures
+with boxes and masks, --json=FILE the results in COCO's format (image_id: its number from 0).
+
 examples:
   python -m m2mkd_jax.predict runs/nac cat.jpg dog.png --labels=imagenet.json
   python -m m2mkd_jax.predict weights --npz_in=in.npz --npz=out.npz --module=1
+  python -m m2mkd_jax.predict detector street.jpg --draw=pictures --json=found.json
 
 exit codes: 0 done; 2 the input is wrong (one line on stderr)
 """
@@ -31,9 +37,18 @@ import numpy as np
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
+from m2mkd_jax.data.coco import read_upright
 from m2mkd_jax.data.decode import decode
 from m2mkd_jax.data.formats.text import read_text
+from m2mkd_jax.detection.inference import (
+    DetectionModel,
+    ImageDetections,
+    open_detection,
+    read_images,
+)
+from m2mkd_jax.detection.pictures import detect_in_image, draw, whole_masks
 from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.evaluate.coco import coco_results
 from m2mkd_jax.inference import Model, load
 
 BATCH = 64
@@ -49,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--npz", default="", metavar="OUT", help="file for the outputs")
     parser.add_argument("--npz_in", default="", metavar="IN", help="file of inputs, not images")
+    parser.add_argument(
+        "--draw", default="", metavar="DIR", help="pictures of a detector's results"
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="the results in COCO's format")
     parser.add_argument(
         "--module", type=int, metavar="I", help="only this stage of the network, counted from 0"
     )
@@ -137,6 +156,12 @@ def predict(args: argparse.Namespace) -> None:
     """Predicts and prints. Raises UserError if the input is wrong."""
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
+    detection = open_detection(args.checkpoint, args.arch)
+    if detection is not None:
+        predict_detection(detection, args)
+        return
+    if args.draw or args.json:
+        raise UserError(f"--draw and --json are for detectors; {args.checkpoint} is none")
     model = load(args.checkpoint, args.module, arch=args.arch)
     if args.images and not model.image_size:
         raise UserError(
@@ -167,6 +192,73 @@ def predict(args: argparse.Namespace) -> None:
     if args.npz:
         arrays = {"outputs": outputs} | ({"logits": outputs} if model.classes else {})
         replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+
+
+def predict_detection(model: DetectionModel, args: argparse.Namespace) -> None:
+    """`predict` with a detector, or with the backbone of one."""
+    if args.module is not None:
+        raise UserError("--module: a detector is not in modules")
+    if args.images and model.is_detector:
+        detect_in_files(model, args)
+        return
+    if args.images or args.draw or args.json:
+        raise UserError("image files, --draw and --json are for whole detectors; give --npz_in")
+    arrays: dict[str, np.ndarray] = {}
+    if model.is_detector:
+        images = read_images(args.npz_in)
+        if images is None:
+            raise UserError(f'--npz_in: {args.npz_in} needs arrays "image_0", "image_1", ...')
+        for i, found in enumerate(model.detect(images)):
+            arrays |= _detection_arrays(found, i)
+            best = f"{found.scores[0]:.4f}" if len(found.scores) else "none"
+            print(f"{args.npz_in}[{i}]: {len(found.scores)} detections, best score {best}")
+    else:
+        inputs, _ = read_npz(args.npz_in)
+        arrays = model.features(inputs)
+        print(", ".join(f"{name} {value.shape}" for name, value in arrays.items()))
+    if args.npz:
+        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+
+
+def _detection_arrays(found: ImageDetections, index: int) -> dict[str, np.ndarray]:
+    fields = ("boxes", "scores", "classes", "masks")
+    return {f"{field}_{index}": getattr(found, field) for field in fields}
+
+
+def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
+    """Prints the best detections in image files; writes --draw, --json and --npz."""
+    labels: Sequence[str] = model.class_names
+    if args.labels:
+        labels = read_labels(args.labels, model.classes)
+    folder = Path(args.draw) if args.draw else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    images = [read_upright(Path(path)) for path in args.images]
+    arrays: dict[str, np.ndarray] = {}
+    results: list[dict[str, Any]] = []
+    for i, (path, image) in enumerate(zip(args.images, images, strict=True)):
+        found = detect_in_image(model, image)
+        arrays |= _detection_arrays(found, i)
+        shown = "  ".join(
+            f"{labels[c] if labels else c} {score:.4f} [{', '.join(f'{n:.0f}' for n in box)}]"
+            for c, score, box in zip(found.classes, found.scores, found.boxes[:TOP], strict=False)
+        )
+        print(printable(f"{path}: {len(found.scores)} detections  {shown}"))
+        if not (folder or args.json):
+            continue
+        masks = whole_masks(found, *image.shape[:2])
+        if folder:
+            draw(folder / f"{i}_{Path(path).stem}.png", image, found, masks, labels)
+        if args.json:
+            results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
+    if args.json:
+        replace_file(Path(args.json), lambda tmp: _write_text(tmp, json.dumps(results)))
+    if args.npz:
+        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ def _makers(
         group = f"{name}/" if grouped else ""
         entries = [dataclasses.replace(e, torch=group + e.torch) for e in entries]
         known |= {entry.torch for entry in entries}
-        _check_tensors(entries, tensors, stage.params, path)
+        check_tensors(entries, tensors, stage.params, path)
         stored = {
             key: weights.fixed[group + key]
             for key in ("codes", "states")
@@ -220,14 +220,19 @@ def _maker(
     report: Report,
 ) -> Callable[[], Tree]:
     def make() -> Tree:
-        tree = {"params": _filled(entries, tensors, shapes, name, report)}
+        tree = {"params": filled(entries, tensors, shapes, name, report)}
         return tree | ({"fixed": fixed} if fixed else {})
 
     return make
 
 
-def _check_tensors(
-    entries: list[Entry], tensors: Mapping[str, Tensor], params: Tree, path: Path
+def check_tensors(
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    params: Tree,
+    path: Path,
+    *,
+    complete: bool = True,
 ) -> None:
     """Checks that every array has its tensors, and that their shapes fit.
 
@@ -236,6 +241,7 @@ def _check_tensors(
         tensors: by the names of the table.
         params: the tree's arrays, or their shapes.
         path: of the weights, for messages.
+        complete: whether the table fills all arrays.
 
     Raises:
         UserError: a tensor is missing or of another shape, or tensors that share an array differ.
@@ -244,7 +250,7 @@ def _check_tensors(
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f'{path}: tensor "{missing[0]}" is missing{more}')
-    filled: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
+    seen: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for entry in entries:
         tensor, index = tensors[entry.torch], as_tuple(entry.index)
         expected = array_at(params, entry.path).shape[len(index) :]
@@ -253,15 +259,15 @@ def _check_tensors(
                 f'{path}: tensor "{entry.torch}" has shape {tensor.shape}; in this network '
                 f"{'/'.join(entry.path)} is {expected}"
             )
-        first = filled.setdefault(entry.path, {}).setdefault(index, entry.torch)
+        first = seen.setdefault(entry.path, {}).setdefault(index, entry.torch)
         if first != entry.torch and not same_values(tensors[first], tensor):
             raise UserError(f'{path}: "{first}" and "{entry.torch}" are shared here, and differ')
     # The tables themselves leave no array unfilled.
-    for array_path, indices in filled.items():
+    for array_path, indices in seen.items():
         shape = array_at(params, array_path).shape
         stacked = len(next(iter(indices)))
         assert len(indices) == int(np.prod(shape[:stacked])), array_path
-    assert len(filled) == len(jax.tree.leaves(params))
+    assert not complete or len(seen) == len(jax.tree.leaves(params))
 
 
 def _shape_read(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
@@ -272,8 +278,13 @@ def _shape_read(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
         return None
 
 
-def _filled(
-    entries: list[Entry], tensors: Mapping[str, Tensor], shapes: Tree, tree: str, report: Report
+def filled(
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    shapes: Tree,
+    tree: str,
+    report: Report,
+    start: Tree | None = None,
 ) -> Tree:
     """The parameters of a tree.
 
@@ -283,11 +294,12 @@ def _filled(
         shapes: the tree's shapes.
         tree: its name, for the report.
         report: gets one row per tensor.
+        start: values of the arrays that the table does not fill; changed in place.
 
     Raises:
         UserError: a tensor cannot be used (`Tensor.array`).
     """
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
+    params = start or jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     for entry in entries:
         tensor = tensors[entry.torch]
         try:

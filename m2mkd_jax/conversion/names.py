@@ -11,6 +11,9 @@ kernel and of a patch:
     depthwise   (C, 1, K, K) <-> (K, K, C)
     grid        (C, H, W) <-> (H, W, C)
     expert      a tensor of one expert, (1, D, C) <-> (C, D) or (1, D) <-> (D)
+    conv        convolution (D, C, K, K) <-> (K, K, C, D)
+    deconv      transposed convolution (C, D, K, K) <-> (C, K, K, D)
+    pooled      linear layer on a 7 x 7 map, (D, C*7*7) <-> (7*7*C, D)
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 ArrayPath = tuple[str, ...]  # keys from the root of a nested dict to an array
+POOLED = 7  # side of the maps that a detector's box head flattens
 Index = int | tuple[int, ...] | None  # along an array's stacked leading axes; None: not stacked
 
 
@@ -53,6 +57,13 @@ def read_layout(array: np.ndarray, layout: str) -> np.ndarray:
         return array[:, 0].transpose(1, 2, 0)
     if layout == "expert":
         return array[0].T
+    if layout == "conv":
+        return array.transpose(2, 3, 1, 0)
+    if layout == "deconv":
+        return array.transpose(0, 2, 3, 1)
+    if layout == "pooled":
+        maps = array.reshape(len(array), -1, POOLED, POOLED)
+        return maps.transpose(2, 3, 1, 0).reshape(-1, len(array))
     return array.transpose(1, 2, 0) if layout == "grid" else array
 
 
@@ -69,13 +80,20 @@ def write_layout(array: np.ndarray, entry: Entry, patch: int = 0) -> np.ndarray:
         return array.T
     if layout == "patches":
         side = patch
-        if entry.path[0] != "patch_embed":
+        if "patch_embed" not in entry.path:
             side = 4 if "stage_0" in entry.path else 2  # the tokenizer's stem, its downsampling
         return array.reshape(side, side, -1, array.shape[-1]).transpose(3, 2, 0, 1)
     if layout == "depthwise":
         return array.transpose(2, 0, 1)[:, None]
     if layout == "expert":
         return array.T[None]
+    if layout == "conv":
+        return array.transpose(3, 2, 0, 1)
+    if layout == "deconv":
+        return array.transpose(0, 3, 1, 2)
+    if layout == "pooled":
+        maps = array.reshape(POOLED, POOLED, -1, array.shape[-1])
+        return maps.transpose(3, 2, 0, 1).reshape(array.shape[-1], -1)
     return array.transpose(2, 0, 1) if layout == "grid" else array
 
 

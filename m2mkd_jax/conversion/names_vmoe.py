@@ -6,7 +6,7 @@ The published layout is that of docs/reference.md#vmoe-checkpoints.
 from __future__ import annotations
 
 from m2mkd_jax.conversion.names import ArrayPath, Entry, classifier, embedding, linear, norm
-from m2mkd_jax.models.moe.spec import VMoESpec, segments
+from m2mkd_jax.models.moe.spec import BlockKind, VMoESpec, segments
 
 # Our name and the published one of an expert's two layers.
 EXPERT_LAYERS = (("fc1", "htoh4"), ("fc2", "h4toh"))
@@ -31,22 +31,36 @@ def vmoe_stage_names(
     for i, (kind, count) in enumerate(segments(spec, start, depth)):
         ours = (f"segment_{i}", "blocks")
         for j in range(count):
-            torch = f"blocks.{number}"
+            table += vmoe_block_names(f"blocks.{number}", ours, j, kind, spec)
             number += 1
-            stitches = ("pre_stitch",) * kind.pre + ("post_stitch",) * kind.post
-            for stitch in stitches:
-                table += norm(f"{torch}.{stitch}.ln", (*ours, stitch, "norm"), j)
-                table += linear(f"{torch}.{stitch}.fc", (*ours, stitch, "linear"), j)
-            for name in ("norm1", "norm2"):
-                table += norm(f"{torch}.{name}", (*ours, name), j)
-            table += linear(f"{torch}.attn.qkv", (*ours, "attn", "qkv"), j, spec.vit.qkv_bias)
-            table += linear(f"{torch}.attn.proj", (*ours, "attn", "proj"), j)
-            if kind.moe:
-                table += _mixture(f"{torch}.moe", (*ours, "moe"), j, spec.experts)
-            else:
-                for name in ("fc1", "fc2"):
-                    table += linear(f"{torch}.mlp.{name}", (*ours, "mlp", name), j)
     return table + (classifier() if last else [])
+
+
+def vmoe_block_names(
+    torch: str, ours: ArrayPath, index: int, kind: BlockKind, spec: VMoESpec
+) -> list[Entry]:
+    """The table of one block.
+
+    Args:
+        torch: name of the block in a file.
+        ours: path of the stack that it is in.
+        index: its place in the stack.
+        kind: its structure.
+        spec: fields of the network.
+    """
+    table: list[Entry] = []
+    for stitch in ("pre_stitch",) * kind.pre + ("post_stitch",) * kind.post:
+        table += norm(f"{torch}.{stitch}.ln", (*ours, stitch, "norm"), index)
+        table += linear(f"{torch}.{stitch}.fc", (*ours, stitch, "linear"), index)
+    for name in ("norm1", "norm2"):
+        table += norm(f"{torch}.{name}", (*ours, name), index)
+    table += linear(f"{torch}.attn.qkv", (*ours, "attn", "qkv"), index, spec.vit.qkv_bias)
+    table += linear(f"{torch}.attn.proj", (*ours, "attn", "proj"), index)
+    if kind.moe:
+        return table + _mixture(f"{torch}.moe", (*ours, "moe"), index, spec.experts)
+    for name in ("fc1", "fc2"):
+        table += linear(f"{torch}.mlp.{name}", (*ours, "mlp", name), index)
+    return table
 
 
 def _mixture(torch: str, path: ArrayPath, block: int, experts: int) -> list[Entry]:

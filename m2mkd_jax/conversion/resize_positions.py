@@ -12,7 +12,7 @@ import numpy as np
 _A = -0.75  # PyTorch's cubic kernel
 
 
-def _weights(old: int, new: int) -> np.ndarray:
+def bicubic_weights(old: int, new: int) -> np.ndarray:
     """(M, N): the weight of each old position in each new one; edges are repeated.
 
     As torch.nn.functional.interpolate(mode="bicubic"), which the published program calls: pixel
@@ -42,7 +42,7 @@ def resize_positions(embedding: np.ndarray, side: int) -> np.ndarray:
     """
     token, patches = embedding[:, :1], embedding[:, 1:]
     old = math.isqrt(patches.shape[1])
-    weights = _weights(old, side)
+    weights = bicubic_weights(old, side)
     grid = patches.astype(np.float64).reshape(old, old, -1)
     grid = np.einsum("ui,vj,ijd->uvd", weights, weights, grid, optimize=True)
     resized = grid.reshape(1, side * side, -1).astype(embedding.dtype)

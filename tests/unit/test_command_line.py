@@ -8,7 +8,10 @@ from m2mkd_jax import convert, predict
 COMMANDS = {"convert": convert, "predict": predict}
 OPTIONS = {
     "convert": ("SRC", "DST", "--arch", "--image_size", "--seed", "--overwrite"),
-    "predict": ("CKPT", "IMAGE", "--labels", "--npz", "--npz_in", "--module", "--arch"),
+    "predict": (
+        *("CKPT", "IMAGE", "--labels", "--npz", "--npz_in", "--module", "--arch"),
+        *("--draw", "--json"),
+    ),
 }
 
 

@@ -9,9 +9,10 @@ docs/reference.md#vmoe-stitches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.models import layers
@@ -50,18 +51,18 @@ class MoE(nnx.Module):
         are all served, whatever the dispatch, and with expert choice each image is a group.
 
         Args:
-            x: (B, T, D).
+            x: (B, T, D), or a map (B, H, W, D).
             key: of the router's noise, in training; None in evaluation.
 
         Returns:
-            (B, T, D), and auxiliary outputs: the router's scalars (`Router.__call__`); 'load' (E,),
-            the share of all assignments per expert before any is dropped; 'dead', the number of
-            experts without any; 'dropped' (see dispatch.py).
+            An array like x, and auxiliary outputs: the router's scalars (`Router.__call__`); 'load'
+            (E,), the share of all assignments per expert before any is dropped; 'dead', the number
+            of experts without any; 'dropped' (see dispatch.py).
         """
         spec, training = self.spec, key is not None
         alone = 1 if spec.router == "expert_choice" else 0
         groups = dispatch.groups(x.shape[0], spec.group if training else alone)
-        tokens = rearrange(x, "(g b) t d -> g (b t) d", g=groups)
+        tokens = x.reshape(groups, -1, x.shape[-1])
         routing, aux = self.router(tokens, key)
         arguments = (tokens, routing, self.experts.weights(), experts.mlp)
         if spec.dispatch == "dropless" or not training:
@@ -71,21 +72,34 @@ class MoE(nnx.Module):
             y, dropped = dispatch.capacity(*arguments, slots)
         load = router.load(routing, spec.experts)
         aux |= {"load": load, "dead": jnp.sum(load == 0.0, dtype=jnp.float32), "dropped": dropped}
-        return rearrange(y, "g (b t) d -> (g b) t d", t=x.shape[1]), aux
+        return y.reshape(x.shape), aux
 
 
 class Block(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x)), each under drop-path, between stitches.
 
+    Args:
+        spec: hyperparameters of the network.
+        kind: structure of the block.
+        attention: (spec of the transformer, rngs=) -> the attention layer.
+        rngs: source of the initial values.
+
     Source: docs/reference.md#vit-block, docs/reference.md#vmoe-stitches.
     """
 
-    def __init__(self, spec: VMoESpec, kind: BlockKind, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: VMoESpec,
+        kind: BlockKind,
+        *,
+        attention: Callable[..., Attention] = Attention,
+        rngs: nnx.Rngs,
+    ):
         vit, self.kind = spec.vit, kind
         if kind.pre:
             self.pre_stitch = Stitch(spec.stitch_dim, vit.width, rngs=rngs)
         self.norm1 = layers.layer_norm(vit.width, vit.eps, rngs=rngs)
-        self.attn = Attention(vit, rngs=rngs)
+        self.attn = attention(vit, rngs=rngs)
         self.norm2 = layers.layer_norm(vit.width, vit.eps, rngs=rngs)
         if kind.moe:
             self.moe = MoE(spec, rngs=rngs)
@@ -103,12 +117,13 @@ class Block(nnx.Module):
         """Computes the block.
 
         Args:
-            x: tokens (B, T, D), or (B, T, X) where the block starts with a stitch.
+            x: tokens (B, T, D), or (B, T, X) where the block starts with a stitch; a map has the
+                axes H and W in place of T, if the attention takes it.
             rate: of drop-path; None for no drop-path.
             key: of drop-path and the router's noise; None in evaluation, see `MoE`.
 
         Returns:
-            Tokens (B, T, D), or (B, T, X) where the block ends with a stitch, and the auxiliary
+            As x, with D channels, or X where the block ends with a stitch, and the auxiliary
             outputs of `MoE`, if it has experts.
         """
         keys = (None, None, None) if key is None else jax.random.split(key, 3)

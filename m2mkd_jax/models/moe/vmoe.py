@@ -13,7 +13,7 @@ docs/reference.md#vmoe, docs/reference.md#vmoe-students.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from m2mkd_jax.models.moe import assembly
 from m2mkd_jax.models.moe.assembly import assemble, upcycle
 from m2mkd_jax.models.moe.blocks import Block
 from m2mkd_jax.models.moe.spec import BlockKind, VMoESpec, segments, student_spec
+from m2mkd_jax.models.vit import Attention
 
 __all__ = [
     "VMoESpec",
@@ -41,11 +42,26 @@ __all__ = [
 
 
 class Segment(nnx.Module):
-    """Neighbouring blocks of one kind, stacked along a leading axis L."""
+    """Neighbouring blocks of one kind, stacked along a leading axis L.
 
-    def __init__(self, spec: VMoESpec, kind: BlockKind, count: int, *, rngs: nnx.Rngs):
+    Args:
+        spec, kind, attention, rngs: as for `Block`.
+        count: L.
+    """
+
+    def __init__(
+        self,
+        spec: VMoESpec,
+        kind: BlockKind,
+        count: int,
+        *,
+        attention: Callable[..., Attention] = Attention,
+        rngs: nnx.Rngs,
+    ):
         self.count, self.remat = count, spec.vit.remat
-        self.blocks = layers.stack(lambda rngs: Block(spec, kind, rngs=rngs), count, rngs=rngs)
+        self.blocks = layers.stack(
+            lambda rngs: Block(spec, kind, attention=attention, rngs=rngs), count, rngs=rngs
+        )
 
     def __call__(
         self,

@@ -20,7 +20,7 @@ FLOORS = (
     ("command_line",),
     (PACKAGE,),
     ("inference", "jobs"),
-    ("phases",),
+    ("phases", "detection"),
     ("conversion",),
     ("config",),
     ("checkpoint", "evaluate"),

@@ -1,0 +1,158 @@
+"""Instances in COCO's format: what is wrong is counted and named; masks; generated scenes."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2mkd_jax.data import annotations, coco
+from m2mkd_jax.data.digits_scene import digits_scene
+from m2mkd_jax.errors import UserError
+
+SQUARE = [2, 2, 8, 2, 8, 9, 2, 9]
+
+
+def annotation(id, **fields):
+    own = {"id": id, "image_id": 1, "category_id": 5, "bbox": [2, 2, 6, 7], "area": 42}
+    return own | {"segmentation": [SQUARE], "iscrowd": 0} | fields
+
+
+CONTENT = {
+    "images": [
+        {"id": 2, "file_name": "b.png", "height": 12, "width": 16},
+        {"id": 1, "file_name": "a.png", "height": 12, "width": 16},
+    ],
+    "categories": [{"id": 9, "name": "cat"}, {"id": 5, "name": "dog"}],
+    "annotations": [annotation(1)],
+}
+
+
+def read(tmp_path, content, train=True):
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 12), (9, 99, 200)).save(tmp_path / f"{name}.png")
+    path = tmp_path / "instances.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return coco.read_coco(path, tmp_path, train=train)
+
+
+def with_annotations(*more):
+    return copy.deepcopy(CONTENT) | {"annotations": [annotation(1), *more]}
+
+
+def test_a_sound_file(tmp_path):
+    data = read(tmp_path, CONTENT)
+    assert data.categories == [5, 9]
+    assert data.class_names == ["dog", "cat"]
+    assert [image.id for image in data.images] == [1]
+    assert [image.id for image in read(tmp_path, CONTENT, train=False).images] == [1, 2]
+    scene = coco.load_scene(data, data.images[0])
+    assert scene.image.shape == (12, 16, 3)
+    assert scene.boxes.tolist() == [[2, 2, 8, 9]]
+    assert scene.classes.tolist() == [0]
+    assert annotations.bitmap(scene.masks[0], 12, 16).sum() == 42
+
+
+PROBLEMS = [
+    ({"image_id": 7}, "unknown image"),
+    ({"category_id": 7}, "unknown category"),
+    ({"area": -3}, "negative or no area"),
+    ({"bbox": [2, 2, -6, 7]}, "negative or no area"),
+    ({"bbox": [2, 2, "6", 7]}, "bbox is not"),
+    ({"segmentation": [[1, 1, 4, 4]]}, "no polygon of 3 points"),
+    ({"segmentation": [[1, 1, 4, 4, 5, 5, 6]]}, "no polygon of 3 points"),
+    ({"segmentation": {"size": [12, 16]}}, "without counts"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), PROBLEMS)
+def test_wrong_annotations_are_counted_and_named(fields, said, tmp_path):
+    data = read(tmp_path, with_annotations(annotation(31, **fields), annotation(32, **fields)))
+    (line,) = data.problem_lines()
+    assert said in line
+    assert "2 left out (annotation 31, annotation 32)" in line
+    assert len(data.images[0].objects) == 1
+
+
+def test_crowds_are_no_objects_and_no_problem(tmp_path):
+    crowd = annotation(2, iscrowd=1, segmentation={"counts": [0, 192], "size": [12, 16]})
+    data = read(tmp_path, with_annotations(crowd))
+    assert not data.problems
+    assert len(data.images[0].objects) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[]", 'has no list "images"'),
+        (CONTENT | {"annotations": [annotation(1), annotation(1)]}, "have the id 1"),
+        (CONTENT | {"images": [CONTENT["images"][0]] * 2}, 'entries of "images" have the id 2'),
+        (CONTENT | {"annotations": []}, "no image can be used"),
+        (
+            CONTENT | {"images": [{"id": 1, "file_name": "none.png"}]},
+            "missing image file: 1 left out (none.png)",
+        ),
+    ],
+)
+def test_a_wrong_file_is_an_error_of_one_line(content, said, tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, content)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_another_size_is_refused(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content["images"][1]["width"] = 17
+    data = read(tmp_path, content)
+    with pytest.raises(UserError, match="12 x 17"):
+        coco.load_scene(data, data.images[0])
+
+
+def test_bitmaps_and_polygons_are_augmented_alike():
+    image = np.zeros((40, 60, 3), np.uint8)
+    polygon = [np.array([[10.0, 8], [30, 8], [30, 28], [10, 28]])]
+    box, classes = np.array([[10.0, 8, 30, 28]]), np.array([1])
+    bitmap = annotations.bitmap(polygon, 40, 60)
+    found = [
+        annotations.large_scale_jitter(
+            annotations.Scene(image, box, classes, [mask]), 48, 0.0, 1.6, 0.5
+        )
+        for mask in (polygon, bitmap)
+    ]
+    assert found[0].size == found[1].size
+    np.testing.assert_allclose(found[0].boxes, found[1].boxes, atol=2)
+    own, other = (annotations.bitmap(scene.masks[0], *scene.size) for scene in found)
+    assert (own & other).sum() > 0.9 * (own | other).sum()
+
+
+def test_objects_outside_the_crop_are_dropped():
+    far = [np.array([[50.0, 30], [58, 30], [58, 38]])]
+    near = [np.array([[1.0, 1], [9, 1], [9, 9]])]
+    boxes = np.array([[50.0, 30, 58, 38], [1, 1, 9, 9]])
+    scene = annotations.Scene(np.zeros((40, 60, 3), np.uint8), boxes, np.array([3, 4]), [far, near])
+    found = annotations.large_scale_jitter(scene, 30, 1.0, 2.0, 0.0)
+    assert found.classes.tolist() == [4]
+
+
+def test_digit_scenes_are_functions_of_seed_split_and_index():
+    first, again = digits_scene(3, "train", 5), digits_scene(3, "train", 5)
+    np.testing.assert_array_equal(first.image, again.image)
+    for other in (digits_scene(4, "train", 5), digits_scene(3, "test", 5)):
+        assert (first.image != other.image).any()
+
+
+def test_digit_scenes_have_exact_masks_and_tight_boxes():
+    scenes = [digits_scene(0, "train", i, side=96) for i in range(20)]
+    assert sum(len(scene.classes) for scene in scenes) > 30
+    for scene in scenes:
+        assert scene.image.shape == (96, 96, 3)
+        assert np.sum(scene.masks, axis=0).max(initial=0) <= 1  # what is covered belongs to one
+        for box, mask in zip(scene.boxes.astype(int), scene.masks, strict=True):
+            inside = mask[box[1] : box[3], box[0] : box[2]]
+            assert inside.sum() == mask.sum() > 0
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any()
+    with pytest.raises(UserError, match="at least 56"):
+        digits_scene(0, "train", 0, side=40)

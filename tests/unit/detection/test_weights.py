@@ -1,0 +1,194 @@
+"""The commands convert and predict with detectors: both ways, a classifier's file, bad input."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m2mkd_jax import convert, predict
+from m2mkd_jax.checkpoint.store import load_weights, save_weights
+from m2mkd_jax.conversion.converted import IMAGENET
+from m2mkd_jax.detection.inference import DetectionModel
+from m2mkd_jax.detection.spec import describe
+from m2mkd_jax.detection.weights import TREE, write_detector
+from tests.detection_fixtures import state_dict
+from tests.support import FIXTURES, arrays, facts
+from tests.unit.detection.test_detector import TINY, params
+
+NAMES = {
+    "n_detection_backbone": "detector_backbone",
+    "n_detection_vitdet": "detector_backbone",
+    "n_detection_whole": "detector",
+}
+
+
+def write_arch(folder, kind, **fields):
+    path = folder / "arch.json"
+    path.write_text(json.dumps({"kind": kind, **fields}))
+    return f"--arch={path}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways(name, tmp_path):
+    arch = write_arch(tmp_path, NAMES[name], **facts(f"{name}/meta.json")["kwargs"])
+    source, ours, back = FIXTURES / name / "model.pth", tmp_path / "ours", tmp_path / "back.pth"
+    assert convert.main([str(source), str(ours), arch]) == 0
+    assert convert.main([str(ours), str(back)]) == 0
+    before, after = (torch.load(path, weights_only=True) for path in (source, back))
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_weights_without_a_file_get_the_published_names(tmp_path):
+    arch = write_arch(tmp_path, "detector", **facts("n_detection_whole/meta.json")["kwargs"])
+    source, ours = FIXTURES / "n_detection_whole" / "model.pth", tmp_path / "ours"
+    assert convert.main([str(source), str(ours), arch]) == 0
+    trees, description = load_weights(ours, [TREE])
+    del description["torch"]
+    write_detector(ours, description, trees[TREE]["params"], tmp_path / "new.pth")
+    before = torch.load(source, weights_only=True)
+    after = torch.load(tmp_path / "new.pth", weights_only=True)["model"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+CLASSIFIER = {"num_heads": 2, "divided_depths": [2, 1, 1, 1], "out_channels": 4}
+
+
+def classifier(tmp_path):
+    weights = arrays("d_vmoe_full/weights.npz")
+    torch.save({"model": {k: torch.tensor(v) for k, v in weights.items()}}, tmp_path / "c.pth")
+    return weights
+
+
+def test_a_classifier_becomes_the_backbone(tmp_path, capsys):
+    weights = classifier(tmp_path)
+    options = {"window_size": 2, "window_block_indexes": [0, 1, 3], "use_rel_pos": True}
+    arch = write_arch(tmp_path, "detector_backbone", **CLASSIFIER, **options)
+    assert convert.main([str(tmp_path / "c.pth"), str(tmp_path / "ours"), arch, "--seed=3"]) == 0
+    said = capsys.readouterr().out
+    for words in ("cls_token", "norm.weight", "head.bias", "class token's row is left out"):
+        assert words in said
+    assert "fresh, from seed 3: pyramid" in said
+    net = load_weights(tmp_path / "ours", [TREE])[0][TREE]["params"]["net"]
+    np.testing.assert_array_equal(net["pos_embed"], weights["pos_embed"][:, 1:])
+    attention = net["segment_1"]["blocks"]["attn"]
+    np.testing.assert_array_equal(
+        attention["qkv"]["kernel"][0], weights["blocks.2.attn.qkv.weight"].T
+    )
+    assert not attention["rel_pos_h"].any()
+
+
+def bad_cases():
+    yield "unknown field", {"num_head": 2}, 'unknown field "num_head"; did you mean "num_heads"?'
+    yield "not stated", {}, 'do not show "heads"'
+    yield "value", {"num_heads": "two"}, "num_heads cannot be 'two'"
+    yield "contradiction", {"num_heads": 2, "embed_dim": 17}, "--arch says width 17"
+    yield "mlp", {"num_heads": 2, "mlp_ratio": 3}, "mlp_ratio is 4 here, not 3"
+    yield "blocks", {"num_heads": 2, "divided_depths": [1, 1]}, "has 4 blocks"
+    yield "heads", {"num_heads": 3}, "not a multiple of the 3 heads"
+
+
+@pytest.mark.parametrize(("fields", "said"), [case[1:] for case in bad_cases()])
+def test_a_wrong_arch_file_gives_one_line(fields, said, tmp_path, capsys):
+    source = FIXTURES / "n_detection_vitdet" / "model.pth"
+    arch = write_arch(tmp_path, "detector_backbone", **fields)
+    assert convert.main([str(source), str(tmp_path / "ours"), arch]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("simfp_4.0.weight"), 'tensor "simfp_4.0.weight" is missing'),
+        (lambda t: t.update(extra=t["simfp_4.0.norm.bias"]), '"extra" has no place'),
+        (lambda t: t.update({"simfp_2.0.bias": torch.ones(3)}), '"simfp_2.0.bias" has shape (3,)'),
+        (lambda t: t["simfp_2.0.bias"].fill_(np.nan), "NaN"),
+        (lambda t: t.pop("net.blocks.1.norm1.bias"), "norm1.bias"),
+    ],
+)
+def test_a_wrong_file_gives_one_line(change, said, tmp_path, capsys):
+    tensors = {k: torch.tensor(v) for k, v in state_dict("n_detection_vitdet").items()}
+    change(tensors)
+    torch.save(tensors, tmp_path / "m.pth")
+    kwargs = facts("n_detection_vitdet/meta.json")["kwargs"]
+    arch = write_arch(tmp_path, "detector_backbone", **kwargs)
+    assert convert.main([str(tmp_path / "m.pth"), str(tmp_path / "ours"), arch]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_classifier_without_a_block_tensor_is_refused(tmp_path, capsys):
+    weights = classifier(tmp_path)
+    del weights["blocks.3.norm2.bias"]
+    torch.save({k: torch.tensor(v) for k, v in weights.items()}, tmp_path / "c.pth")
+    arch = write_arch(tmp_path, "detector_backbone", **CLASSIFIER)
+    assert convert.main([str(tmp_path / "c.pth"), str(tmp_path / "ours"), arch]) == 2
+    assert 'tensor "net.blocks.3.norm2.bias" is missing' in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "weights"
+    square = dataclasses.replace(TINY.backbone, square=64)
+    spec = dataclasses.replace(TINY, backbone=square)
+    description = describe(spec) | {"normalisation": IMAGENET, "class_names": ["cat", "dog"]}
+    save_weights(folder, {TREE: {"params": params()}}, description)
+    return folder
+
+
+def test_predict_gives_detections_in_the_pixels_of_each_image(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    images = {f"image_{i}": rng.integers(0, 256, (40 + i, 64, 3), np.uint8) for i in range(2)}
+    np.savez(tmp_path / "in.npz", **images)
+    command = [str(tiny), f"--npz_in={tmp_path / 'in.npz'}", f"--npz={tmp_path / 'out.npz'}"]
+    assert predict.main(command) == 0
+    with np.load(tmp_path / "out.npz") as out:
+        for i in range(2):
+            count = len(out[f"boxes_{i}"])
+            assert count
+            assert out[f"masks_{i}"].shape == (count, 28, 28)
+            assert (np.diff(out[f"scores_{i}"]) <= 0).all()
+            assert out[f"boxes_{i}"].min() >= 0
+            assert (out[f"boxes_{i}"].max(0)[2:] <= [64, 40 + i]).all()
+
+
+def test_predict_draws_and_writes_coco_results(tiny, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (30, 48, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = tmp_path / "out.json"
+    command = [str(tiny), str(tmp_path / "a.png"), f"--draw={tmp_path / 'drawn'}", f"--json={out}"]
+    assert predict.main(command) == 0
+    with Image.open(tmp_path / "drawn" / "0_a.png") as picture:
+        assert picture.size == (48, 30)
+        assert (np.asarray(picture) != image).any()
+    results = json.loads(out.read_text())
+    assert results[0]["segmentation"]["size"] == [30, 48]
+    assert all(r["bbox"][0] + r["bbox"][2] <= 48 + 1e-4 for r in results)
+    assert {r["category_id"] for r in results} <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"images": np.zeros((1, 64, 64, 3), np.float32)}, 'needs arrays "image_0"'),
+        ({"image_1": np.zeros((4, 4, 3), np.uint8)}, "no image_0"),
+        ({"image_0": np.zeros((4, 4, 3), np.float32)}, "not uint8"),
+        ({"image_0": np.zeros((4, 4), np.uint8)}, "not uint8 (H, W, 3)"),
+    ],
+)
+def test_predict_refuses_other_inputs(content, said, tiny, tmp_path, capsys):
+    np.savez(tmp_path / "in.npz", **content)
+    assert predict.main([str(tiny), f"--npz_in={tmp_path / 'in.npz'}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_description_gives_one_line(tiny):
+    description = describe(TINY) | {"normalisation": IMAGENET}
+    with pytest.raises(Exception, match="do not describe their network"):
+        DetectionModel(description | {"spec": {"classes": 2}}, {})
