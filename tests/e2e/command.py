@@ -7,18 +7,23 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1200
 
 
-def environment(cache: str) -> dict:
-    """The process's, with one cache of compiled programs for all runs of a file."""
+def environment(factory: pytest.TempPathFactory) -> dict:
+    """The process's, with one cache of compiled programs for all runs of a test session."""
+    base = factory.getbasetemp()
+    # A worker of pytest-xdist has a directory of its own below the session's.
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     # Unoptimised code: these networks are tiny, and compiling them is what takes the time.
     flags = "--xla_backend_optimization_level=0"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_COMPILATION_CACHE_DIR": str(session / "xla"),
         "XLA_FLAGS": flags,
     }
 

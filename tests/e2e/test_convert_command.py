@@ -17,7 +17,7 @@ from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return commands.environment(str(tmp_path_factory.mktemp("xla")))
+    return commands.environment(tmp_path_factory)
 
 
 @pytest.fixture

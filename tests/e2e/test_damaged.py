@@ -14,7 +14,7 @@ from tests.data_files import write_folders
 from tests.e2e import command, tiny
 
 
-def test_too_many_damaged_images_are_one_line(tmp_path):
+def test_too_many_damaged_images_are_one_line(tmp_path, tmp_path_factory):
     write_folders(tmp_path / "data", per_class=4)
     bad = tmp_path / "data" / "train" / "n02" / "n02_1.JPEG"
     bad.write_bytes(b"")
@@ -28,7 +28,7 @@ def test_too_many_damaged_images_are_one_line(tmp_path):
         "--config.recipes.pt.batch=4",
         "--config.recipes.pt.epochs=1",
     )
-    environment = command.environment(str(tmp_path / "xla"))
+    environment = command.environment(tmp_path_factory)
     result = command.run("tiny", environment, tmp_path / "run", *flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "more than 0.10% of 12 (data.damaged_share)" in result.stderr

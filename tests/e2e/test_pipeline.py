@@ -31,7 +31,7 @@ start = functools.partial(commands.start, "tiny")
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return commands.environment(str(tmp_path_factory.mktemp("xla")))
+    return commands.environment(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

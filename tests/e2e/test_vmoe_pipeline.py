@@ -17,7 +17,7 @@ LAYERS = {"m2mkd/0": 1, "m2mkd/1": 0, "m2mkd/2": 2, "e2e": 3, "e2e_scratch": 3}
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return commands.environment(str(tmp_path_factory.mktemp("xla")))
+    return commands.environment(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
