@@ -3,7 +3,7 @@
 `python -m m2mkd_jax.main` is the same command.
 
 Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
-same command again; anything else is a bug.
+same command again; 4 another process of the run is lost; anything else is a bug.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
-from m2mkd_jax.parallel import cluster, process
+from m2mkd_jax.parallel import cluster, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
-BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
+BUG, WRONG_INPUT, PREEMPTED, LOST = 1, 2, 3, watchdog.LOST
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
@@ -191,9 +191,10 @@ def main(argv: list[str]) -> int:
     del argv
     # Orbax logs through absl: every step, and stacks of what it raises. What jax logs is for users.
     logging.get_absl_logger().setLevel("CRITICAL")
-    if process.alone():  # with several processes jax catches SIGTERM
-        signal.signal(signal.SIGTERM, _terminated)
-        signal.signal(signal.SIGINT, _terminated)
+    for number in process.SIGNALS if process.alone() else ():
+        signal.signal(number, _terminated)
+    if not process.alone():  # jax catches SIGTERM, and asks all processes at their next step
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         _run(_CONFIG.value, _workdir(_WORKDIR.value or "."))
     except UserError as error:
@@ -211,6 +212,8 @@ def main(argv: list[str]) -> int:
     except (Exception, KeyboardInterrupt):
         if process.alone():
             raise
+        if line := watchdog.blame():
+            return process.fail(f"m2mkd_jax: {line}", LOST)
         return process.fail(traceback.format_exc(), BUG)
     return 0
 

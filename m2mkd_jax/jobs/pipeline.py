@@ -15,12 +15,14 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs.agreement import check_same_data, check_same_start
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, jobs_to_run, stale_after
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.setup import Run
 from m2mkd_jax.jobs.summary import summarise
+from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
@@ -46,6 +48,8 @@ def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "")
         Preempted: a signal arrived; the same command goes on from there.
     """
     workdir = Path(workdir).expanduser()
+    check_same_start(config, {"--only": only, "--redo": redo})
+    watchdog.start(config.watchdog_seconds)
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     plan = checks.validate(config, mesh.size)
     warm_up_collectives(mesh)
@@ -53,6 +57,7 @@ def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "")
     stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
     todo = from_main(jobs_to_run(plan, workdir, only, stale))
     checks.validate_jobs(plan, workdir, mesh, todo, stale)
+    check_same_data(plan, todo)
     if spanning_groups(mesh) > 1:
         say(
             f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
