@@ -38,10 +38,10 @@ from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
-from m2mkd_jax.parallel import cluster, process, watchdog
+from m2mkd_jax.parallel import cluster, memory, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
-BUG, WRONG_INPUT, PREEMPTED, LOST = 1, 2, 3, watchdog.LOST
+BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
@@ -69,13 +69,16 @@ _ONLY = flags.DEFINE_string(
 _REDO = flags.DEFINE_string(
     "redo", "", "delete the results of these jobs and of all that depend on them, and start again"
 )
+_EXTEND = flags.DEFINE_string(
+    "extend", "", "go on with these jobs, finished or not, whose recipes' epochs were raised"
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "print jobs, networks, memory and missing data; needs no data, writes nothing"
 )
 _LIST_KEYS = flags.DEFINE_bool(
     "list_keys", False, "print every key of the config with its value and its meaning"
 )
-FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _DRY_RUN, _LIST_KEYS)
+FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _EXTEND, _DRY_RUN, _LIST_KEYS)
 
 
 def _usage() -> str:
@@ -89,7 +92,8 @@ def _usage() -> str:
             text, 98, initial_indent=f"  --{name:14}", subsequent_indent=" " * 18
         )
     lines += ["", f"shipped configs: {', '.join(shipped_configs())}"]
-    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again"]
+    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again;"]
+    lines += ["            4 another process of the run has died or hangs, run it again"]
     return "\n".join(lines)
 
 
@@ -174,9 +178,9 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     if _LIST_KEYS.value:
         print("\n".join(list_keys(config)))
     elif _DRY_RUN.value:
-        dry_run(config, workdir, _ONLY.value, _REDO.value)
+        dry_run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value)
     else:
-        print_summary(run(config, workdir, _ONLY.value, _REDO.value))
+        print_summary(run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value))
 
 
 def main(argv: list[str]) -> int:
@@ -209,11 +213,13 @@ def main(argv: list[str]) -> int:
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
         return PREEMPTED
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
+        if line := memory.exhausted(error):
+            return process.fail(f"m2mkd_jax: {line}", WRONG_INPUT)
         if process.alone():
             raise
         if line := watchdog.blame():
-            return process.fail(f"m2mkd_jax: {line}", LOST)
+            return process.fail(f"m2mkd_jax: {line}", watchdog.LOST)
         return process.fail(traceback.format_exc(), BUG)
     return 0
 
