@@ -42,7 +42,7 @@ from m2mkd_jax.parallel import cluster, memory, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
     *DISK_FULL,

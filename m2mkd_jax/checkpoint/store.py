@@ -116,8 +116,14 @@ class RunCheckpoints:
             Whether it is saved; False if `step` already was.
 
         Raises:
+            UserError: the directory has vanished; Orbax would make another in its place.
             OSError: the file system refuses, in this save or in the previous one.
         """
+        if is_main() and not self.directory.is_dir():
+            raise UserError(
+                f"{self.directory} has vanished, with the checkpoints in it: mount its disk again, "
+                "or restore it, and start the run again"
+            )
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
         numbers = {name: float(value) for name, value in (metrics or {}).items()}

@@ -41,4 +41,6 @@ def test_what_to_set(monkeypatch, capsys, error, says, advice):
 
 def test_other_errors_are_none_of_it():
     assert not memory.exhausted(RuntimeError("INTERNAL: Gloo AllGather failed"))
+    full = "RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"
+    assert not memory.exhausted(ValueError(full))
     assert not memory.exhausted(KeyError("out of memory"))
