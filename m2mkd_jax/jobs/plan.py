@@ -234,8 +234,13 @@ def is_done(workdir: Path, name: str) -> bool:
     path = job_directory(workdir, name) / "done.json"
     if not path.is_file():
         return False
-    if not isinstance(read_record(path).get("metrics"), dict):
+    record = read_record(path)
+    if not isinstance(record.get("metrics"), dict):
         raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
+    if record.get("name", name) != name:
+        raise UserError(
+            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} again"
+        )
     return True
 
 

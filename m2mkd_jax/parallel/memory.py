@@ -22,9 +22,9 @@ def exhausted(error: BaseException) -> str:
         error: as jax raises it, at the start of its backend or in an allocation.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError | ValueError | MemoryError) or not _EXHAUSTED.search(
-        text
-    ):
+    if not isinstance(error, RuntimeError | ValueError | MemoryError):
+        return ""
+    if not _EXHAUSTED.search(text) or "os_error_code" in text:  # the latter: TensorStore, a disk
         return ""
     if _AT_START.search(text):
         return f"the device has no memory left at the start; {SHARE}"

@@ -6,6 +6,7 @@ tests/multidevice/test_watchdog.py.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import resource
@@ -156,6 +157,7 @@ def test_the_line_on_a_full_disk(monkeypatch, capsys):
     monkeypatch.setattr(main, "_run", run)
     monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": None}))
     monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "runs/a"}))
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
     assert main.main([]) == main.WRONG_INPUT
     assert capsys.readouterr().err == "m2mkd_jax: runs/a: No space left on device\n"
 
@@ -163,7 +165,7 @@ def test_the_line_on_a_full_disk(monkeypatch, capsys):
 def test_odd_names_a_clock_set_back_and_more_epochs(tmp_path, monkeypatch, capsys):
     """One run of one job: in a directory with such a name, while the clock goes backwards."""
     monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
-    clock = iter(range(10**9, 0, -3600))
+    clock = itertools.count(2 * 10**9, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
     workdir = tmp_path / "mein Lauf, größer: 100 %" / "実験 'a'"
