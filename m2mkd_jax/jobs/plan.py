@@ -239,7 +239,8 @@ def is_done(workdir: Path, name: str) -> bool:
         raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
     if record.get("name", name) != name:
         raise UserError(
-            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} again"
+            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} "
+            "again"
         )
     return True
 

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import logging
@@ -23,7 +24,7 @@ from m2mkd_jax import main
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import pipeline
+from m2mkd_jax.jobs import pipeline, rounds, training
 from m2mkd_jax.train.schedule import learning_rate
 from tests.e2e import tiny
 from tests.unit.checkpoint.test_store import abstract, assert_same, make_state
@@ -168,15 +169,20 @@ def test_odd_names_a_clock_set_back_and_more_epochs(tmp_path, monkeypatch, capsy
     clock = itertools.count(2 * 10**9, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
+    seconds = SimpleNamespace(monotonic=itertools.count(0, 1000).__next__)
+    for module in (rounds, training):
+        monkeypatch.setattr(module, "time", seconds)
     workdir = tmp_path / "mein Lauf, größer: 100 %" / "実験 'a'"
     config = tiny.get_config()
     config.phases, config.log_every, config.recipes.pt.epochs = ("pt",), 1, 1
-    assert pipeline.run(config, workdir)["jobs"][0]["steps"] == 10
+    (first,) = pipeline.run(config, workdir)["jobs"]
+    assert first["steps"] == 10
     config.recipes.pt.epochs = 2
     with pytest.raises(UserError, match=r"--extend=pt goes on with it to 2 epochs"):
         pipeline.run(config, workdir)
     capsys.readouterr()
-    assert pipeline.run(config, workdir, extend="pt")["jobs"][0]["steps"] == 20
+    (longer,) = pipeline.run(config, workdir, extend="pt")["jobs"]
+    assert longer["steps"] == 20 and longer["seconds"] > first["seconds"]  # of both starts
     said = capsys.readouterr().out
     assert said.count("[pt] extended from 1 to 2 epochs from step 10 on, where its learning") == 1
     assert said.count("[pt] resumed at step 10/20") == 1
