@@ -133,9 +133,10 @@ def test_a_disk_that_refuses_costs_the_save_alone(disk):
         assert sorted(p.name for p in directory.iterdir()) == ["run"]
         again = RunCheckpoints(directory / "run")
         restored = again.restore_latest(abstract(state))
-        assert restored is not None and restored[0] == 10
-        assert_same(restored[1], state)
-        assert again.save(20, make_state(20, size=8))
+        assert restored is not None
+        step, whole = restored  # 20 where Orbax's threads came to it after the trouble only
+        assert_same(whole, make_state(step, size=8))
+        assert again.save(20, make_state(20, size=8)) == (step == 10)
         again.close()
         assert sorted(p.name for p in (directory / "run").iterdir()) == ["10", "20"]
 

@@ -161,7 +161,8 @@ def test_raised_epochs_go_on_where_they_are_asked_to(tmp_path):
 def test_only_raised_epochs_extend_a_job(tmp_path, values, job):
     before, after = Plan(tiny.get_config()), Plan(changed(values))
     finish(before, tmp_path, before.names)
-    with pytest.raises(UserError, match=f"--extend={job}: ") as error:
+    (tmp_path / "jobs" / job / "checkpoints" / "40").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--extend={job}: (raise|only)") as error:
         jobs_to_extend(after, tmp_path, [job])
     assert "\n" not in str(error.value)
 
