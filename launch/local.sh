@@ -16,9 +16,9 @@ Runs `python -m m2mkd_jax.main FLAGS...` in several processes that form one run.
   --print       show what would run
   --help        this text
 
-SIGTERM, SIGINT and SIGUSR1 are passed on. When a process fails, the others have 5 seconds to end (60 when
-it was preempted, exit code 3); the exit code is that of the first to fail. $PYTHON names the
-interpreter (default: python).
+SIGTERM, SIGINT and SIGUSR1 are passed on. When a process fails, the others have 15 seconds to say
+which one and to end (60 when it was preempted, exit code 3); the exit code is that of the first to
+fail. $PYTHON names the interpreter (default: python).
 
   launch/local.sh -n 2 -d 4 -- --config=configs/vmoe_digits.py --config.mesh.expert=4 --workdir=DIR
 END
@@ -104,7 +104,7 @@ finish() {
       unset "pids[i]"
       if ((code && !status)); then
         status=$code
-        deadline=$((SECONDS + (code == 3 ? 60 : 5)))
+        deadline=$((SECONDS + (code == 3 ? 60 : 15)))
       fi
     done
     if ((deadline && SECONDS >= deadline)); then

@@ -29,7 +29,7 @@ from m2mkd_jax.parallel import process
 LOST = 4  # exit code where another process is lost
 AGAIN = "; start the run again, it goes on from its last checkpoint"
 _BEATS, _ENDED = "m2mkd_jax/beats", "ended"
-_MISSED = 5  # beats, after which a process is dead if a collective operation has failed too
+_MISSED = 3  # beats, after which a process is dead if a collective operation has failed too
 _PERIODS = (0.2, 2.0)  # bounds, in seconds, of the time between two beats
 
 
