@@ -4,7 +4,8 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/tpu_pod.sh -t TPU -z ZONE [-p PROJECT] [-d DIRECTORY] [--print] -- FLAGS...
+usage: launch/tpu_pod.sh -t TPU -z ZONE [-p PROJECT] [-d DIRECTORY] [-r RESTARTS] [--print] \
+           -- FLAGS...
 
 Starts `python3 -m m2mkd_jax.main FLAGS...` on every worker of the slice, which find each other.
 
@@ -12,6 +13,8 @@ Starts `python3 -m m2mkd_jax.main FLAGS...` on every worker of the slice, which 
   -z ZONE       its zone, e.g. us-central2-b
   -p PROJECT    the Cloud project (default: gcloud's)
   -d DIRECTORY  the checkout on the workers (default: m2mKD)
+  -r RESTARTS   how often to start again, from the last checkpoint, when a process has died or hung
+                (default 0); never after wrong input (exit code 2) or a signal (3)
   --print       show what would run
   --help        this text
 
@@ -28,16 +31,17 @@ refuse() {
   exit 2
 }
 
-tpu='' zone='' project='' directory=m2mKD print=''
+tpu='' zone='' project='' directory=m2mKD restarts=0 print=''
 while (($#)); do
   case $1 in
-    -t | -z | -p | -d)
+    -t | -z | -p | -d | -r)
       (($# > 1)) || refuse "$1 needs a value"
       case $1 in
         -t) tpu=$2 ;;
         -z) zone=$2 ;;
         -p) project=$2 ;;
         -d) directory=$2 ;;
+        -r) restarts=$2 ;;
       esac
       shift 2
       ;;
@@ -49,6 +53,7 @@ while (($#)); do
 done
 [[ -n $tpu ]] || refuse "-t TPU is missing"
 [[ -n $zone ]] || refuse "-z ZONE is missing"
+[[ $restarts =~ ^[0-9]+$ ]] || refuse "-r needs a number, not '$restarts'"
 (($#)) || refuse "no flags for m2mkd_jax.main after --"
 
 remote=$(printf '%q ' cd "$directory")
@@ -60,6 +65,11 @@ command+=(--worker=all --command="${remote% }")
 if [[ -n $print ]]; then
   printf '%q ' "${command[@]}"
   echo
-else
-  "${command[@]}"
+  exit
 fi
+for ((again = 0; ; again++)); do
+  code=0
+  "${command[@]}" || code=$?
+  ((code != 0 && code != 2 && code != 3 && again < restarts)) || exit "$code"
+  echo "launch/tpu_pod.sh: ended with exit code $code; restart $((again + 1)) of $restarts" >&2
+done

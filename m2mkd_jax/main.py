@@ -3,7 +3,7 @@
 `python -m m2mkd_jax.main` is the same command.
 
 Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
-same command again; anything else is a bug.
+same command again; 4 another process of the run is lost; anything else is a bug.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
-from m2mkd_jax.parallel import cluster, process
+from m2mkd_jax.parallel import cluster, memory, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
     *DISK_FULL,
@@ -69,13 +69,16 @@ _ONLY = flags.DEFINE_string(
 _REDO = flags.DEFINE_string(
     "redo", "", "delete the results of these jobs and of all that depend on them, and start again"
 )
+_EXTEND = flags.DEFINE_string(
+    "extend", "", "go on with these jobs, finished or not, whose recipes' epochs were raised"
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "print jobs, networks, memory and missing data; needs no data, writes nothing"
 )
 _LIST_KEYS = flags.DEFINE_bool(
     "list_keys", False, "print every key of the config with its value and its meaning"
 )
-FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _DRY_RUN, _LIST_KEYS)
+FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _EXTEND, _DRY_RUN, _LIST_KEYS)
 
 
 def _usage() -> str:
@@ -89,7 +92,8 @@ def _usage() -> str:
             text, 98, initial_indent=f"  --{name:14}", subsequent_indent=" " * 18
         )
     lines += ["", f"shipped configs: {', '.join(shipped_configs())}"]
-    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again"]
+    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again;"]
+    lines += ["            4 another process of the run has died or hangs, run it again"]
     return "\n".join(lines)
 
 
@@ -174,9 +178,9 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     if _LIST_KEYS.value:
         print("\n".join(list_keys(config)))
     elif _DRY_RUN.value:
-        dry_run(config, workdir, _ONLY.value, _REDO.value)
+        dry_run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value)
     else:
-        print_summary(run(config, workdir, _ONLY.value, _REDO.value))
+        print_summary(run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value))
 
 
 def main(argv: list[str]) -> int:
@@ -191,9 +195,10 @@ def main(argv: list[str]) -> int:
     del argv
     # Orbax logs through absl: every step, and stacks of what it raises. What jax logs is for users.
     logging.get_absl_logger().setLevel("CRITICAL")
-    if process.alone():  # with several processes jax catches SIGTERM
-        signal.signal(signal.SIGTERM, _terminated)
-        signal.signal(signal.SIGINT, _terminated)
+    for number in process.SIGNALS if process.alone() else ():
+        signal.signal(number, _terminated)
+    if not process.alone():  # jax catches SIGTERM, and asks all processes at their next step
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         _run(_CONFIG.value, _workdir(_WORKDIR.value or "."))
     except UserError as error:
@@ -208,9 +213,13 @@ def main(argv: list[str]) -> int:
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
         return PREEMPTED
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
+        if line := memory.exhausted(error):
+            return process.fail(f"m2mkd_jax: {line}", WRONG_INPUT)
         if process.alone():
             raise
+        if line := watchdog.blame():
+            return process.fail(f"m2mkd_jax: {line}", watchdog.LOST)
         return process.fail(traceback.format_exc(), BUG)
     return 0
 

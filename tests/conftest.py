@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
         flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     # These programs run for milliseconds and compile for seconds. tests/parity, which holds the
     # numbers against the original's, compiles as users do.
-    if _only(config, "multidevice", "unit", "e2e"):
+    if _only(config, "multidevice", "unit", "e2e", "chaos"):
         flags += " --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = flags.strip()
 

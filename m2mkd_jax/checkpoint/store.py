@@ -116,8 +116,11 @@ class RunCheckpoints:
             Whether it is saved; False if `step` already was.
 
         Raises:
+            UserError: the directory has vanished; Orbax would make another in its place.
             OSError: the file system refuses, in this save or in the previous one.
         """
+        if is_main():
+            self._check_writable()
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
@@ -130,6 +133,22 @@ class RunCheckpoints:
                 ),
                 metrics=numbers,
             )
+
+    def _check_writable(self) -> None:
+        """Raises UserError and OSError as `save` does.
+
+        Where Orbax cannot make a directory, its threads wait for it for minutes, and the process
+        does not end until they do.
+        """
+        probe = self.directory / ".writable"
+        try:
+            probe.touch()
+            probe.unlink()
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.directory} has vanished, with the checkpoints in it: mount its disk again, "
+                "or restore it, and start the run again"
+            ) from None
 
     def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint that can be read.

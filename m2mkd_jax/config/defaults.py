@@ -22,6 +22,7 @@ from m2mkd_jax.config.keys import (
     REMAT,
     SEED,
     SHARE,
+    WATCHDOG,
     Key,
     Keys,
     default_values,
@@ -295,6 +296,12 @@ def all_keys(family: str = "nac") -> Keys:
             "steps of a job whose loss or gradient may be not finite: they change no weights; one "
             "more ends the job",
             FROM_0,
+        ),
+        "watchdog_seconds": Key(
+            300.0,
+            "seconds for which one of several processes may be silent, or keep the others waiting, "
+            "before all end and it is named; longer than reading a checkpoint takes",
+            WATCHDOG,
         ),
         "precision": Key(
             "auto",

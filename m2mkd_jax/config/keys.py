@@ -32,6 +32,8 @@ def is_finite(value: Any) -> bool:
 ABOVE_0 = Range("above 0", lambda v: v > 0)
 FROM_0 = Range("0 or more", lambda v: v >= 0)
 FROM_MINUS_1 = Range("-1 or more", lambda v: v >= -1)
+# jax's own heartbeats (parallel/cluster.py) wait for a day.
+WATCHDOG = Range("from 1 to 10000", lambda v: 1 <= v <= 10_000)
 SHARE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 BELOW_1 = Range("from 0 to below 1", lambda v: 0 <= v < 1)
 # Seeds of 0, 1, ... are added, and jax, numpy and scikit-learn take 32 bits.

@@ -23,7 +23,13 @@ from m2mkd_jax.data.damaged_images import DamagedImageCounter
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.kept import KeptBatches
-from m2mkd_jax.data.workers import automatic_workers, end_with_parent, usable_cores
+from m2mkd_jax.data.workers import (
+    automatic_workers,
+    check_main_module,
+    end_in_worker,
+    end_with_parent,
+    usable_cores,
+)
 from m2mkd_jax.errors import UserError
 
 # Limit for the batches waiting in memory, per process; it bounds the number of threads.
@@ -72,8 +78,9 @@ def train_batches(
         Its `close()` ends workers and threads; so does dropping it.
 
     Raises:
-        UserError: a wrong batch size, seed or augmentation; raised by the iterator if more than
-            `config.damaged_share` of the images cannot be decoded.
+        UserError: a wrong batch size, seed or augmentation, or workers that would start the
+            program again; raised by the iterator if more than `config.damaged_share` of the images
+            cannot be decoded.
         ValueError: steps or a process out of range.
     """
     if not 0 <= start_step <= total_steps:
@@ -201,6 +208,7 @@ def _iterate(
     workers: int | None = None,
 ) -> "BatchIterator":
     """The batches of `load` for `steps`, from threads or worker processes (None: the config's)."""
+    end_in_worker()
     if config.workers < -1:
         raise UserError(
             f"data.workers is {config.workers}: use -1 (as fits the machine), 0 (threads) or more"
@@ -219,6 +227,7 @@ def _iterate(
         return BatchIterator(
             iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + 1))), damaged
         )
+    check_main_module()
     # mp_prefetch reads absl flags, which are unparsed in a program without absl's app.run.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

@@ -1,13 +1,19 @@
 """The worker processes that decode images: how many, and that they end with their parent."""
 
+import ast
+import functools
 import math
+import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
+
+from m2mkd_jax.errors import UserError
 
 # A worker holds about this many local batches in shared memory (Grain 0.2), and this many bytes
 # for Python and the libraries.
@@ -40,6 +46,48 @@ def automatic_workers(batch_bytes: int) -> int:
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     free = psutil.virtual_memory().available
     return int(min(cores - cores // 8, shared / 2 // kept, free / 2 // (kept + _OWN_BYTES)))
+
+
+# Exit code of a worker in which the program's main module starts the program again.
+_UNGUARDED = 86
+
+
+def end_in_worker() -> None:
+    """Ends this process if it is a worker that is still importing the program's main module.
+
+    A spawned process imports that module first. One without `if __name__ == "__main__"` would start
+    the whole program in every worker.
+    """
+    # Python has no public name for it; it is what multiprocessing itself asks before it raises.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_UNGUARDED)
+
+
+@functools.cache
+def check_main_module() -> None:
+    """Refuses to start workers from a script that they would start again.
+
+    A script without an `if` on `__name__` is tried with one process that does nothing else.
+
+    Raises:
+        UserError: one line that names the script.
+    """
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if not file or getattr(main, "__spec__", None) or not os.path.isfile(file):  # not a script
+        return
+    body = ast.parse(Path(file).read_bytes()).body
+    if any(isinstance(node, ast.If) and "__name__" in ast.dump(node.test) for node in body):
+        return
+    trial = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    trial.start()
+    trial.join()
+    if trial.exitcode == _UNGUARDED:
+        raise UserError(
+            f"{file} starts its work when it is imported, and every worker process of data.workers "
+            'imports it: put its last lines below `if __name__ == "__main__":`, or set '
+            "data.workers=0"
+        )
 
 
 def end_with_parent(parent: int, worker: int, workers: int) -> None:

@@ -29,10 +29,11 @@ from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
+from m2mkd_jax.jobs.changes import check_same_config
 from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
-from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
+from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.losses.distillation import KINDS
@@ -85,6 +86,7 @@ def validate_jobs(
     mesh: Mesh,
     todo: Collection[str],
     stale: Collection[str] = (),
+    extended: Collection[str] = (),
 ) -> None:
     """Refuses what would end one of the jobs early: data, weights, devices, another run's results.
 
@@ -94,11 +96,12 @@ def validate_jobs(
         mesh: the devices.
         todo: the jobs that are to run.
         stale: jobs that start again, whatever their directories hold.
+        extended: jobs that train for more epochs.
 
     Raises:
         UserError: one line that says what is wrong and where.
     """
-    check_same_config(plan, workdir, plan.names, stale)
+    check_same_config(plan, workdir, plan.names, stale, extended)
     if missing := missing_data(plan, todo):
         raise UserError("; ".join(missing))
     check_weights(plan, workdir, todo)

@@ -19,8 +19,15 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
+from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.checks import check_weights, missing_data, validate
-from m2mkd_jax.jobs.plan import Job, Kind, check_same_config, is_current, open_jobs, stale_after
+from m2mkd_jax.jobs.plan import (
+    Job,
+    Kind,
+    is_current,
+    open_jobs,
+    stale_after,
+)
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
@@ -32,7 +39,9 @@ from m2mkd_jax.train.step import with_fixed
 ADAM_COPIES = 2  # first and second moment
 
 
-def dry_run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -> None:
+def dry_run(
+    config: ConfigDict, workdir: Path, only: str = "", redo: str = "", extend: str = ""
+) -> None:
     """Prints jobs, stages, sizes, costs, sharding and missing data.
 
     For the devices that are here, or, where config.mesh gives both numbers, for that many.
@@ -42,6 +51,7 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -
         workdir: directory of the run; nothing is written there.
         only: the jobs to tell about, "a,b"; by default all.
         redo: jobs that would start again.
+        extend: jobs that would train for more epochs.
 
     Raises:
         UserError: the config cannot run.
@@ -49,16 +59,17 @@ def dry_run(config: ConfigDict, workdir: Path, only: str = "", redo: str = "") -
     mesh = planned_mesh(config)
     plan = validate(config, mesh.size)
     stale = stale_after(workdir, plan.select(redo, "--redo")) if redo else []
-    check_same_config(plan, workdir, plan.names, stale)
+    extended = jobs_to_extend(plan, workdir, plan.select(extend, "--extend")) if extend else []
+    check_same_config(plan, workdir, plan.names, stale, extended)
     here, backend = len(jax.devices()), jax.default_backend()
     beside = f" (here {here})" if here != mesh.size else ""
     dtype = compute_dtype(config.precision).name
     say(f"{config.name}: {mesh.size} {backend} device(s){beside}, compute type {dtype}")
-    chosen, to_run = plan.select(only), open_jobs(plan, workdir, stale)
+    chosen, to_run = plan.select(only), open_jobs(plan, workdir, [*stale, *extended])
     check_weights(plan, workdir, [name for name in plan.names if name in to_run])
     for name in chosen:
         job = plan.job(name)
-        done = name not in stale and is_current(plan, workdir, name)
+        done = name not in (*stale, *extended) and is_current(plan, workdir, name)
         status = "done" if done else "to run" if name in to_run or only else "not needed"
         say(f"\n{name}  [{status}]  after: {', '.join(job.needs) or '-'}")
         if job.kind is not Kind.EVALUATION:

@@ -19,7 +19,7 @@ from m2mkd_jax.jobs.setup import Run, frozen_program, image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.parallel.process import barrier, interrupted, is_main, say
+from m2mkd_jax.parallel.process import barrier, interrupted, is_main, reached, say
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
@@ -60,6 +60,7 @@ def until_interrupted(batches: Iterable[dict]) -> Iterator[dict]:
     for batch in batches:
         if interrupted():
             raise EvaluationStopped
+        reached()
         yield batch
 
 

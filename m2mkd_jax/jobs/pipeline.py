@@ -12,15 +12,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
+from m2mkd_jax.data.workers import end_in_worker
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs.agreement import check_same_data, check_same_start
+from m2mkd_jax.jobs.changes import jobs_to_extend, raised_epochs
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
-from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, jobs_to_run, stale_after
+from m2mkd_jax.jobs.plan import (
+    Job,
+    Kind,
+    Plan,
+    is_current,
+    jobs_to_run,
+    stale_after,
+)
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.setup import Run
 from m2mkd_jax.jobs.summary import summarise
+from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
@@ -32,7 +44,9 @@ RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
 }
 
 
-def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "") -> dict[str, Any]:
+def run(
+    config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "", extend: str = ""
+) -> dict[str, Any]:
     """Runs every job that is not done and returns the summary (also in workdir/summary.json).
 
     Args:
@@ -40,25 +54,32 @@ def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "")
         workdir: directory of the run.
         only: the jobs to run, "a,b"; by default all.
         redo: jobs to start again, with all that stand on them.
+        extend: jobs to go on with, finished or not, because their epochs were raised.
 
     Raises:
         UserError: before any work where the input is wrong.
         Preempted: a signal arrived; the same command goes on from there.
     """
+    end_in_worker()
     workdir = Path(workdir).expanduser()
+    check_same_start(config, {"--only": only, "--redo": redo, "--extend": extend})
+    watchdog.start(config.watchdog_seconds)
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     plan = checks.validate(config, mesh.size)
     warm_up_collectives(mesh)
     chosen = plan.select(only)
     stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
-    todo = from_main(jobs_to_run(plan, workdir, only, stale))
-    checks.validate_jobs(plan, workdir, mesh, todo, stale)
+    asked = plan.select(extend, "--extend") if extend else []
+    extended = from_main(jobs_to_extend(plan, workdir, asked))
+    todo = from_main(jobs_to_run(plan, workdir, only, [*stale, *extended]))
+    checks.validate_jobs(plan, workdir, mesh, todo, stale, extended)
+    check_same_data(plan, todo)
     if spanning_groups(mesh) > 1:
         say(
             f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
             "processes; its tokens cross the network between them"
         )
-    _prepare(plan, workdir, stale)
+    _prepare(plan, workdir, stale, extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
     try:
@@ -92,8 +113,11 @@ def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:
     return not done
 
 
-def _prepare(plan: Plan, workdir: Path, stale: list[str]) -> None:
-    """Makes the directory, drops jobs that are done again, and keeps the config."""
+def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -> None:
+    """Makes the directory, drops jobs that are done again, and keeps the config.
+
+    Jobs that are extended lose their results alone, and go on from their checkpoints.
+    """
     if is_main():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -102,6 +126,14 @@ def _prepare(plan: Plan, workdir: Path, stale: list[str]) -> None:
         # What stands on others goes first: a kill in between leaves no job on a base that is gone.
         for name in reversed(stale):
             shutil.rmtree(job_directory(workdir, name), ignore_errors=True)
+        for name in extended:
+            old, new = raised_epochs(plan, workdir, name) or (0.0, 0.0)
+            step = latest_step(job_directory(workdir, name) / "checkpoints")
+            say(
+                f"[{name}] extended from {old:g} to {new:g} epochs from step {step} on, where its "
+                "learning rate is the one of a schedule over all of them"
+            )
+            (job_directory(workdir, name) / "done.json").unlink(missing_ok=True)
         write_json(workdir / "config.json", json.loads(plan.config.to_json()))
-    if stale:
+    if stale or extended:
         barrier("jobs that are done again are dropped")

@@ -234,8 +234,14 @@ def is_done(workdir: Path, name: str) -> bool:
     path = job_directory(workdir, name) / "done.json"
     if not path.is_file():
         return False
-    if not isinstance(read_record(path).get("metrics"), dict):
+    record = read_record(path)
+    if not isinstance(record.get("metrics"), dict):
         raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
+    if record.get("name", name) != name:
+        raise UserError(
+            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} "
+            "again"
+        )
     return True
 
 
@@ -313,42 +319,3 @@ def stale_after(workdir: Path, redone: Iterable[str]) -> list[str]:
         ]
         stale, grown = stale + more, bool(more)
     return stale
-
-
-def check_same_config(
-    plan: Plan, workdir: Path, names: Iterable[str], stale: Collection[str] = ()
-) -> None:
-    """Refuses a config that another result of these jobs, or of those they need, came from.
-
-    Args:
-        plan: of the config that is given now.
-        workdir: the run's directory.
-        names: jobs that are to be kept, gone on with, or built on.
-        stale: jobs that start again.
-
-    Raises:
-        UserError: names the first job, and the key of the config that has changed.
-    """
-    for name in plan.closure(names):
-        path, job = inputs_path(workdir, name), plan.job(name)
-        if name in stale or job.kind is Kind.EVALUATION:  # what is measured anew loses nothing
-            continue
-        hint = f"--redo={name} does it and what stands on it again; or use another --workdir"
-        if not path.is_file():
-            if is_done(workdir, name):
-                raise UserError(
-                    f"{path} is missing, so that what {name} came from is unknown; {hint}"
-                )
-            continue
-        before = read_record(path)
-        if not isinstance(before, dict) or not {"config", "needs"} <= before.keys():
-            raise UserError(f"{path} is damaged; {hint}")
-        for key in sorted({*before["config"], *job.inputs["config"]}):
-            old, new = before["config"].get(key), job.inputs["config"].get(key)
-            if old != new:
-                raise UserError(
-                    f"{workdir}: {name} was made with config.{key} = {old!r}, not {new!r}; {hint}"
-                )
-        for needed in sorted({*before["needs"], *job.inputs["needs"]}):
-            if before["needs"].get(needed) != job.inputs["needs"].get(needed):
-                raise UserError(f"{workdir}: {name} stands on another {needed}; {hint}")

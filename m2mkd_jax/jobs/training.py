@@ -15,6 +15,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from m2mkd_jax.checkpoint.checksums import saved_metrics
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
@@ -34,6 +35,8 @@ from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, i
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
 from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
+
+SECONDS = "seconds"  # the metric of a checkpoint that says how long the job has taken
 
 
 def draw_images(
@@ -92,6 +95,7 @@ class _Record:
     reference: dict[str, float]
     origin: dict[str, str]
     log: Log
+    earlier: float  # seconds of the starts before this one, up to the checkpoint
 
 
 class Training:
@@ -139,9 +143,12 @@ class Training:
             directory = self._run.directory(name)
             _describe_inputs(setup, directory)
             checkpoints = RunCheckpoints(directory / "checkpoints")
-            start, restored = 0, checkpoints.restore_latest(setup.abstract_state)
+            start, earlier = 0, 0.0
+            restored = checkpoints.restore_latest(setup.abstract_state)
             if restored:
                 start, state = restored
+                saved = saved_metrics(directory / "checkpoints" / str(start) / "state")
+                earlier = from_main((saved or {}).get(SECONDS, 0.0))
             if self._states and start != self._start:  # its newest checkpoint is damaged
                 checkpoints.close()
                 put_off.append(name)
@@ -153,7 +160,7 @@ class Training:
             self._start = start
             log = Log(directory / "metrics.jsonl", name, total, start)
             self._records[name] = _Record(
-                directory, total, checkpoints, references[name], origins[name], log
+                directory, total, checkpoints, references[name], origins[name], log, earlier
             )
         self._setup = self._setup.only(self._records)
         return put_off
@@ -246,7 +253,9 @@ class Training:
             name=name,
             total_steps=record.total,
             log=record.log,
-            save=functools.partial(_save_finite, name, record.checkpoints),
+            save=functools.partial(
+                _save_finite, name, record.checkpoints, functools.partial(self._seconds, record)
+            ),
             stop=_stop_rule(setup.phase, record.reference),
             learning_rate=setup.rate,
             finish=finish,
@@ -254,6 +263,10 @@ class Training:
             skipped=int(self._states[name]["skipped"]),
             evaluated=from_main(record.log.evaluated),
         )
+
+    def _seconds(self, record: _Record) -> float:
+        """Seconds that a job has taken in all its starts."""
+        return record.earlier + time.monotonic() - self._began
 
     def _step_of(self, names: tuple[str, ...]) -> Callable[[dict, Any], tuple[dict, dict]]:
         """The step of those jobs that are left."""
@@ -288,7 +301,7 @@ class Training:
             "name": name,
             "status": "done",
             "steps": steps,
-            "seconds": round(time.monotonic() - self._began, 2),
+            "seconds": round(self._seconds(record), 2),
             "metrics": metrics,
             "origin": record.origin,
         }
@@ -300,13 +313,21 @@ class Training:
 
 
 def _save_finite(
-    name: str, checkpoints: RunCheckpoints, step: int, state: dict, metrics: dict
+    name: str,
+    checkpoints: RunCheckpoints,
+    seconds: Callable[[], float],
+    step: int,
+    state: dict,
+    metrics: dict,
 ) -> None:
-    """Saves a state. Raises NotFinite, in all processes, where its weights are not finite."""
+    """Saves a state, and the seconds that it took.
+
+    Raises NotFinite, in all processes, where its weights are not finite.
+    """
     wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
     if any_process(bool(wrong)):
         raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
-    checkpoints.save(step, state, metrics)
+    checkpoints.save(step, state, metrics | {SECONDS: seconds()})
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -14,6 +17,9 @@ from jax._src import distributed
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import CONNECT_SECONDS, watch
+
+# Longer than config.watchdog_seconds can be: jax aborts where its own heartbeats stay away.
+_HEARTBEAT_SECONDS = 24 * 3600
 
 
 def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -98,12 +104,22 @@ def start_distributed() -> None:
     arguments = distributed_arguments(os.environ)
     if arguments is None:
         return
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if address := arguments.get("coordinator_address", given):
+        first = str(arguments.get("process_id", os.environ.get("SLURM_PROCID"))) == "0"
+        check_reachable(address, first, os.environ)
+        if first:
+            check_port(address)
     # At its own time limit jax aborts the process with a stack trace, which cannot be caught.
     timeout = threading.Timer(CONNECT_SECONDS, _give_up)
     timeout.daemon = True
     timeout.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=2 * CONNECT_SECONDS)
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=2 * CONNECT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot join the other processes of this run: {reason}") from None
@@ -112,13 +128,84 @@ def start_distributed() -> None:
     watch(distributed.global_state.client)
 
 
+def check_reachable(address: str, first: bool, environment: Mapping[str, str]) -> None:
+    """Refuses an address that on this machine means this machine, while process 0 is on another.
+
+    Only SLURM says how many machines there are. On that of process 0 its own name may well be a
+    loopback address, as on Debian; "localhost" is wrong there too.
+
+    Args:
+        address: host:port of process 0.
+        first: whether this process is process 0.
+        environment: the environment variables.
+
+    Raises:
+        UserError: one line with both addresses.
+    """
+    nodes = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES", "1")
+    host = address.rpartition(":")[0].strip("[]")
+    here = first or environment.get("SLURM_NODEID") == "0"
+    if nodes == "1" or not (found := loopback(host)) or (here and not _literally_here(host)):
+        return
+    raise UserError(
+        f"process 0 is to be at {address}, and here on {socket.gethostname()} {host} is {found}, a "
+        f"loopback address that other machines do not reach; there are {nodes} nodes: give the "
+        "name or address by which all of them reach process 0"
+    )
+
+
+def _literally_here(host: str) -> bool:
+    """Whether a name means "this machine" on every machine."""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def loopback(host: str) -> str:
+    """The loopback address that a name resolves to; "": it is none, or does not resolve."""
+    try:
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return ""
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in entries]
+    return next((a for a in addresses if ipaddress.ip_address(a).is_loopback), "")
+
+
+def check_port(address: str) -> None:
+    """Refuses a port that another program listens at; jax would share it with another run.
+
+    Args:
+        address: host:port of process 0, which this process is.
+
+    Raises:
+        UserError: one line that names the port.
+    """
+    port = int(address.rpartition(":")[2])
+    for family, anywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # A port on which connections of a run before are still closing is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((anywhere, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # a machine without IPv6
+                continue
+            raise UserError(
+                f"port {port} of {socket.gethostname()} is taken by another program; give another "
+                "port for process 0 (M2MKD_COORDINATOR, or JAX_COORDINATOR_PORT under SLURM), or "
+                "end the run that has it"
+            ) from None
+
+
 def _give_up() -> None:
     """Ends the process because others are missing."""
     state = distributed.global_state
+    address = str(state.coordinator_address)
+    host = address.rpartition(":")[0].strip("[]")
+    hint = "look at what the others say, and whether they can reach it"
+    if found := loopback(host):
+        hint = f"{host} is {found}, which processes on other machines cannot reach, or {hint}"
     print(
         f"m2mkd_jax: after {CONNECT_SECONDS} s not all of {state.num_processes or 'the'} processes "
-        f"are at {state.coordinator_address}; look at what the others say, and whether they can "
-        "reach it",
+        f"are at {address}; {hint}",
         file=sys.stderr,
         flush=True,
     )

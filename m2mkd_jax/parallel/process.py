@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
@@ -22,10 +23,44 @@ from jax._src import distributed  # its key-value store has no public name; Orba
 from jax.experimental import multihost_utils
 
 CONNECT_SECONDS = 300
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of which jax catches the first
 _END, _LEFT = "m2mkd_jax/end", "m2mkd_jax/left"
 _POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
 _steps = itertools.count()
 _arrived: list[int] = []  # signals since the begin of `stopping`
+
+
+@dataclass
+class Progress:
+    """How far this process is.
+
+    Attributes:
+        reached: how many points it has come to where processes wait for each other.
+        place: the last step that it has reported.
+    """
+
+    reached: int = 0
+    place: str = ""
+
+
+_progress = Progress()
+
+
+def progress() -> Progress:
+    """How far this process is."""
+    return _progress
+
+
+def reached(place: str = "") -> None:
+    """Says that this process has come to a point where processes wait for each other.
+
+    All come to the same points in the same order: who is behind is whom the others wait for.
+
+    Args:
+        place: such as "step 12 of pt"; "": the step is the one before.
+    """
+    _progress.reached += 1
+    _progress.place = place or _progress.place
 
 
 def alone() -> bool:
@@ -46,12 +81,14 @@ def say(text: str) -> None:
 
 def barrier(name: str) -> None:
     """A barrier over all devices: returns once every process has called it with this name."""
+    reached()
     if not alone():
         multihost_utils.sync_global_devices(name)
 
 
 def wait_for_all(name: str) -> None:
     """A host-only barrier; each name can be used only once."""
+    reached()
     client = distributed.global_state.client
     if client is not None:
         client.wait_at_barrier(f"m2mkd_jax/{name}", timeout_in_ms=1000 * CONNECT_SECONDS)
@@ -65,6 +102,7 @@ def from_main(value: Any) -> Any:
     Args:
         value: anything that JSON can represent; ignored outside of the main process.
     """
+    reached()
     if alone():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -76,6 +114,7 @@ def from_main(value: Any) -> Any:
 
 def any_process(value: bool) -> bool:
     """Whether it is true in one of the processes; every process makes this call."""
+    reached()
     if alone():
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).any())
@@ -83,10 +122,11 @@ def any_process(value: bool) -> bool:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM and SIGINT, in the main thread only.
+    """Catches SIGTERM, SIGINT and SIGUSR1, in the main thread only.
 
-    A second signal ends this process at once (with several processes: a second SIGINT). What is
-    half written then is not taken for whole: it has no final name yet.
+    A second signal ends this process at once (with several processes: a second SIGINT), but for one
+    after SIGUSR1, by which SLURM announces the end of the time before SIGTERM comes. What is half
+    written then is not taken for whole: it has no final name yet.
 
     Yields:
         A function to be called after each step: whether to stop. With several processes a signal
@@ -99,7 +139,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, _: Any) -> None:
         arrived.append(number)
-        if len(arrived) > 1:
+        if len(arrived) - arrived.count(signal.SIGUSR1) > 1:
             os._exit(128 + number)
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -112,7 +152,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
         return multihost_utils.reached_preemption_sync_point(next(_steps))
 
     with contextlib.suppress(ValueError):  # not the main thread
-        for caught in (signal.SIGTERM, signal.SIGINT) if by_itself else (signal.SIGINT,):
+        for caught in SIGNALS if by_itself else SIGNALS[1:]:
             previous[caught] = signal.signal(caught, handler)
     try:
         yield stop

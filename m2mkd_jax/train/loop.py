@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.parallel.process import alone, from_main, stopping
+from m2mkd_jax.parallel.process import alone, from_main, reached, stopping
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT arrived in one of the processes; the states have been saved."""
+    """A signal to stop arrived in one of the processes; the states have been saved."""
 
 
 class EvaluationStopped(Exception):
@@ -166,12 +166,14 @@ class Loop:
             results = self._finish(states, ended, start)
             members = [member for member in self.members if member.name not in ended]
             while members:
-                step = self.step_of(tuple(member.name for member in members))
+                names = tuple(member.name for member in members)
+                step = self.step_of(names)
                 ended = {}
                 while not ended:
                     stepped, step_metrics = step(states, next(batches))
                     states.update(stepped)
                     done += 1
+                    reached(f"step {done} of {', '.join(names)}")
                     for member in members:
                         member.add(step_metrics[member.name])
                     metrics = self._log_evaluate_save(done, members, states, asked_to_stop)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_jax.checkpoint.store import RunCheckpoints
+from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline, training
 from m2mkd_jax.jobs.evaluation import evaluator
@@ -22,6 +22,7 @@ from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stages
 from tests.e2e import tiny_vmoe
+from tests.support import assert_trees_close
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB, STEPS, TIMEOUT = "e2e_scratch", 30, 300
@@ -119,6 +120,13 @@ def summary(workdir):
     return found
 
 
+def checksums(workdir):
+    """Of the finished weights."""
+    return json.loads((workdir / "jobs" / JOB / "weights" / "description.json").read_text())[
+        "trees"
+    ]
+
+
 def signal_at(process, workdir, records, number):
     """Sends a signal to process 1 alone once its job has written that many records."""
     file, deadline = workdir / "jobs" / JOB / "metrics.jsonl", time.monotonic() + TIMEOUT
@@ -187,6 +195,7 @@ def test_stopped_killed_and_resumed(whole, launch, tmp_path):
     assert process.returncode == 0, errors
     assert f"[{JOB}] resumed at step" in output
     assert summary(tmp_path) == summary(whole[0])
+    assert checksums(tmp_path) == checksums(whole[0])  # byte for byte
 
 
 @pytest.mark.parametrize("expert", [1, 2])
@@ -209,7 +218,10 @@ def test_the_checkpoint_restores_in_one_process_on_other_meshes(whole, expert):
 
 
 def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
-    """Its last steps are those of the two processes: each had its own share of every batch."""
+    """Its last steps are those of the two processes: each had its own share of every batch.
+
+    The weights agree too.
+    """
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     directory = tmp_path / "jobs" / JOB
     (directory / "done.json").unlink()
@@ -219,6 +231,9 @@ def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
     pipeline.run(config_of(expert=2), tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(whole[0])[begun:], rel=1e-5)
+    assert checksums(tmp_path) != checksums(whole[0])  # they were made again
+    mine, theirs = (load_weights(d / "jobs" / JOB / "weights")[0] for d in (tmp_path, whole[0]))
+    assert_trees_close(mine, theirs, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +244,10 @@ def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
         (
             "if os.environ['M2MKD_PROCESS'] == '1': slow_or_broken_batches(good=3)",
             "seven.jpg cannot be decoded",
+        ),
+        (
+            "config.seed = int(os.environ['M2MKD_PROCESS'])",
+            "config.seed is 0 in process 0",
         ),
     ],
 )

@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.plan import (
     Plan,
-    check_same_config,
     inputs_path,
     is_done,
     jobs_to_run,
@@ -127,6 +127,44 @@ def test_damaged_results_are_refused_with_their_path(tmp_path, text):
     with pytest.raises(UserError) as error:
         check_same_config(plan, tmp_path, plan.names)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_raised_epochs_go_on_where_they_are_asked_to(tmp_path):
+    before, after = Plan(tiny.get_config()), Plan(changed({"recipes.pt.epochs": 6}))
+    finish(before, tmp_path, ["pt", "mt/0"])
+    with pytest.raises(UserError, match=r"--extend=pt goes on with it to 6 epochs; --redo=pt "):
+        check_same_config(after, tmp_path, after.names)
+    with pytest.raises(UserError, match="no checkpoint to go on from; --redo=pt"):
+        jobs_to_extend(after, tmp_path, ["pt"])
+    (tmp_path / "jobs" / "pt" / "checkpoints" / "40").mkdir(parents=True)
+    assert jobs_to_extend(after, tmp_path, ["pt"]) == ["pt"]
+    # What stands on it stands on another one.
+    with pytest.raises(UserError, match=r"mt/0 stands on another pt; --redo=mt/0 "):
+        check_same_config(after, tmp_path, after.names, extended=["pt"])
+    check_same_config(after, tmp_path, after.names, stale=["mt/0"], extended=["pt"])
+    assert jobs_to_run(after, tmp_path, stale=["pt", "mt/0"])[:2] == ["pt", "mt/0"]
+    # Once it has begun, the same command goes on with it.
+    write_inputs(tmp_path, after.job("pt"))
+    assert jobs_to_extend(after, tmp_path, ["pt"]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "job"),
+    [
+        ({"recipes.pt.epochs": 3}, "pt"),
+        ({"recipes.pt.epochs": 6, "recipes.pt.lr": 0.5}, "pt"),
+        ({"recipes.pt.epochs": 6, "seed": 3}, "pt"),
+        ({"recipes.pt.epochs": 6}, "mt/0"),  # which stands on another pt then
+        ({}, "eval"),
+    ],
+)
+def test_only_raised_epochs_extend_a_job(tmp_path, values, job):
+    before, after = Plan(tiny.get_config()), Plan(changed(values))
+    finish(before, tmp_path, before.names)
+    (tmp_path / "jobs" / job / "checkpoints" / "40").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--extend={job}: (raise|only)") as error:
+        jobs_to_extend(after, tmp_path, [job])
+    assert "\n" not in str(error.value)
 
 
 def test_a_finished_job_of_unknown_inputs_is_refused(tmp_path):

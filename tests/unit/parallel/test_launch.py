@@ -39,6 +39,9 @@ def test_help_and_strictness(script):
         ("local.sh", ("-n", "0", *FLAGS), "-n needs a number above 0, not '0'"),
         ("local.sh", ("-d", "four", *FLAGS), "-d needs a number above 0, not 'four'"),
         ("local.sh", ("-n",), "-n needs a number"),
+        ("local.sh", ("-r", "often", *FLAGS), "-r needs a number, not 'often'"),
+        ("slurm.sh", ("nodes", "-n", "2", "-r", "-1", *FLAGS), "-r needs a number, not '-1'"),
+        ("tpu_pod.sh", ("-t", "t", "-z", "z", "-r", "x", *FLAGS), "-r needs a number, not 'x'"),
         ("local.sh", ("-p", "65536", *FLAGS), "-p needs a port below 65536, not '65536'"),
         ("local.sh", ("--config=c.py",), "unknown option '--config=c.py'"),
         ("slurm.sh", (), "the first word must be array or nodes"),
@@ -96,7 +99,7 @@ def slurm_parts(result):
     """The words given to sbatch, and the lines of the batch script."""
     assert result.returncode == 0
     lines = result.stdout.splitlines()
-    return shlex.split(lines[0]), lines[1:-1]
+    return shlex.split(lines[0]), [line.strip() for line in lines[1:-1]]
 
 
 def test_slurm_array_runs_every_pair_by_itself():
@@ -135,20 +138,27 @@ def test_slurm_nodes_run_one_process_each():
 
 def test_the_batch_script_is_valid_and_passes_on_the_exit_code(tmp_path):
     _, script = slurm_parts(launch("slurm.sh", "nodes", "-n", "4", "--print", *FLAGS))
-    for name, body in (("srun", "exit $CODE"), ("scontrol", 'echo "$@"')):
+    once = f"test -e {tmp_path}/again && exit 0; touch {tmp_path}/again; exit 137"
+    for name, body in (
+        ("srun", f'[ "$CODE" != once ] && exit $CODE; {once}'),
+        ("scontrol", 'echo "$@"'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    for code, printed in ((0, ""), (1, ""), (3, "requeue 77\n")):
+    again = [f"exit code 137; restart {i} of 3\n" for i in (1, 2, 3)]
+    cases = [("0", 0, "", []), ("2", 2, "", []), ("3", 3, "requeue 77\n", [])]
+    cases += [("137", 137, "", again), ("once", 0, "", again[:1])]
+    for given, code, printed, said in cases:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
         done = subprocess.run(
             ["bash"],
             input="\n".join(script),
-            env=environment | {"CODE": str(code)},
+            env=environment | {"CODE": given},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
+        assert (done.returncode, done.stdout, done.stderr) == (code, printed, "".join(said))
 
 
 def test_tpu_pod_runs_on_all_workers():
@@ -204,17 +214,36 @@ def test_local_ends_with_the_code_of_the_first_to_fail(program):
     assert time.monotonic() - began < 30
 
 
-def test_local_passes_signals_on(program, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "runs"), [(137, 3), (4, 3), (1, 3), (2, 1), (3, 1)], ids=lambda v: str(v)
+)
+def test_local_starts_again_after_a_loss_alone(program, tmp_path, code, runs):
     stand_in = program(
-        f"trap 'exit 3' TERM; touch {tmp_path}/$M2MKD_PROCESS.up; while :; do sleep 0.05; done"
+        f'echo >> {tmp_path}/$M2MKD_PROCESS; [ "$M2MKD_PROCESS" = 0 ] || exit {code}'
     )
+    done = launch("local.sh", "-n", "2", "-p", "1", "-r", "2", *FLAGS, PYTHON=stand_in)
+    assert done.returncode == code
+    assert len((tmp_path / "1").read_text()) == runs
+    assert done.stderr.count(f"ended with exit code {code}; restart") == runs - 1
+
+
+def test_local_goes_on_when_a_restart_helps(program, tmp_path):
+    stand_in = program(f"test -e {tmp_path}/again && exit 0; touch {tmp_path}/again; kill -9 $$")
+    done = launch("local.sh", "-n", "1", "-p", "1", "-r", "5", *FLAGS, PYTHON=stand_in)
+    assert done.returncode == 0 and "exit code 137; restart 1 of 5" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_local_passes_signals_on(program, tmp_path, number):
+    up = f"touch {tmp_path}/$M2MKD_PROCESS.up"
+    stand_in = program(f"trap 'exit 3' {number.name[3:]}; {up}; while :; do sleep 0.05; done")
     process = subprocess.Popen(
         [LAUNCH / "local.sh", "-n", "2", "-p", "1", *FLAGS], env=os.environ | {"PYTHON": stand_in}
     )
     try:
         while len(list(tmp_path.glob("*.up"))) < 2:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(30) == 3
     finally:
         process.kill()

@@ -259,3 +259,22 @@ def test_where_one_job_diverges_the_others_are_saved():
     with pytest.raises(UserError, match="b: the loss is no longer finite at step 1;"):
         jobs.run()
     assert ("save", 4) in jobs.events["a"] and ("save", 4) not in jobs.events["b"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_other_signals_that_ask_to_stop(number):
+    recorder = Recorder()
+    step = recorder.step
+
+    def interrupted(states, batch):
+        if states["job"]["n"] == 2:
+            signal.raise_signal(number)
+            if number == signal.SIGUSR1:  # SLURM's announcement, and later its order
+                signal.raise_signal(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGTERM)
+        return step(states, batch)
+
+    recorder.step = interrupted
+    with pytest.raises(Preempted, match="step 3"):
+        recorder.run()
+    assert recorder.saves == [(3, {})]

@@ -1,0 +1,112 @@
+"""What may change between two runs in one directory: the config, and epochs that are raised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.plan import Kind, Plan, inputs_path, is_done
+from m2mkd_jax.phases.initial_weights import job_directory
+
+
+def raised_epochs(plan: Plan, workdir: Path, name: str) -> tuple[float, float] | None:
+    """The epochs of a job in a directory and in the config, where raised epochs alone differ."""
+    path, job = inputs_path(workdir, name), plan.job(name)
+    if job.kind is not Kind.TRAINING or not path.is_file():
+        return None
+    before, key = read_record(path), f"{job.phase.recipe_key}.epochs"
+    if not isinstance(before, dict) or before.get("needs") != job.inputs["needs"]:
+        return None
+    old, new = before.get("config", {}), job.inputs["config"]
+    if {**old, key: None} != {**new, key: None} or not old.get(key, math.inf) < new[key]:
+        return None
+    return old[key], new[key]
+
+
+def jobs_to_extend(plan: Plan, workdir: Path, names: Iterable[str]) -> list[str]:
+    """Those of some jobs that are yet to go on with raised epochs.
+
+    A job whose `inputs.json` is that of the config has gone on already: the same command, given
+    again, goes on with it.
+
+    Args:
+        plan: of the config that is given.
+        workdir: the run's directory.
+        names: jobs that are to train for more epochs.
+
+    Raises:
+        UserError: the epochs of a job are not raised, other values are changed too, or it has no
+            checkpoint; one line that names the job.
+    """
+    found = []
+    for name in names:
+        job, directory = plan.job(name), job_directory(workdir, name)
+        if job.kind is not Kind.TRAINING:
+            raise UserError(f"--extend={name}: only a job that trains a network can be extended")
+        path = inputs_path(workdir, name)
+        if path.is_file() and read_record(path) == job.inputs:
+            continue
+        if raised_epochs(plan, workdir, name) is None:
+            raise UserError(
+                f"--extend={name}: raise config.{job.phase.recipe_key}.epochs above that in "
+                f"{path}, and change nothing else that {name} depends on"
+            )
+        if not latest_step(directory / "checkpoints"):
+            raise UserError(
+                f"--extend={name}: {directory} has no checkpoint to go on from; --redo={name} "
+                "starts it again"
+            )
+        found.append(name)
+    return found
+
+
+def check_same_config(
+    plan: Plan,
+    workdir: Path,
+    names: Iterable[str],
+    stale: Collection[str] = (),
+    extended: Collection[str] = (),
+) -> None:
+    """Refuses a config that another result of these jobs, or of those they need, came from.
+
+    Args:
+        plan: of the config that is given.
+        workdir: the run's directory.
+        names: jobs that are to be kept, gone on with, or built on.
+        stale: jobs that start again.
+        extended: jobs that train for more epochs (`jobs_to_extend`).
+
+    Raises:
+        UserError: names the first job, and the key of the config that has changed.
+    """
+    for name in plan.closure(names):
+        path, job = inputs_path(workdir, name), plan.job(name)
+        if (
+            name in (*stale, *extended) or job.kind is Kind.EVALUATION
+        ):  # what is measured anew loses nothing
+            continue
+        hint = f"--redo={name} does it and what stands on it again; or use another --workdir"
+        if not path.is_file():
+            if is_done(workdir, name):
+                raise UserError(
+                    f"{path} is missing, so that what {name} came from is unknown; {hint}"
+                )
+            continue
+        before = read_record(path)
+        if not isinstance(before, dict) or not {"config", "needs"} <= before.keys():
+            raise UserError(f"{path} is damaged; {hint}")
+        if epochs := raised_epochs(plan, workdir, name):
+            hint = f"--extend={name} goes on with it to {epochs[1]:g} epochs; {hint}"
+        for key in sorted({*before["config"], *job.inputs["config"]}):
+            old, new = before["config"].get(key), job.inputs["config"].get(key)
+            if old != new:
+                raise UserError(
+                    f"{workdir}: {name} was made with config.{key} = {old!r}, not {new!r}; {hint}"
+                )
+        for needed in sorted({*before["needs"], *job.inputs["needs"]}):
+            if before["needs"].get(needed) != job.inputs["needs"].get(needed):
+                raise UserError(f"{workdir}: {name} stands on another {needed}; {hint}")

@@ -1,0 +1,36 @@
+"""What to do where a device has no memory left."""
+
+from __future__ import annotations
+
+import re
+
+# How jax, XLA's allocators and CUDA say it.
+_EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
+# At the start of the backend, or of its libraries, nothing of this run is in memory yet.
+_AT_START = re.compile(r"initiali[sz]|CUDA_ERROR|cuInit|cuDevice|cublasCreate|cudnnCreate|NCCL")
+_ASKED = re.compile(r"allocat\w+ ([\d.]+ ?(?:[KMGT]iB|bytes))")
+SHARE = (
+    "if another process has this GPU too, start both with XLA_PYTHON_CLIENT_PREALLOCATE=false, or "
+    "with XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 each, or give each a GPU (CUDA_VISIBLE_DEVICES)"
+)
+
+
+def exhausted(error: BaseException) -> str:
+    """A line on a device without memory left: what happened, and what to set; "": another error.
+
+    Args:
+        error: as jax raises it, at the start of its backend or in an allocation.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError | ValueError | MemoryError):
+        return ""
+    if not _EXHAUSTED.search(text) or "os_error_code" in text:  # the latter: TensorStore, a disk
+        return ""
+    if _AT_START.search(text):
+        return f"the device has no memory left at the start; {SHARE}"
+    found = _ASKED.search(text)
+    asked = f" for {found[1]}" if found else ""
+    return (
+        f"the device has no memory left{asked}; {SHARE}; if not, lower config.recipes.*.batch or "
+        'raise config.recipes.*.accumulate, or set remat="always" for the networks'
+    )
