@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.evaluation_section import EVALUATION
 from m2mkd_jax.config.family_sections import SECTIONS, own_section
 from m2mkd_jax.config.keys import (
     ABOVE_0,
@@ -231,17 +232,6 @@ INIT: Keys = {
     "students": Key("", "weights of the students; makes m2mkd unnecessary"),
     "network": Key(
         "", "a whole network that e2e trains on, or that eval measures; makes m2mkd unnecessary"
-    ),
-}
-
-EVALUATION: Keys = {
-    "batch": Key(500, "images per evaluation step, over all devices", ABOVE_0),
-    "every": Key(0.0, "epochs between evaluations; 0: only at the end", FROM_0),
-    "sampled": Key(False, "draw the NAC's seeder and pooling noise, as published; False: means"),
-    "renditions": Key(
-        (),
-        "sets of renditions that the job eval measures as well: imagenet_r, tiny_imagenet_r",
-        NAMES,
     ),
 }
 

@@ -45,8 +45,11 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
         labels: (N,).
         bins: how many at the most; never more than images.
     """
-    confidence = probabilities.max(-1)
-    correct = probabilities.argmax(-1) == labels
+    return binned(probabilities.max(-1), probabilities.argmax(-1) == labels, bins)
+
+
+def binned(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
+    """`reliability`, from each image's confidence (N,) and whether it is correct (N,)."""
     order = np.argsort(confidence, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
     return Reliability(
@@ -60,7 +63,11 @@ def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
 ) -> float:
     """Mean distance of accuracy and confidence over the bins of `reliability`, by their counts."""
-    found = reliability(probabilities, labels, bins)
+    return gap(reliability(probabilities, labels, bins))
+
+
+def gap(found: Reliability) -> float:
+    """Mean distance of accuracy and confidence over bins, by their images."""
     gaps = np.abs(found.accuracy - found.confidence)
     return float((gaps * found.images).sum() / found.images.sum())
 
