@@ -279,6 +279,18 @@ def all_keys(family: str = "nac") -> Keys:
             FROM_0,
         ),
         "log_every": Key(50, "optimizer updates between two lines of the log", ABOVE_0),
+        "log_seconds": Key(
+            10.0,
+            "seconds between two lines on the screen where it is no terminal, at the least; every "
+            "evaluation has one",
+            FROM_0,
+        ),
+        "trackers": Key(
+            (),
+            "programs that get the numbers of the log: tensorboard, wandb, trackio, or a class of "
+            'one\'s own, "package.module:Class"; jobs/trackers.py',
+            NAMES,
+        ),
         "max_skipped_steps": Key(
             0,
             "steps of a job whose loss or gradient may be not finite: they change no weights; one "

@@ -36,6 +36,7 @@ from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, check_same_config
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
+from m2mkd_jax.jobs.trackers import tracker_class
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
@@ -131,6 +132,8 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
         _one_of(name, PARENTS, "evaluation.renditions")
         message = f"config.evaluation.renditions: {name} needs a network of {PARENTS[name]}"
         require(config.data.name == PARENTS[name], message)
+    for name in config.trackers:
+        tracker_class(name)
     for kind in config.evaluation.corruptions:
         _one_of(kind, (*CORRUPTIONS, "all"), "evaluation.corruptions")
     for name in RECIPES:

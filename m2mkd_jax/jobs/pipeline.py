@@ -18,6 +18,7 @@ from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, jobs_to_run, stale_after
+from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.setup import Run
 from m2mkd_jax.jobs.summary import summarise
@@ -61,11 +62,12 @@ def run(config: ConfigDict, workdir: str | Path, only: str = "", redo: str = "")
     _prepare(plan, workdir, stale)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
+    schedule = Schedule.of(plan, chosen, workdir)
     try:
         for names in _phases(chosen):
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
             if jobs and jobs[0].kind is Kind.TRAINING:
-                run_training(this, jobs)
+                run_training(this, jobs, schedule)
                 continue
             for job in jobs:
                 RUNNERS[job.kind](this, job)

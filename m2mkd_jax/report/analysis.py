@@ -227,7 +227,7 @@ def _circuit(run: RunRecord, config: ConfigDict, images: int, found: Analysis) -
     phase = build_phase(config, name)
     initial = load_stages(config, run.path, phase)[0]["nac"]
     graph = chain.abstract(phase.stages["nac"].build).graph
-    for key, array in links_of(LoadedStage(graph, initial["params"], initial["fixed"])).items():
+    for key, array in links_of(LoadedStage(graph, initial["params"], initial["fixed"], 1)).items():
         found.arrays[f"nac/initial_{key}"] = array
 
 

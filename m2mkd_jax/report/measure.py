@@ -24,7 +24,6 @@ from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.train.step import normalise
 
-BATCH = 50
 STITCHES = ("pre_stitch", "post_stitch")
 
 
@@ -65,11 +64,18 @@ def test_images(data: ConfigDict, count: int) -> Images:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStage:
-    """A stage with its weights."""
+    """A stage with its weights.
+
+    Attributes:
+        graph, params, fixed: see chain.SplitStage.
+        batch: images that it runs on at a time. A NAC's students deal their random states over a
+            batch: only with that of the evaluation are their outputs the same.
+    """
 
     graph: Any
     params: dict
     fixed: dict
+    batch: int
 
     @property
     def merged(self) -> Any:
@@ -79,7 +85,7 @@ class LoadedStage:
     def outputs(self, x: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The stage's outputs for N inputs, in batches, and auxiliary outputs, their means."""
         pieces, auxiliary = [], []
-        size = min(BATCH, len(x))
+        size = min(self.batch, len(x))
         for start in range(0, len(x), size):
             part = x[start : start + size]
             padded = np.concatenate([part, x[: size - len(part)]])
@@ -126,7 +132,10 @@ class Weights:
         if (job, name) not in self._stages:
             shape = chain.abstract(phase.stages[name].build)
             found = load_stage(self.config, self._workdir, WeightsFrom("job", job, name), shape)
-            self._stages[job, name] = LoadedStage(shape.graph, found["params"], found["fixed"])
+            batch = self.config.evaluation.batch
+            self._stages[job, name] = LoadedStage(
+                shape.graph, found["params"], found["fixed"], batch
+            )
         return self._stages[job, name]
 
     def network(self, job: str) -> list[LoadedStage]:

@@ -17,7 +17,7 @@ from m2mkd_jax.models import chain, inspection
 from m2mkd_jax.models.nac import kernels, priors
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.report.measure import BATCH, Images, LoadedStage
+from m2mkd_jax.report.measure import Images, LoadedStage
 
 SHOWN = 4  # images whose attention is shown
 CLASSES, PER_CLASS = 20, 16  # of the classes that are sent through the experts
@@ -42,7 +42,7 @@ def measure_nac(stage: LoadedStage, images: Images) -> Arrays:
         return found["read_in"].mean(2), found["links"], found["read_out"].mean((1, 2))
 
     compiled, x = backend.jit(maps), images.normalised
-    size = min(BATCH, len(x))
+    size = min(stage.batch, len(x))
     reads, uses, links = [], [], np.zeros(0)
     for start in range(0, len(x), size):
         part = x[start : start + size]

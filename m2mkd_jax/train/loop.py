@@ -142,6 +142,7 @@ class Loop:
     accumulate: int = 1
     _saved: float = field(default=0.0, init=False)  # when
     _clock: float = field(default=0.0, init=False)  # when the last log entry was written
+    _waited: float = field(default=0.0, init=False)  # for batches since then
 
     def run(self, states: dict[str, dict], batches: Iterator[dict], start: int = 0) -> dict:
         """Trains from step `start` on, until every job has ended.
@@ -169,7 +170,10 @@ class Loop:
                 step = self.step_of(tuple(member.name for member in members))
                 ended = {}
                 while not ended:
-                    stepped, step_metrics = step(states, next(batches))
+                    asked = time.monotonic()
+                    batch = next(batches)
+                    self._waited += time.monotonic() - asked
+                    stepped, step_metrics = step(states, batch)
                     states.update(stepped)
                     done += 1
                     for member in members:
@@ -217,7 +221,7 @@ class Loop:
             if own or overdue or stopped:
                 member.save(done, states[member.name], own)
         if metrics:
-            self._clock = time.monotonic()
+            self._clock, self._waited = time.monotonic(), 0.0
         if metrics or overdue:
             self._saved = time.monotonic()
         if stopped:
@@ -323,5 +327,6 @@ class Loop:
             mean = {k: np.mean([v[k] for v in values if k in v], axis=0).tolist() for k in names}
             seconds = (now - self._clock) / steps
             entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean}
+            entry["data_wait"] = self._waited / max(now - self._clock, 1e-9)
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
-        self._clock = now
+        self._clock, self._waited = now, 0.0

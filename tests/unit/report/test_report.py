@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.report.__main__ import main
 from m2mkd_jax.report.analysis import Analysis, _keep
 from m2mkd_jax.report.records import read_run, restore_config
@@ -168,9 +169,19 @@ def test_what_the_analysis_has_kept_is_shown(tmp_path, capsys):
         "vmoe/classes": np.arange(10),
     }
     _keep(workdir, Analysis(numbers, arrays))
+    measured = {
+        "eval_accuracy": 0.95,
+        "corrupted_accuracy": 0.61,
+        "corruptions": {"blur": [0.9, 0.8, 0.7, 0.5, 0.3], "noise": [0.9, 0.7, 0.6, 0.4, 0.3]},
+        "reductions": [
+            {"removed": "experts", "kept": 2, "flops_saved": 0.125, "eval_accuracy": 0.5}
+        ],
+    }
+    done = {"name": "eval", "status": "done", "metrics": {"eval_accuracy": 0.95}}
+    write_record(workdir / "jobs" / "eval" / "done.json", done | {"networks": {"e2e": measured}})
     text = report(capsys, workdir)
     page = Page(text)
-    assert {"0.7700", "0.6600", "post_stitch 5.5", "1 MiB", "20 G"} <= set(
+    assert {"0.7700", "0.6600", "post_stitch 5.5", "1 MiB", "20 G", "0.6400", "12.5%"} <= set(
         re.findall(r">([^<>]+)</td>", text)
     )
     assert "<class" not in text  # names of classes are text, not tags

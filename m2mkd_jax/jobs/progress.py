@@ -1,0 +1,161 @@
+"""How fast a job goes, and how long it and the whole run still take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.evaluate.flops import count_flops
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
+from m2mkd_jax.jobs.setup import count_updates
+from m2mkd_jax.models import chain
+from m2mkd_jax.parallel.matrix_rate import matrix_rate
+from m2mkd_jax.phases.initial_weights import job_directory
+from m2mkd_jax.phases.phase import Phase
+
+FORWARD, BACKWARD, TRAINED = 1, 2, 3  # passes of a stage's work: frozen, crossed by gradients, both
+
+
+def memory_in_use() -> int:
+    """Peak bytes on the first device; on a CPU bytes of this process."""
+    device = jax.local_devices()[0]
+    stats = None if device.platform == "cpu" else device.memory_stats()
+    if stats:
+        return int(stats.get("peak_bytes_in_use", 0))
+    return int(psutil.Process().memory_info().rss)
+
+
+def pace(entry: Mapping[str, Any], images: int, total: int, flops: int, dtype: Any) -> dict:
+    """Further numbers of a log entry.
+
+    Args:
+        entry: with step and seconds_per_step.
+        images: of a step, over all devices.
+        total: steps of the job.
+        flops: of a step of the program that the job trains in, on all devices; 0: unknown.
+        dtype: of activations.
+
+    Returns:
+        images_per_second, memory (see `memory_in_use`), seconds_left of the job, and where FLOPs
+        are known matrix_share, the share of the devices' matrix rate.
+    """
+    seconds = max(float(entry["seconds_per_step"]), 1e-9)
+    found = {
+        "images_per_second": images / seconds,
+        "memory": memory_in_use(),
+        "seconds_left": (total - int(entry["step"])) * seconds,
+    }
+    if flops:
+        found["matrix_share"] = flops / seconds / (matrix_rate(dtype) * jax.device_count())
+    return found
+
+
+def job_steps(phase: Phase) -> int:
+    """Steps of a job. Raises UserError where its data cannot be read."""
+    return round(phase.recipe.epochs * count_updates(phase)) * phase.recipe.accumulate
+
+
+def work_per_image(phase: Phase) -> float:
+    """FLOPs per image of a training step, about: stage by stage, without tracing the step."""
+    work, size = 0.0, phase.data.image_size
+    first = min(phase.student.index(name) for name in phase.trainable)
+    shape: tuple[int, ...] = (1, size, size, 3)
+    for place, name in enumerate(phase.student):
+        flops, shape = _stage_work(phase.stages[name].build, shape)
+        passes = FORWARD if place < first else BACKWARD
+        work += flops * (TRAINED if name in phase.trainable else passes)
+    shape = (1, size, size, 3)
+    for name in phase.teacher:
+        flops, shape = _stage_work(phase.stages[name].build, shape)
+        work += flops if name not in phase.student[:first] else 0
+    return work
+
+
+@functools.cache  # most stages are the same in most jobs
+def _stage_work(build: Any, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """FLOPs of a stage's forward pass for an input of this shape, and its output's shape."""
+    stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def run(params: dict, fixed: dict, x: jax.Array) -> jax.Array:
+        return chain.merge(stage.graph, params, fixed)(x)
+
+    out = jax.eval_shape(run, stage.params, stage.fixed, x)
+    return count_flops(run, stage.params, stage.fixed, x), out.shape
+
+
+@dataclass
+class Schedule:
+    """The jobs of a run with the work of each, for what is left of its time.
+
+    Attributes:
+        names: of all jobs of the command, in order.
+        work: FLOPs by job, about.
+        workdir: of the run.
+    """
+
+    names: list[str]
+    work: dict[str, float]
+    workdir: Path
+
+    @classmethod
+    def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> Schedule:
+        """The schedule of some jobs of a plan."""
+        listed = list(names)
+        return cls(listed, {name: _work(plan.job(name)) for name in listed}, workdir)
+
+    def place(self, name: str) -> str:
+        """Which of how many jobs it is."""
+        at = self.names.index(name) + 1 if name in self.names else 0
+        return f"job {at} of {len(self.names)}"
+
+    def seconds_left(self, shares: Mapping[str, float]) -> float | None:
+        """Time until all jobs are done, at the rate of the finished ones; None: none is finished.
+
+        Args:
+            shares: of the jobs under way, how much of each is done.
+        """
+        done = {name: job_seconds(self.workdir, name) for name in self.names}
+        finished = {name: seconds for name, seconds in done.items() if seconds is not None}
+        work = sum(self.work[name] for name in finished)
+        if not work:
+            return None
+        # Modules that train in one program show the same seconds.
+        spent: dict[str, list[float]] = {}
+        for name, seconds in finished.items():
+            phase = name.partition("/")[0]
+            spent.setdefault("m2mkd" if phase == "m2mkd" else name, []).append(seconds)
+        rate = sum(max(seconds) for seconds in spent.values()) / work
+        left = sum(
+            work * (1 - shares.get(name, 0.0))
+            for name, work in self.work.items()
+            if name not in finished
+        )
+        return rate * left
+
+
+def job_seconds(workdir: Path, name: str) -> float | None:
+    """Wall time of a finished job; None for others."""
+    if not is_done(workdir, name):
+        return None
+    return float(read_record(job_directory(workdir, name) / "done.json").get("seconds", 0.0))
+
+
+def _work(job: Job) -> float:
+    """FLOPs of a job, about; 0 of one that does not train, or whose data cannot be read."""
+    if job.kind is not Kind.TRAINING:
+        return 0.0
+    phase = job.phase
+    try:
+        images = job_steps(phase) * (phase.recipe.batch // phase.recipe.accumulate)
+    except UserError:
+        return 0.0
+    return images * work_per_image(phase)
