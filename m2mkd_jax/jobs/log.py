@@ -15,6 +15,7 @@ from m2mkd_jax.checkpoint.files import plain
 from m2mkd_jax.jobs.trackers import Tracker
 from m2mkd_jax.parallel.process import is_main
 
+BAR = "{desc} |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 SHOWN = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
 
 
@@ -58,7 +59,13 @@ class Log:
         if sys.stdout.isatty():
             title = f"{place}, {job}" if place else job
             self.bar = tqdm(
-                total=total, initial=start, desc=title, file=sys.stdout, dynamic_ncols=True
+                total=total,
+                initial=start,
+                desc=title,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                leave=False,  # a line says that the job is done
+                bar_format=BAR,
             )
 
     def __call__(self, entry: dict[str, Any]) -> None:
@@ -109,6 +116,10 @@ def _entries_until(path: Path, start: int) -> list[dict[str, Any]]:
 def shown(entry: dict[str, Any]) -> str:
     """An entry as people read it."""
     parts = [f"{name} {entry[name]:.4f}" for name in SHOWN if entry.get(name) is not None]
+    if "seconds_left" in entry:
+        whole = entry.get("run_seconds_left")
+        run = "" if whole is None else f", run {clock(whole)}"
+        parts.append(f"left {clock(entry['seconds_left'])}{run}")
     if "images_per_second" in entry:
         parts.append(f"{entry['images_per_second']:.0f} images/s")
     if "matrix_share" in entry:
@@ -117,10 +128,6 @@ def shown(entry: dict[str, Any]) -> str:
         parts.append(f"{entry['memory'] / 2**30:.2f} GiB")
     if entry.get("data_wait", 0.0) >= 0.01:
         parts.append(f"{100 * entry['data_wait']:.0f}% waiting for data")
-    if "seconds_left" in entry:
-        whole = entry.get("run_seconds_left")
-        run = "" if whole is None else f", run {clock(whole)}"
-        parts.append(f"left {clock(entry['seconds_left'])}{run}")
     return "  ".join(parts)
 
 

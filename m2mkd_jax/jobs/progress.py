@@ -22,6 +22,16 @@ from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.phases.initial_weights import job_directory
 from m2mkd_jax.phases.phase import Phase
 
+# Numbers of the log that differ between two runs of one config.
+CLOCK = (
+    "seconds_per_step",
+    "data_wait",
+    "images_per_second",
+    "matrix_share",
+    "memory",
+    "seconds_left",
+    "run_seconds_left",
+)
 FORWARD, BACKWARD, TRAINED = 1, 2, 3  # passes of a stage's work: frozen, crossed by gradients, both
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.checkpoint.store import load_weights
+from m2mkd_jax.jobs.progress import CLOCK
 from tests.e2e import command as commands
 from tests.e2e.command import ROOT, TIMEOUT, summary
 from tests.support import assert_trees_close
@@ -101,7 +102,7 @@ def records(workdir: Path, job: str) -> list[dict]:
     """The log of a job, without clocks."""
     lines = (workdir / "jobs" / job / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in found]
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in found]
 
 
 def test_killed_in_every_phase_and_resumed(whole, environment, tmp_path):
