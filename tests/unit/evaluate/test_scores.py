@@ -32,8 +32,8 @@ def test_losses_and_accuracies_are_those_of_scikit_learn(drawn):
 def test_calibration_error_of_bins_of_equal_count():
     # Two bins of two images: confidences 0.6 and 0.7 with one right, 0.8 and 0.9 with both right:
     # (2 * |0.5 - 0.65| + 2 * |1 - 0.85|) / 4 = 0.15.
-    p = np.array([[0.6, 0.4], [0.3, 0.7], [0.8, 0.2], [0.1, 0.9]])
-    labels = np.array([0, 0, 0, 1])
+    p = np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7]])
+    labels = np.array([0, 0, 1, 0])
     found = calibration.reliability(p, labels, bins=2)
     np.testing.assert_allclose(found.confidence, [0.65, 0.85])
     np.testing.assert_allclose(found.accuracy, [0.5, 1.0])
