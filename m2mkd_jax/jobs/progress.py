@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
+from scipy.optimize import nnls
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.evaluate.flops import count_flops
+from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
 from m2mkd_jax.jobs.setup import count_updates
 from m2mkd_jax.models import chain
@@ -98,8 +100,8 @@ def _stage_work(build: Any, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...
     def run(params: dict, fixed: dict, x: jax.Array) -> jax.Array:
         return chain.merge(stage.graph, params, fixed)(x)
 
-    out = jax.eval_shape(run, stage.params, stage.fixed, x)
-    return count_flops(run, stage.params, stage.fixed, x), out.shape
+    traced, out = jax.make_jaxpr(run, return_shape=True)(stage.params, stage.fixed, x)
+    return flops_of(traced.jaxpr), out.shape
 
 
 @dataclass
@@ -108,19 +110,23 @@ class Schedule:
 
     Attributes:
         names: of all jobs of the command, in order.
-        work: FLOPs by job, about.
+        work_of: FLOPs of a job, about, by its name; asked once for each, when a job has finished.
         workdir: of the run.
     """
 
     names: list[str]
-    work: dict[str, float]
+    work_of: Callable[[str], float]
     workdir: Path
 
     @classmethod
     def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> Schedule:
         """The schedule of some jobs of a plan."""
-        listed = list(names)
-        return cls(listed, {name: _work(plan.job(name)) for name in listed}, workdir)
+        return cls(list(names), lambda name: _work(plan.job(name)), workdir)
+
+    @functools.cached_property
+    def work(self) -> dict[str, float]:
+        """FLOPs by job, about."""
+        return {name: self.work_of(name) for name in self.names}
 
     def place(self, name: str) -> str:
         """Which of how many jobs it is."""
@@ -128,28 +134,46 @@ class Schedule:
         return f"job {at} of {len(self.names)}"
 
     def seconds_left(self, shares: Mapping[str, float]) -> float | None:
-        """Time until all jobs are done, at the rate of the finished ones; None: none is finished.
+        """Time until all jobs are done, as the finished ones went; None: none is finished.
+
+        A job takes some seconds whatever its size (compilation, checkpoints, evaluation), and some
+        for its work: both are fitted to the finished jobs.
 
         Args:
             shares: of the jobs under way, how much of each is done.
         """
-        done = {name: job_seconds(self.workdir, name) for name in self.names}
-        finished = {name: seconds for name, seconds in done.items() if seconds is not None}
-        work = sum(self.work[name] for name in finished)
-        if not work:
+        # Modules that train in one program show the same seconds: together they are one.
+        groups: dict[str, list[str]] = {}
+        spent: dict[str, float] = {}
+        for name in self.names:
+            seconds = job_seconds(self.workdir, name)
+            if seconds is not None:
+                phase = name.partition("/")[0]
+                group = "m2mkd" if phase == "m2mkd" else name
+                groups.setdefault(group, []).append(name)
+                spent[group] = max(seconds, spent.get(group, 0.0))
+        if not groups or not any(self.work[name] for own in groups.values() for name in own):
             return None
-        # Modules that train in one program show the same seconds.
-        spent: dict[str, list[float]] = {}
-        for name, seconds in finished.items():
-            phase = name.partition("/")[0]
-            spent.setdefault("m2mkd" if phase == "m2mkd" else name, []).append(seconds)
-        rate = sum(max(seconds) for seconds in spent.values()) / work
-        left = sum(
-            work * (1 - shares.get(name, 0.0))
-            for name, work in self.work.items()
-            if name not in finished
+        done = {name for own in groups.values() for name in own}
+        left = {name: 1 - shares.get(name, 0.0) for name in self.names if name not in done}
+        each, per_work = _fitted(
+            [(len(own), sum(self.work[n] for n in own), spent[g]) for g, own in groups.items()]
         )
-        return rate * left
+        return sum(share * (each + per_work * self.work[name]) for name, share in left.items())
+
+
+def _fitted(rows: list[tuple[int, float, float]]) -> tuple[float, float]:
+    """Seconds of a job whatever its work, and per FLOP, both from 0, by least squares.
+
+    Args:
+        rows: jobs, their work, their seconds.
+    """
+    counts, work, seconds = np.array(rows, np.float64).T
+    if len(rows) == 1:  # that cannot tell the two apart
+        return 0.0, float(seconds[0] / work[0])
+    scale = work.max()
+    (each, per_work), _ = nnls(np.stack([counts, work / scale], 1), seconds)
+    return float(each), float(per_work / scale)
 
 
 def job_seconds(workdir: Path, name: str) -> float | None:

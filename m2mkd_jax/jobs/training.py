@@ -32,6 +32,7 @@ from m2mkd_jax.jobs.progress import Schedule, pace
 from m2mkd_jax.jobs.setup import Run, Setup, image_source
 from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
@@ -190,6 +191,10 @@ class Training:
             save_seconds=60.0 * config.checkpoint_minutes,
             accumulate=accumulate,
         )
+        if is_main():  # what takes long does so before the clock runs
+            matrix_rate(next(iter(self._setup.setups.values())).program.dtype)
+            if self._schedule:
+                self._schedule.seconds_left({})
         try:
             loop.run(self._states, self._batches(phase), self._start)
         except Preempted:

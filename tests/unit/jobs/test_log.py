@@ -201,18 +201,20 @@ def finished(workdir, name, seconds):
     write_record(path, {"name": name, "seconds": seconds, "metrics": {}})
 
 
-def test_time_left_is_the_work_left_at_the_rate_of_finished_jobs(tmp_path):
-    work = {"pt": 10.0, "m2mkd/0": 2.0, "m2mkd/1": 3.0, "e2e": 5.0, "eval": 0.0}
-    schedule = Schedule(list(work), work, tmp_path)
+def test_time_left_is_fitted_to_finished_jobs(tmp_path):
+    work = {"pt": 10.0, "ft": 20.0, "m2mkd/0": 2.0, "m2mkd/1": 3.0, "e2e": 5.0, "eval": 0.0}
+    schedule = Schedule(list(work), work.__getitem__, tmp_path)
     assert schedule.seconds_left({"pt": 0.5}) is None
-    finished(tmp_path, "pt", 20.0)
-    # 2 s per unit of work: 5 + 5 left.
-    assert schedule.seconds_left({}) == pytest.approx(20)
-    assert schedule.seconds_left({"m2mkd/0": 0.5}) == pytest.approx(18)
-    finished(tmp_path, "m2mkd/0", 10.0)
-    finished(tmp_path, "m2mkd/1", 10.0)  # in one program: 10 s together
-    assert schedule.seconds_left({"e2e": 0.4}) == pytest.approx(30 / 15 * 3)
-    assert schedule.place("e2e") == "job 4 of 5"
+    finished(tmp_path, "pt", 24.0)
+    assert schedule.seconds_left({}) == pytest.approx(2.4 * 30)
+    finished(tmp_path, "ft", 44.0)
+    # 4 s a job and 2 s per unit of work: four jobs and 10 units are left.
+    assert schedule.seconds_left({}) == pytest.approx(4 * 4 + 2 * 10)
+    assert schedule.seconds_left({"m2mkd/0": 0.5}) == pytest.approx(36 - 4)
+    finished(tmp_path, "m2mkd/0", 18.0)
+    finished(tmp_path, "m2mkd/1", 18.0)  # in one program: 2 * 4 + 2 * 5 together
+    assert schedule.seconds_left({"e2e": 0.5}) == pytest.approx(14 / 2 + 4)
+    assert schedule.place("e2e") == "job 5 of 6"
 
 
 def test_the_work_of_a_job_is_near_that_of_its_step():
