@@ -97,10 +97,12 @@ def circuit(found: Analysis) -> list[str | Figure]:
     if "initial_links" in arrays:
         first = ("before", arrays["initial_links"], arrays["initial_signatures"])
         stages.insert(0, first)
-    figures: list[str | Figure] = [_graph(stages), _groups(arrays)]
-    figures.append(_attention(arrays["read_in_images"], arrays["read_in"]))
-    figures.append(_use(arrays["use"], arrays["signatures"].shape[0], found.numbers["class_names"]))
-    return figures
+    return [
+        _graph(stages),
+        _attention(arrays["read_in_images"], arrays["read_in"]),
+        _use(arrays["use"], arrays["signatures"].shape[0], found.numbers["class_names"]),
+        _groups(arrays),
+    ]
 
 
 def _graph(stages: list[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
@@ -132,7 +134,7 @@ def _graph(stages: list[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
         "Points are mediators, at the same places in both; lines are links that are not cut, the "
         f"stronger the likelier (full colour from a probability of {LINK} on)."
         if few
-        else "Row and column are mediators; the darker, the likelier the link."
+        else "Row and column are mediators; the deeper, the likelier the link."
     )
     return draw(
         "Signature graph of the mediators",
@@ -205,9 +207,10 @@ def _attention(images: np.ndarray, weights: np.ndarray) -> Figure:
         rows.append(f'<div class="samples">{tags}</div>')
     return Figure(
         "Read-in attention",
-        "".join(rows),
+        f'<div class="rows">{"".join(rows)}</div>',
         "A row an image: itself, where all input latents look on average, and the three most "
         "concentrated latents. Bright: read; dark: not read. Heads are averaged.",
+        wide=True,
     )
 
 
@@ -260,7 +263,7 @@ def experts(found: Analysis) -> list[str | Figure]:
     return [
         draw(
             "Which classes go to which experts",
-            "A row a class, a column an expert; the darker, the larger the share of the class's "
+            "A row a class, a column an expert; the deeper, the larger the share of the class's "
             "tokens that go there. Equal rows: the router does not look at the class.",
             f"Shares of {len(names)} classes over {count} experts; the layer that tells classes "
             f"apart most is layer {int(np.argmax(spread))}.",

@@ -39,9 +39,9 @@ def prediction_figures(found: Analysis) -> list[str | Figure]:
     labels, names = found.arrays["labels"], found.numbers["class_names"]
     main = found.numbers["main"]
     return [
-        _scores(logits, labels),
-        _reliability(logits, labels),
         _confusion(main, logits[main], labels, names),
+        _reliability(logits, labels),
+        _scores(logits, labels),
         _samples(found, main, logits[main], labels, names),
     ]
 
@@ -131,7 +131,7 @@ def _confusion(job: str, logits: np.ndarray, labels: np.ndarray, names: Sequence
     which = "all classes" if classes <= WORST else f"the {WORST} classes with most confusions"
     return draw(
         f"Confusion, {_title(job)}",
-        f"Images by true class (row) and predicted class (column), {which}; the darker, the larger "
+        f"Images by true class (row) and predicted class (column), {which}; the deeper, the larger "
         "the share of the row. Off the diagonal are the errors.",
         f"Confusion matrix of {which}; most errors are of class {names[worst]}, {wrong[worst]} of "
         f"{counts[worst].sum()} images.",

@@ -69,6 +69,10 @@ th[aria-sort="descending"] button::after { content: " \\2193"; }
 .job.pending, .job[class~="not"] { border-style: dotted; }
 .samples { display: flex; flex-wrap: wrap; gap: 10px; list-style: none; padding: 0; margin: 8px 0; }
 .samples li { width: 104px; font-size: 0.75rem; line-height: 1.3; overflow-wrap: anywhere; }
+.rows {
+  display: grid; gap: 4px 32px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 410px), 1fr));
+}
 .samples img { display: block; image-rendering: pixelated; border-radius: 4px; }
 @media print { .scroll { overflow: visible; } figure { break-inside: avoid; } }
 """

@@ -168,12 +168,16 @@ class Loop:
             members = [member for member in self.members if member.name not in ended]
             while members:
                 step = self.step_of(tuple(member.name for member in members))
-                ended = {}
+                ended, compiled = {}, False
                 while not ended:
                     asked = time.monotonic()
                     batch = next(batches)
-                    self._waited += time.monotonic() - asked
+                    arrived = time.monotonic()
+                    self._waited += arrived - asked
                     stepped, step_metrics = step(states, batch)
+                    if not compiled:  # the first call does not return before it is
+                        self._clock += time.monotonic() - arrived
+                        compiled = True
                     states.update(stepped)
                     done += 1
                     for member in members:
