@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.evaluation_section import EVALUATION
 from m2mkd_jax.config.family_sections import SECTIONS, own_section
 from m2mkd_jax.config.keys import (
     ABOVE_0,
@@ -236,17 +237,6 @@ INIT: Keys = {
     ),
 }
 
-EVALUATION: Keys = {
-    "batch": Key(500, "images per evaluation step, over all devices", ABOVE_0),
-    "every": Key(0.0, "epochs between evaluations; 0: only at the end", FROM_0),
-    "sampled": Key(False, "draw the NAC's seeder and pooling noise, as published; False: means"),
-    "renditions": Key(
-        (),
-        "sets of renditions that the job eval measures as well: imagenet_r, tiny_imagenet_r",
-        NAMES,
-    ),
-}
-
 MESH: Keys = {
     "data": Key(-1, "devices along the axis data, over which batches are cut; -1: the remaining"),
     "expert": Key(
@@ -291,6 +281,18 @@ def all_keys(family: str = "nac") -> Keys:
             FROM_0,
         ),
         "log_every": Key(50, "optimizer updates between two lines of the log", ABOVE_0),
+        "log_seconds": Key(
+            10.0,
+            "seconds between two lines on the screen where it is no terminal, at the least; every "
+            "evaluation has one",
+            FROM_0,
+        ),
+        "trackers": Key(
+            (),
+            "programs that get the numbers of the log: tensorboard, wandb, trackio, or a class of "
+            'one\'s own, "package.module:Class"; jobs/trackers.py',
+            NAMES,
+        ),
         "max_skipped_steps": Key(
             0,
             "steps of a job whose loss or gradient may be not finite: they change no weights; one "

@@ -6,12 +6,14 @@ Axes: B batch, H height, W width, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2mkd_jax.evaluate.calibration import binned, gap
 from m2mkd_jax.losses.classification import top_k_correct
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.step import normalise
@@ -20,23 +22,41 @@ from m2mkd_jax.train.step import normalise
 IN_FLIGHT = 2
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counts:
+    """What an evaluation keeps of a batch.
+
+    Attributes:
+        sums: (5,), over the images that count: images, top-1 correct, top-5 correct, negative
+            log-likelihood, squared distance of the probabilities from the truth.
+        confidence: (B,), the largest probability of each image.
+        correct: (B,), whether it is that of the label.
+        mask: (B,), whether the image counts.
+    """
+
+    sums: jax.Array
+    confidence: jax.Array
+    correct: jax.Array
+    mask: jax.Array
+
+
 def make_counter(
     logits: Callable[[dict, dict, jax.Array, jax.Array], Any],
     mean: Sequence[float],
     std: Sequence[float],
     out_shardings: Any = None,
 ) -> Callable[[dict, dict, dict, jax.Array], Any]:
-    """A compiled function that sums the results of a batch.
+    """A compiled function that gives the results of a batch.
 
     Args:
         logits: (trainable, frozen, images, key) -> (B, K), or several of these by name.
         mean: (3,), of the pixels.
         std: (3,).
-        out_shardings: of the sums; with several processes they must be replicated.
+        out_shardings: of the results; with several processes they must be replicated.
 
     Returns:
-        (trainable, frozen, batch, key) -> (4,), summed over the images that count: images, top-1
-        correct, top-5 correct, negative log-likelihood; for several logits one each, by name. The
+        (trainable, frozen, batch, key) -> `Counts`; for several logits one each, by name. The
         batch has "image" uint8 (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 1 for
         images that count.
 
@@ -47,21 +67,30 @@ def make_counter(
         images = normalise(batch["image"], mean, std)
         outputs = logits(trainable, frozen, images, key)
         label, mask = batch["label"], batch["mask"].astype(jnp.float32)
-        return jax.tree.map(lambda own: _sums(own, label, mask), outputs)
+        return jax.tree.map(lambda own: _counts(own, label, mask), outputs)
 
     return backend.jit(count, out_shardings=out_shardings)
 
 
-def _sums(outputs: jax.Array, label: jax.Array, mask: jax.Array) -> jax.Array:
+def _counts(outputs: jax.Array, label: jax.Array, mask: jax.Array) -> Counts:
     """What a counter gives, from the logits (B, K) of its images."""
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(outputs), label[:, None], -1)[:, 0]
+    log = jax.nn.log_softmax(outputs)
+    nll = -jnp.take_along_axis(log, label[:, None], -1)[:, 0]
+    probabilities = jnp.exp(log)
+    truth = jax.nn.one_hot(label, outputs.shape[-1], dtype=probabilities.dtype)
     sums = (
         jnp.ones_like(mask),
         top_k_correct(outputs, label, 1),
         top_k_correct(outputs, label, 5),
         nll,
+        jnp.square(probabilities - truth).sum(-1),
     )
-    return jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums])
+    return Counts(
+        jnp.stack([jnp.sum(value.astype(jnp.float32) * mask) for value in sums]),
+        probabilities.max(-1),
+        jnp.argmax(outputs, -1) == label,
+        mask > 0,
+    )
 
 
 def evaluate(
@@ -83,30 +112,37 @@ def evaluate(
         images: of the test split; those that the batches do not count are damaged.
 
     Returns:
-        eval_accuracy, eval_top5, eval_loss (means over the images that count), eval_images, their
-        number, and where there are any eval_damaged, the number of the others; of a counter of
-        several logits one dict of these each, by name.
+        eval_accuracy, eval_top5, eval_loss, eval_brier (means over the images that count), eval_ece
+        (see calibration.py), eval_images, how many count, and where there are any eval_damaged, the
+        number of the others; of a counter of several logits one dict of these each, by name.
 
     Source: docs/reference.md#evaluation.
     """
-    sums: list[Any] = []
+    found: list[Any] = []
     for i, batch in enumerate(batches):
-        sums.append(count(trainable, frozen, batch, jax.random.fold_in(key, i)))
+        found.append(count(trainable, frozen, batch, jax.random.fold_in(key, i)))
         if i >= IN_FLIGHT:
-            jax.block_until_ready(sums[i - IN_FLIGHT])
-    totals = jax.tree.map(
-        lambda *values: np.asarray(values, np.float64).sum(axis=0), *jax.device_get(sums)
+            jax.block_until_ready(found[i - IN_FLIGHT])
+    return jax.tree.map(
+        lambda *own: _metrics(own, images),
+        *jax.device_get(found),
+        is_leaf=lambda leaf: isinstance(leaf, Counts),
     )
-    return jax.tree.map(lambda own: _means(own, images), totals)
 
 
-def _means(totals: np.ndarray, images: int) -> dict[str, Any]:
-    """The metrics that `evaluate` returns, from the sums over all batches."""
-    counted, top1, top5, nll = totals.tolist()
+def _metrics(batches: Sequence[Counts], images: int) -> dict[str, Any]:
+    """The metrics that `evaluate` returns, from those of all batches."""
+    totals = np.asarray([batch.sums for batch in batches], np.float64).sum(axis=0)
+    counted, top1, top5, nll, brier = totals.tolist()
+    counts = np.concatenate([batch.mask for batch in batches])
+    confidence = np.concatenate([batch.confidence for batch in batches])[counts]
+    correct = np.concatenate([batch.correct for batch in batches])[counts]
     means = {
         "eval_accuracy": top1 / counted,
         "eval_top5": top5 / counted,
         "eval_loss": nll / counted,
+        "eval_brier": brier / counted,
+        "eval_ece": gap(binned(confidence.astype(np.float64), correct)),
         "eval_images": int(counted),
     }
     damaged = images - int(counted)

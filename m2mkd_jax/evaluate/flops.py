@@ -23,7 +23,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
         function: a traceable function.
         *args: its arguments: arrays or shapes (jax.ShapeDtypeStruct).
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return flops_of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -31,8 +31,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of a jaxpr and the jaxprs in it."""
+def flops_of(jaxpr: core.Jaxpr) -> int:
+    """As `count_flops`, of a jaxpr and the jaxprs in it."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -49,7 +49,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
             total += 2 * math.prod(_shape(eqn.outvars[0])) * summed // groups
         elif (loop := _loop(str(eqn.params.get("name")))) is not None:
             # Remat may split off parts of such a function that have no product.
-            if any(_count(inner) for inner in _inner(eqn.params.values())):
+            if any(flops_of(inner) for inner in _inner(eqn.params.values())):
                 flops, rows = loop
                 shapes = [_shape(v) for v in eqn.invars]
                 kernels = [shape for shape in shapes if len(shape) == 3]
@@ -65,7 +65,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
             per_output = math.prod(kernel) // kernel[out_axis]
             total += 2 * math.prod(_shape(eqn.outvars[0])) * per_output
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        total += times * sum(_count(inner) for inner in _inner(eqn.params.values()))
+        total += times * sum(flops_of(inner) for inner in _inner(eqn.params.values()))
     return total
 
 

@@ -29,6 +29,7 @@ from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
+from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
 from m2mkd_jax.jobs.changes import check_same_config
 from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
 from m2mkd_jax.jobs.few_shot import check_episodes
@@ -36,6 +37,7 @@ from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
+from m2mkd_jax.jobs.trackers import tracker_class
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
@@ -133,6 +135,10 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
         _one_of(name, PARENTS, "evaluation.renditions")
         message = f"config.evaluation.renditions: {name} needs a network of {PARENTS[name]}"
         require(config.data.name == PARENTS[name], message)
+    for name in config.trackers:
+        tracker_class(name)
+    for kind in config.evaluation.corruptions:
+        _one_of(kind, (*CORRUPTIONS, "all"), "evaluation.corruptions")
     for name in RECIPES:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)

@@ -5,6 +5,7 @@ Axes: B batch, H height, W width, K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -96,14 +97,9 @@ def describe_job(config: ConfigDict, job: Job, mesh: AbstractMesh) -> Iterator[s
         f"{recipe.lr:g}, decay {recipe.weight_decay:g}"
     )
     setup = set_up(config, phase, abstract_stages(phase))
-    images = max(recipe.batch // recipe.accumulate // mesh.size, 1)
-    # Of the devices that share the experts: what one does depends on how many they are.
-    group, size = AbstractMesh((1, mesh.shape["expert"]), AXES), phase.data.image_size
-    x = jax.ShapeDtypeStruct((images * group.size, size, size, 3), jnp.float32)
+    group, x = _group_images(phase, mesh)
     yield from describe_stages(setup, x)
-    yield from describe_costs(
-        setup, x, group, functools.partial(bytes_held, mesh, config.mesh.fsdp)
-    )
+    yield describe_costs(count_costs(setup, x, group, _held(config, mesh)))
     shares = ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase))
     yield (
         f"sharding: batch over {mesh.size} device(s) (data {mesh.shape['data']} x expert "
@@ -128,10 +124,58 @@ def describe_stages(setup: Setup, x: jax.ShapeDtypeStruct) -> Iterator[str]:
     yield f"parameters: {total:,} in the chain, {chain.count_parameters(setup.params):,} trained"
 
 
-def describe_costs(
-    setup: Setup, x: jax.ShapeDtypeStruct, group: AbstractMesh, held: Any
-) -> Iterator[str]:
-    """FLOPs per image and memory per device.
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a job's training step takes.
+
+    Attributes:
+        forward, training: FLOPs per image, of an evaluation and of a step.
+        weights, optimizer, frozen, activations: bytes on one device; gradients are as many as
+            weights.
+        images: of one device in a step.
+    """
+
+    forward: int
+    training: int
+    weights: int
+    optimizer: int
+    frozen: int
+    activations: int
+    images: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes on one device."""
+        return 2 * self.weights + self.optimizer + self.frozen + self.activations
+
+
+def job_costs(config: ConfigDict, phase: Phase, mesh: AbstractMesh) -> Costs:
+    """What a step of a phase takes on the devices of a mesh, counted without computing it."""
+    setup = set_up(config, phase, abstract_stages(phase))
+    group, x = _group_images(phase, mesh)
+    return count_costs(setup, x, group, _held(config, mesh))
+
+
+def _group_images(phase: Phase, mesh: AbstractMesh) -> tuple[AbstractMesh, jax.ShapeDtypeStruct]:
+    """The devices that share the experts, and the images of a step that they get.
+
+    What one of them does depends on how many they are.
+    """
+    recipe, size = phase.recipe, phase.data.image_size
+    images = max(recipe.batch // recipe.accumulate // mesh.size, 1)
+    group = AbstractMesh((1, mesh.shape["expert"]), AXES)
+    return group, jax.ShapeDtypeStruct((images * group.size, size, size, 3), jnp.float32)
+
+
+def _held(config: ConfigDict, mesh: AbstractMesh) -> Callable[[Any], int]:
+    """A tree of shapes -> bytes on one device."""
+    return functools.partial(bytes_held, mesh, config.mesh.fsdp)
+
+
+def count_costs(
+    setup: Setup, x: jax.ShapeDtypeStruct, group: AbstractMesh, held: Callable[[Any], int]
+) -> Costs:
+    """Counts FLOPs per image and memory per device.
 
     Args:
         setup: of the phase, shapes alone.
@@ -148,18 +192,27 @@ def describe_costs(
         batch = {"image": images, "target": jnp.zeros((len(images), classes))}
         return with_mesh(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
 
-    # At the real batch: what is computed once a step (codes) is shared by its images.
-    forward = count_flops(logits, params, frozen, x) // len(x)
-    step = count_flops(jax.value_and_grad(loss), params, frozen, x) // len(x)
-    yield f"FLOPs per image: {_si(forward)} forward, {_si(step)} training"
-    activations = kept_bytes(loss, params, frozen, x) // group.size
     weights = held(params)
-    copies = weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights
-    still = sum(held(tree) for name, tree in frozen.items() if name not in program.trainable)
-    yield (
-        f"memory per device: {_bytes(weights)} trained + {_bytes(weights)} gradients + "
-        f"{_bytes(copies)} optimizer + {_bytes(still)} frozen + {_bytes(activations)} activations "
-        f"({len(x) // group.size} images)"
+    still = (tree for name, tree in frozen.items() if name not in program.trainable)
+    return Costs(
+        # At the real batch: what is computed once a step (codes) is shared by its images.
+        forward=count_flops(logits, params, frozen, x) // len(x),
+        training=count_flops(jax.value_and_grad(loss), params, frozen, x) // len(x),
+        weights=weights,
+        optimizer=weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights,
+        frozen=sum(held(tree) for tree in still),
+        activations=kept_bytes(loss, params, frozen, x) // group.size,
+        images=len(x) // group.size,
+    )
+
+
+def describe_costs(costs: Costs) -> str:
+    """FLOPs per image and memory per device, in two lines."""
+    return (
+        f"FLOPs per image: {_si(costs.forward)} forward, {_si(costs.training)} training\n"
+        f"  memory per device: {_bytes(costs.weights)} trained + {_bytes(costs.weights)} gradients "
+        f"+ {_bytes(costs.optimizer)} optimizer + {_bytes(costs.frozen)} frozen + "
+        f"{_bytes(costs.activations)} activations ({costs.images} images)"
     )
 
 

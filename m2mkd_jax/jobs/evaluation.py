@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_record
@@ -13,24 +17,33 @@ from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.pipeline import eval_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
+from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.jobs.plan import Job, write_inputs
 from m2mkd_jax.jobs.setup import Run, frozen_program, image_source
 from m2mkd_jax.models import chain
+from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import barrier, interrupted, is_main, reached, say
+from m2mkd_jax.phases.build import END_TO_END
+from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.loop import EvaluationStopped
+from m2mkd_jax.train.step import normalise
+
+SEEN = 200  # test images that a network is observed on before parts of it are removed
+# (uint8 images, key) -> uint8 images.
+Corruption = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def evaluator(
-    run: Run, program: Program | JointProgram, data: ConfigDict
-) -> Callable[[dict, dict], dict]:
+def evaluator(run: Run, program: Program | JointProgram, data: ConfigDict) -> Callable[..., dict]:
     """(trainable, frozen) -> metrics over the whole test split, every undamaged image once.
+
+    Its third argument changes the images before they are normalised; None: as they are.
 
     Those of a joint program are by job. On renditions only the logits of their classes compete.
     """
@@ -41,7 +54,7 @@ def evaluator(
     count = make_counter(logits, data.mean, data.std, meshes.replicated(mesh))
     batch = evaluation_batch(config, len(test), mesh)
 
-    def measure(trainable: dict, frozen: dict) -> dict:
+    def measure(trainable: dict, frozen: dict, change: Corruption | None = None) -> dict:
         batches = eval_batches(
             test,
             data,
@@ -50,7 +63,13 @@ def evaluator(
             process_count=jax.process_count(),
         )
         placed = (meshes.put_batch(mesh, b) for b in until_interrupted(batches))
-        return evaluate(count, trainable, frozen, placed, jax.random.key(config.seed), len(test))
+        key = jax.random.key(config.seed)
+        if change is not None:
+            placed = (
+                {**b, "image": change(b["image"], jax.random.fold_in(key, i))}
+                for i, b in enumerate(placed)
+            )
+        return evaluate(count, trainable, frozen, placed, key, len(test))
 
     return measure
 
@@ -96,28 +115,92 @@ def run_evaluation(run: Run, job: Job) -> dict:
     return result
 
 
-def _measure(run: Run, phase: Phase) -> dict:
-    """Metrics of the network that a phase trained, on its test split and on renditions of it."""
-    config = run.config
-    stages = {
-        name: load_stage(
-            config,
-            run.workdir,
-            WeightsFrom("job", phase.job, name),
-            chain.abstract(phase.stages[name].build),
+def load_network(run: Run, phase: Phase) -> dict[str, dict]:
+    """{"params", "fixed"} by stage of the chain that a phase has trained, placed on the devices."""
+    stages = {}
+    for name in phase.student:
+        spec = phase.stages[name]
+        job = phase.job if name in phase.trainable else spec.weights.job
+        stages[name] = load_stage(
+            run.config, run.workdir, WeightsFrom("job", job, name), chain.abstract(spec.build)
         )
-        for name in phase.student
-    }
-    stages = partition.put(stages, run.shardings(stages))
+    return partition.put(stages, run.shardings(stages))
+
+
+def _measure(run: Run, phase: Phase) -> dict:
+    """Metrics of the network that a phase trained, and of whatever config.evaluation adds."""
+    config, stages = run.config, load_network(run, phase)
     program, frozen = frozen_program(config, phase, phase.student, stages)
-    del stages
-    metrics = evaluator(run, program, phase.data)({}, frozen)
+    reduce = config.evaluation.reductions and phase.job in END_TO_END
+    stages = stages if reduce else {}
+    measure = evaluator(run, program, phase.data)
+    metrics = measure({}, frozen)
     for name in config.evaluation.renditions if phase.data == config.data else ():
         renditions = evaluator(run, program, renditions_data(config, name))({}, frozen)
         metrics[f"{name}_accuracy"] = renditions["eval_accuracy"]
+    metrics |= _corrupted(config, functools.partial(measure, {}, frozen))
+    if reduce:
+        metrics["reductions"] = reductions(run, phase, stages, program, frozen)
     damaged = metrics.get("eval_damaged")
     left_out = (
         f" ({damaged} of {metrics['eval_images'] + damaged} images damaged)" if damaged else ""
     )
     say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}")
     return metrics
+
+
+def _corrupted(config: ConfigDict, measure: Callable[[Corruption], dict]) -> dict:
+    """Accuracies on corrupted images: by kind a list over severities, and the mean of all."""
+    kinds = config.evaluation.corruptions
+    kinds = tuple(KINDS) if "all" in kinds else kinds
+    found: dict[str, list[float]] = {}
+    for kind in kinds:
+        for severity in SEVERITIES:
+            change = backend.jit(
+                functools.partial(corrupt, kind=kind, severity=severity), once=True
+            )
+            found.setdefault(kind, []).append(measure(change)["eval_accuracy"])
+    if not found:
+        return {}
+    return {
+        "corrupted_accuracy": sum(map(sum, found.values())) / (len(found) * len(SEVERITIES)),
+        "corruptions": found,
+    }
+
+
+def reductions(
+    run: Run, phase: Phase, stages: dict[str, dict], program: Program, frozen: dict
+) -> list[dict]:
+    """Accuracy of a network with parts removed, and the share of its FLOPs that this saves."""
+    data, found = phase.data, []
+    shape = (evaluation_batch(run.config, SEEN, run.mesh), data.image_size, data.image_size, 3)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    whole = count_flops(program.logits, {}, frozen, image)
+    seen = _seen(run, phase, program, frozen)
+    for smaller in students(run.config).reductions(stages, phase.seed, seen):
+        reduced = dataclasses.replace(phase, stages=smaller.stages)
+        own, parts = frozen_program(run.config, reduced, tuple(smaller.stages), smaller.trees)
+        metrics = evaluator(run, own, data)({}, parts)
+        saved = 1 - count_flops(own.logits, {}, parts, image) / whole
+        entry = {"removed": smaller.title, "kept": smaller.kept, "flops_saved": saved}
+        found.append(entry | {"eval_accuracy": metrics["eval_accuracy"]})
+        say(
+            f"[eval] {phase.job}, {smaller.kept} left of its {smaller.title}: accuracy "
+            f"{metrics['eval_accuracy']:.4f}, {100 * saved:.0f}% of FLOPs saved"
+        )
+    return found
+
+
+def _seen(run: Run, phase: Phase, program: Program, frozen: dict) -> dict[str, Any]:
+    """Auxiliary outputs of a network for the first SEEN test images."""
+    test = image_source(phase.data, "test")
+    batches = eval_batches(
+        test, phase.data, batch_size=evaluation_batch(run.config, SEEN, run.mesh)
+    )
+    batch = next(iter(batches))
+
+    def observe(frozen: dict, pixels: jax.Array) -> dict[str, jax.Array]:
+        images = normalise(pixels, phase.data.mean, phase.data.std)
+        return program.run_with_aux(program.student, {}, frozen, images.astype(program.dtype))[1]
+
+    return jax.device_get(backend.jit(observe)(frozen, batch["image"]))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import psutil
 
+from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.models import layers
 from m2mkd_jax.parallel.process import from_main, say
 
@@ -30,13 +31,14 @@ class FittingStep:
 
     Attributes:
         needed: bytes that the step needs without recomputing, by the compiler's plan; 0: unknown.
+        flops: of a step, of the products before anything is recomputed; 0: unknown.
     """
 
     def __init__(self, job: str, make: Callable[[Callable], Any], loss: Callable):
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
         self._checked = False
-        self.needed = 0
+        self.needed = self.flops = 0
 
     def __call__(self, *arguments: Any) -> Any:
         if not self._checked and not self.fits(*arguments):
@@ -58,7 +60,9 @@ class FittingStep:
         if not limit:
             return True
         # The jitted step finds this program in jax's cache and does not compile it again.
-        self.needed = planned_bytes(self._step.lower(*arguments).compile())
+        traced = self._step.trace(*arguments)
+        self.flops = flops_of(traced.jaxpr.jaxpr)
+        self.needed = planned_bytes(traced.lower().compile())
         self._checked = from_main(self.needed <= USABLE * limit)
         return self._checked
 

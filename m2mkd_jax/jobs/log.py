@@ -1,49 +1,139 @@
-"""A job's log: metrics.jsonl, and lines on the screen."""
+"""A job's log: metrics.jsonl, trackers, and a line on the screen."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from m2mkd_jax.checkpoint.files import plain
+from m2mkd_jax.jobs.trackers import Tracker
 from m2mkd_jax.parallel.process import is_main
+
+BAR = "{desc} |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
+SHOWN = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
 
 
 class Log:
-    """metrics.jsonl of one job, and a line on the screen per entry."""
+    """metrics.jsonl of one job; on a terminal a live line, elsewhere a line now and then.
 
-    def __init__(self, path: Path, job: str, total: int, start: int):
-        self.job, self.total = job, total
+    Args:
+        path: of metrics.jsonl.
+        job: its name.
+        total: steps of the job.
+        start: steps before the first one; what the file has of later ones is dropped.
+        place: which of how many jobs it is, for people; "": not said.
+        every: seconds between two lines where there is no terminal; evaluations always have one.
+        trackers: that get every entry.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        job: str,
+        total: int,
+        start: int,
+        *,
+        place: str = "",
+        every: float = 0.0,
+        trackers: Sequence[Tracker] = (),
+    ):
+        self.job, self.total, self.place, self.every = job, total, place, every
         self.evaluated = 0  # steps before the last evaluation in the file
-        self.file = None
+        self.file, self.bar, self.trackers = None, None, trackers
+        self._said = -every
         if not is_main():
             return
-        kept = []
-        if start and path.is_file():
-            # A restart repeats the steps after its checkpoint: drop their log lines.
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    step = entry["step"]
-                except (ValueError, TypeError, KeyError):  # the line that a kill cut off
-                    continue
-                if step <= start:
-                    kept.append(line + "\n")
-                    self.evaluated = step if "eval_loss" in entry else self.evaluated
-        path.write_text("".join(kept))
+        kept = _entries_until(path, start) if start else []
+        for entry in kept:
+            self.evaluated = entry["step"] if "eval_loss" in entry else self.evaluated
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self.file = path.open("a", buffering=1)
+        for tracker in trackers:
+            tracker.begin(kept)
+        if sys.stdout.isatty():
+            title = f"{place}, {job}" if place else job
+            self.bar = tqdm(
+                total=total,
+                initial=start,
+                desc=title,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                leave=False,  # a line says that the job is done
+                bar_format=BAR,
+            )
 
     def __call__(self, entry: dict[str, Any]) -> None:
         """Adds one entry, with plain numbers; the step's number is `step`."""
         if self.file is None:
             return
-        self.file.write(json.dumps(plain(entry), allow_nan=False) + "\n")
-        shown = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
-        numbers = "  ".join(f"{k} {entry[k]:.4f}" for k in shown if k in entry)
-        print(f"[{self.job}] {entry['step']}/{self.total}  {numbers}", flush=True)
+        entry = plain(entry)
+        self.file.write(json.dumps(entry, allow_nan=False) + "\n")
+        for tracker in self.trackers:
+            tracker.log(entry)
+        if self.bar is not None:
+            self.bar.n = entry["step"]
+            self.bar.set_postfix_str(shown(entry))
+            return
+        now = time.monotonic()
+        last = entry["step"] >= self.total or "eval_accuracy" in entry
+        if last or now - self._said >= self.every:
+            self._said = now
+            where = f"  ({self.place})" if self.place else ""
+            print(f"[{self.job}] {entry['step']}/{self.total}  {shown(entry)}{where}", flush=True)
 
     def close(self) -> None:
-        """Closes the file."""
-        if self.file is not None:
+        """Closes file, line and trackers."""
+        if self.file is not None and not self.file.closed:
             self.file.close()
+            for tracker in self.trackers:
+                tracker.close()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _entries_until(path: Path, start: int) -> list[dict[str, Any]]:
+    """What a file has of the first steps: a restart repeats those after its checkpoint."""
+    kept = []
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (ValueError, TypeError, KeyError):  # the line that a kill cut off
+            continue
+        if step <= start:
+            kept.append(entry)
+    return kept
+
+
+def shown(entry: dict[str, Any]) -> str:
+    """An entry as people read it."""
+    parts = [f"{name} {entry[name]:.4f}" for name in SHOWN if entry.get(name) is not None]
+    if "seconds_left" in entry:
+        whole = entry.get("run_seconds_left")
+        run = "" if whole is None else f", run {clock(whole)}"
+        parts.append(f"left {clock(entry['seconds_left'])}{run}")
+    if "images_per_second" in entry:
+        parts.append(f"{entry['images_per_second']:.0f} images/s")
+    if "matrix_share" in entry:
+        parts.append(f"{100 * entry['matrix_share']:.0f}% of the matrix rate")
+    if "memory" in entry:
+        parts.append(f"{entry['memory'] / 2**30:.2f} GiB")
+    if entry.get("data_wait", 0.0) >= 0.01:
+        parts.append(f"{100 * entry['data_wait']:.0f}% waiting for data")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    text = f"{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+    return f"{hours}:{text}" if hours else text

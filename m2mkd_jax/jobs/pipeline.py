@@ -29,6 +29,7 @@ from m2mkd_jax.jobs.plan import (
     jobs_to_run,
     stale_after,
 )
+from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.setup import Run
 from m2mkd_jax.jobs.summary import summarise
@@ -82,11 +83,12 @@ def run(
     _prepare(plan, workdir, stale, extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
+    schedule = Schedule.of(plan, chosen, workdir)
     try:
         for names in _phases(chosen):
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
             if jobs and jobs[0].kind is Kind.TRAINING:
-                run_training(this, jobs)
+                run_training(this, jobs, schedule)
                 continue
             for job in jobs:
                 RUNNERS[job.kind](this, job)

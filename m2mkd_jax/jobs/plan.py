@@ -24,6 +24,8 @@ from m2mkd_jax.phases.phase import Phase
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.
 HARMLESS = ("root", "workers", "damaged_share", "remat")
+# Of config.evaluation, what the job eval measures beside its networks' accuracy.
+FURTHER = ("corruptions", "reductions")
 
 
 class Kind(enum.Enum):
@@ -91,6 +93,8 @@ class Plan:
             phases = tuple(self.job(needed).phase for needed in needs)
             values: dict[str, Any] = {"evaluation.sampled": config.evaluation.sampled}
             values |= {p.data_key: p.data for p in phases}
+            further = {key: config.evaluation[key] for key in FURTHER}
+            values |= {f"evaluation.{key}": value for key, value in further.items() if value}
         else:
             phase = build_phase(config, name)
             kind = Kind.FEW_SHOT if phase.head else Kind.TRAINING
@@ -117,9 +121,15 @@ class Plan:
     def _measured(self) -> tuple[str, ...]:
         """Jobs whose networks the job 'eval' measures.
 
-        They are the end-to-end ones, or where the run has none all networks that `config.init`
-        names.
+        They are those of `config.evaluation.networks`, or the end-to-end ones, or where the run
+        has none all networks that `config.init` names.
+
+        Raises:
+            UserError: there is no such job.
         """
+        if wanted := self.config.evaluation.networks:
+            chosen = self.select(",".join(wanted), "config.evaluation.networks")
+            return tuple(n for n in chosen if n.partition("/")[0] not in ("fewshot", "eval"))
         networks = tuple(n for n in self.names if n.partition("/")[0] in END_TO_END)
         given = (("pt", "meta"), ("ft", "teacher"), ("e2e", "network"))
         return networks or tuple(name for name, field in given if self.config.init[field])

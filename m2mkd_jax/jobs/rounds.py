@@ -25,6 +25,7 @@ from m2mkd_jax.jobs.joint import (
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
 from m2mkd_jax.jobs.locks import acquire
 from m2mkd_jax.jobs.plan import Job, is_done, write_inputs
+from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.setup import Run, count_updates
 from m2mkd_jax.jobs.training import Training, total_steps
 from m2mkd_jax.parallel.process import from_main, is_main, say
@@ -32,10 +33,15 @@ from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
 
 
-def run_training(run: Run, jobs: Sequence[Job]) -> None:
+def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None) -> None:
     """Runs jobs to their ends, those that see the same batches in one program.
 
     Of several jobs, one that another process trains is left to it.
+
+    Args:
+        run: the run.
+        jobs: that are not done.
+        schedule: of the command, for the time that is left; None: it is not said.
 
     Raises:
         UserError: input that is wrong, another process at the only job, a diverging loss.
@@ -49,7 +55,7 @@ def run_training(run: Run, jobs: Sequence[Job]) -> None:
         try:
             free = [job for job in candidates if _lock(run, job, locks, several)]
             if free:
-                left = _train_round(run, free, locks) + left
+                left = _train_round(run, free, locks, schedule) + left
         finally:
             for lock in locks.values():
                 lock.close()
@@ -84,13 +90,16 @@ def _lock(run: Run, job: Job, locks: dict[str, IO[str]], several: bool) -> bool:
     return True
 
 
-def _train_round(run: Run, jobs: list[Job], locks: dict[str, IO[str]]) -> list[Job]:
+def _train_round(
+    run: Run, jobs: list[Job], locks: dict[str, IO[str]], schedule: Schedule | None
+) -> list[Job]:
     """Trains as many of some jobs as fit into memory in one program; returns the others.
 
     Args:
         run: the run.
         jobs: that can train in one program.
         locks: of the jobs; they are closed as jobs end or are put off.
+        schedule: as for `run_training`.
     """
 
     def release(name: str) -> None:
@@ -115,7 +124,7 @@ def _train_round(run: Run, jobs: list[Job], locks: dict[str, IO[str]]) -> list[J
         inputs = {job.name: kept_inputs(job, stages, dtype) for job in chosen}
         steps = max(total_steps(phase, updates) for phase in phases.values())
         kept, setup = keep_targets(run, setup, inputs, steps), setup.on_kept()
-    training = Training(run, setup, updates, step, began, kept)
+    training = Training(run, setup, updates, step, began, kept, schedule)
     del stages, setup  # as jobs end, what they alone need is let go
     put_off = training.begin(origins, references)
     for name in put_off:

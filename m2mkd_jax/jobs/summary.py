@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
-
 from m2mkd_jax.checkpoint.files import read_record, write_json
+from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
 from m2mkd_jax.parallel.process import is_main
@@ -82,15 +79,6 @@ def results(jobs: list[dict]) -> dict:
             for j in hybrids
         ]
     return found
-
-
-def interval(values: list[float]) -> dict:
-    """Mean and half-width of the 95% Student interval over seeds (None for one seed)."""
-    half = None
-    if len(values) > 1:
-        spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        half = float(stdtrit(len(values) - 1, 0.975)) * spread
-    return {"mean": float(np.mean(values)), "interval95": half, "values": values}
 
 
 def table(summary: dict) -> Iterator[str]:

@@ -29,8 +29,11 @@ from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
+from m2mkd_jax.jobs.progress import Schedule, pace
 from m2mkd_jax.jobs.setup import Run, Setup, image_source
+from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
+from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
@@ -108,6 +111,7 @@ class Training:
         step: their joint step, if it is compiled already.
         began: when the jobs began, for their results.
         kept: what batches are read from, where the jobs keep their targets.
+        schedule: of the command, for the time that is left; None: it is not said.
     """
 
     def __init__(
@@ -118,8 +122,10 @@ class Training:
         step: FittingStep | None,
         began: float,
         kept: KeptBatches | None = None,
+        schedule: Schedule | None = None,
     ):
-        self._kept = kept
+        self._kept, self._schedule = kept, schedule
+        self._done: dict[str, float] = {}  # shares of the jobs
         self._stream: BatchIterator | None = None
         self._run, self._setup, self._updates, self._began = run, setup, updates, began
         self._steps = {tuple(setup.setups): step or setup.make_step()}
@@ -158,7 +164,15 @@ class Training:
                 say(f"[{name}] resumed at step {start}/{total}")
             self._states[name] = state if restored else setup.initial_state()
             self._start = start
-            log = Log(directory / "metrics.jsonl", name, total, start)
+            log = Log(
+                directory / "metrics.jsonl",
+                name,
+                total,
+                start,
+                place=self._schedule.place(name) if self._schedule else "",
+                every=self._run.config.log_seconds,
+                trackers=make_trackers(self._run.config, directory, name) if is_main() else (),
+            )
             self._records[name] = _Record(
                 directory, total, checkpoints, references[name], origins[name], log, earlier
             )
@@ -184,6 +198,10 @@ class Training:
             save_seconds=60.0 * config.checkpoint_minutes,
             accumulate=accumulate,
         )
+        if is_main():  # what takes long does so before the clock runs
+            matrix_rate(next(iter(self._setup.setups.values())).program.dtype)
+            if self._schedule:
+                self._schedule.seconds_left({})
         try:
             loop.run(self._states, self._batches(phase), self._start)
         except Preempted:
@@ -252,7 +270,7 @@ class Training:
         return Member(
             name=name,
             total_steps=record.total,
-            log=record.log,
+            log=functools.partial(self._log, name),
             save=functools.partial(
                 _save_finite, name, record.checkpoints, functools.partial(self._seconds, record)
             ),
@@ -267,6 +285,19 @@ class Training:
     def _seconds(self, record: _Record) -> float:
         """Seconds that a job has taken in all its starts."""
         return record.earlier + time.monotonic() - self._began
+
+    def _log(self, name: str, entry: dict) -> None:
+        """Logs an entry, with how fast the job goes and how long it takes."""
+        record, setup = self._records[name], self._setup.setups[name]
+        recipe = setup.phase.recipe
+        if "seconds_per_step" in entry and is_main():
+            ((_, step),) = self._steps.items()
+            images, dtype = recipe.batch // recipe.accumulate, setup.program.dtype
+            entry = entry | pace(entry, images, record.total, step.flops, dtype)
+            self._done[name] = entry["step"] / record.total
+            left = self._schedule.seconds_left(self._done) if self._schedule else None
+            entry |= {} if left is None else {"run_seconds_left": left}
+        record.log(entry)
 
     def _step_of(self, names: tuple[str, ...]) -> Callable[[dict, Any], tuple[dict, dict]]:
         """The step of those jobs that are left."""

@@ -71,8 +71,10 @@ def attention(stages: Sequence[chain.Stage], x: jax.Array) -> Arrays:
 
     Returns:
         Of transformers 'blocks' (L, B, A, N, N): row n says what token n attends to, and sums to
-        one. Of a NAC 'read_in' (B, U, A, N), what each input latent reads, and 'links' (I, M, V),
-        the probability of each link from a sender (input latents, then mediators) to a mediator.
+        one. Of a NAC 'read_in' (B, U, A, N), what each input latent reads, 'links' (I, M, V), the
+        probability of each link from a sender (input latents, then mediators) to a mediator, and
+        'read_out' (B, A, U, V), what each output latent reads of the same senders (of mediators
+        alone, where the output latents do not hear the input latents).
 
     Raises:
         UserError: a stage has no attention maps.
@@ -149,4 +151,25 @@ def _nac_attention(nac: NAC, images: jax.Array) -> Arrays:
         if i and not spec.persistent_inputs:
             probability = probability.at[:, : spec.input_latents].set(0.0)
         links.append(probability)
-    return {"read_in": read_in, "links": jnp.stack(links)}
+    return {"read_in": read_in, "links": jnp.stack(links), "read_out": _read_out(nac, images)}
+
+
+def _read_out(nac: NAC, images: jax.Array) -> jax.Array:
+    """Attention weights (B, A, U, V) of the output latents to input latents and mediators."""
+    spec, layer = nac.spec, nac.read_out.attention
+    states, count = nac.forward(images, {}), images.shape[0]
+    outputs = nac.initial_states(count, {}, [None] * 3)[2]
+    groups = (nac.input_latents, nac.mediator_latents)
+    heard = ("input", "mediator") if spec.input_output else ("mediator",)
+    senders = jnp.concatenate([states[name] for name in heard], axis=1)
+    codes = [nac.mediator_codes(-1)]
+    codes = [nac.input_latents.codes[...], *codes] if spec.input_output else codes
+    signatures = [g.signatures[...] for g in (groups if spec.input_output else groups[1:])]
+    norm = layer.sender_norm or layer.receiver_norm
+    q = layer.query(layer.receiver_norm(outputs), nac.output_latents.codes[...])
+    k = layer.key(norm(senders), jnp.concatenate(codes))
+    q, k = (rearrange(x, "b u (h c) -> b h u c", h=layer.heads) for x in (q, k))
+    distance = kernels.distance(nac.output_latents.signatures[...], jnp.concatenate(signatures))
+    log = kernels.log_kernel(distance, layer.bandwidth[...], None)
+    scores = jnp.einsum("bhuc,bhvc->bhuv", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + log[None, None])

@@ -63,6 +63,10 @@ class CompiledFunction:
                 raise
         return self._inside(*arguments)
 
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """As `jax.jit`'s."""
+        return self._compiled.trace(*arguments)
+
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""
         return self._compiled.lower(*arguments)

@@ -9,7 +9,7 @@ docs/your-own-modules.md shows how to write one.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -52,6 +52,23 @@ class Network:
     rates: tuple
     describe: dict[str, Any]
     regulariser: Callable[[Mapping[str, nnx.Module]], Regulariser] | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A trained network with parts removed.
+
+    Attributes:
+        title: what is removed, and the order in which parts go, such as "mediators, at random".
+        kept: how many are left.
+        stages: of the smaller network, in the order in which they run, by name.
+        trees: {"params", "fixed"} by stage.
+    """
+
+    title: str
+    kept: int
+    stages: dict[str, StageSpec]
+    trees: dict[str, dict]
 
 
 class StudentFamily(Protocol):
@@ -130,6 +147,19 @@ class StudentFamily(Protocol):
         """The parameters of a fresh stage `name`, changed where its first values are special."""
         del name, seed
         return params
+
+    def reductions(
+        self, network: Mapping[str, dict], seed: int, seen: Mapping[str, Any]
+    ) -> Iterator[Reduction]:
+        """The network with parts removed, to see what they are worth; by default none.
+
+        Args:
+            network: {"params", "fixed"} of a trained network by stage.
+            seed: of what is removed at random.
+            seen: auxiliary outputs of the network for some test images, see Program.run_with_aux.
+        """
+        del network, seed, seen
+        return iter(())
 
     def check_upcycling(self) -> None:
         """Refuses the phase e2e_upcycled where there is no way from the teacher to the network.

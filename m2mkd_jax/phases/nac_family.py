@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -20,13 +21,15 @@ from m2mkd_jax.config.family_sections import SECTIONS
 from m2mkd_jax.config.networks import nac_spec
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.losses import graph
-from m2mkd_jax.models import registry
+from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.nac import kernels, priors
 from m2mkd_jax.models.nac import students as nac_students
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases import families
-from m2mkd_jax.phases.families import Network, Student, StudentFamily
+from m2mkd_jax.phases.families import Network, Reduction, Student, StudentFamily
 from m2mkd_jax.phases.phase import FRESH, Regulariser, StageSpec, WeightsFrom
+
+KEPT = (0.75, 0.5, 0.25)  # shares of the mediators that are left
 
 
 class NACFamily(StudentFamily):
@@ -142,12 +145,60 @@ class NACFamily(StudentFamily):
             )
         return params
 
+    def reductions(
+        self, network: Mapping[str, dict], seed: int, seen: Mapping[str, Any]
+    ) -> Iterator[Reduction]:
+        """Fewer mediators: those with the weakest links go first, and others drawn at random.
+
+        The links of a mediator are summed over senders, receivers and iterations.
+        """
+        del seen
+        config, tree = self.config, network["nac"]
+        spec = nac_spec(config, config.data)
+        nac = chain.merge(chain.abstract(registry.nac_builder(spec)).graph, *tree.values())
+        signatures = nac.mediator_latents.signatures[...]
+        log = kernels.log_kernel(
+            kernels.distance(signatures, signatures)[None],
+            nac.propagators.attention.bandwidth[...][:, None, None],
+            spec.truncation,
+            spec.truncation_implementation,
+        )
+        links = np.asarray(jnp.exp(log)).clip(0, 1).sum(0) * (1 - np.eye(len(signatures)))
+        orders = {
+            "mediators, weakest links first": np.argsort(-(links.sum(0) + links.sum(1))),
+            "mediators, at random": np.random.default_rng(seed).permutation(len(signatures)),
+        }
+        for title, order in orders.items():
+            for share in KEPT:
+                count = max(round(share * len(order)), 1)
+                smaller = dataclasses.replace(spec, mediator_latents=count)
+                params = without_mediators(
+                    tree["params"], np.sort(order[:count]), spec.codes_per_iteration
+                )
+                stage = StageSpec(registry.nac_builder(smaller), FRESH, "NAC")
+                trees = {"nac": {**tree, "params": params}}
+                yield Reduction(title, count, {"nac": stage}, trees)
+
     def assemble(
         self, network: Mapping[str, dict], taught: Sequence[dict]
     ) -> tuple[dict[str, dict], dict[str, str]]:
         """The students' parameters put into the network's, and where each part came from."""
         params, origin = nac_students.assemble(network["nac"], list(taught))
         return {"nac": params}, {f"nac/{part}": where for part, where in origin.items()}
+
+
+def without_mediators(params: Mapping[str, Any], kept: np.ndarray, per_iteration: bool) -> dict:
+    """A NAC's parameters with some of its mediators alone.
+
+    Args:
+        params: of the NAC.
+        kept: int (U',), which mediators.
+        per_iteration: whether mediators have codes for every iteration.
+    """
+    latents = dict(params["mediator_latents"])
+    for name, value in latents.items():
+        latents[name] = value[:, kept] if name == "codes" and per_iteration else value[kept]
+    return {**params, "mediator_latents": latents}
 
 
 def graph_regulariser(

@@ -6,8 +6,10 @@ The network that is trained end to end has the same stages, with or without the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -19,7 +21,7 @@ from m2mkd_jax.models import chain, registry, vit
 from m2mkd_jax.models.moe import assembly, dispatch
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.phases import families
-from m2mkd_jax.phases.families import Network, Student, StudentFamily
+from m2mkd_jax.phases.families import Network, Reduction, Student, StudentFamily
 from m2mkd_jax.phases.phase import FRESH, StageSpec, WeightsFrom
 from m2mkd_jax.phases.vit_teacher import ViTTeacher
 
@@ -130,6 +132,34 @@ class VMoEFamily(StudentFamily):
             list(network.values()), list(taught), keep_stitches=self.config.vmoe.keep_stitches
         )
         return dict(zip(network, params, strict=True)), origin
+
+    def reductions(
+        self, network: Mapping[str, dict], seed: int, seen: Mapping[str, Any]
+    ) -> Iterator[Reduction]:
+        """Fewer choices per token; fewer experts, in each block those of least load go first."""
+        del seed
+        config = self.config
+        stitch_dim = families.teacher(config).width if config.vmoe.keep_stitches else 0
+        spec, _ = vmoe_spec(config, config.data, stitch_dim)
+        trees = {name: dict(tree) for name, tree in network.items()}
+        for choices in range(spec.top_k - 1, 0, -1):
+            yield Reduction("choices per token", choices, self._smaller(spec, top_k=choices), trees)
+        if "load" not in seen:
+            return
+        order = np.argsort(-np.asarray(seen["load"]), axis=-1, kind="stable")
+        for count in sorted({max(spec.experts // n, spec.top_k) for n in (2, 4)}, reverse=True):
+            if count < spec.experts:
+                kept, smaller = np.sort(order[:, :count]), {}
+                for name, tree in trees.items():
+                    params, kept = assembly.keep_experts(tree["params"], kept)
+                    smaller[name] = {**tree, "params": params}
+                title = "experts, least load first"
+                yield Reduction(title, count, self._smaller(spec, experts=count), smaller)
+
+    def _smaller(self, spec: VMoESpec, **fields: Any) -> dict[str, StageSpec]:
+        """The network's stages with other fields of the spec."""
+        changed = dataclasses.replace(spec, **fields)
+        return {f"vmoe_{i}": self._stage(changed, i, FRESH) for i in range(self.modules)}
 
     def check_upcycling(self) -> None:
         """Refuses a teacher whose weights have no place in the network. Raises UserError."""

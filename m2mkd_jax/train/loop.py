@@ -142,6 +142,7 @@ class Loop:
     accumulate: int = 1
     _saved: float = field(default=0.0, init=False)  # when
     _clock: float = field(default=0.0, init=False)  # when the last log entry was written
+    _waited: float = field(default=0.0, init=False)  # for batches since then
 
     def run(self, states: dict[str, dict], batches: Iterator[dict], start: int = 0) -> dict:
         """Trains from step `start` on, until every job has ended.
@@ -168,9 +169,16 @@ class Loop:
             while members:
                 names = tuple(member.name for member in members)
                 step = self.step_of(names)
-                ended = {}
+                ended, compiled = {}, False
                 while not ended:
-                    stepped, step_metrics = step(states, next(batches))
+                    asked = time.monotonic()
+                    batch = next(batches)
+                    arrived = time.monotonic()
+                    self._waited += arrived - asked
+                    stepped, step_metrics = step(states, batch)
+                    if not compiled:  # the first call does not return before it is
+                        self._clock += time.monotonic() - arrived
+                        compiled = True
                     states.update(stepped)
                     done += 1
                     reached(f"step {done} of {', '.join(names)}")
@@ -219,7 +227,7 @@ class Loop:
             if own or overdue or stopped:
                 member.save(done, states[member.name], own)
         if metrics:
-            self._clock = time.monotonic()
+            self._clock, self._waited = time.monotonic(), 0.0
         if metrics or overdue:
             self._saved = time.monotonic()
         if stopped:
@@ -325,5 +333,6 @@ class Loop:
             mean = {k: np.mean([v[k] for v in values if k in v], axis=0).tolist() for k in names}
             seconds = (now - self._clock) / steps
             entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean}
+            entry["data_wait"] = self._waited / max(now - self._clock, 1e-9)
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
-        self._clock = now
+        self._clock, self._waited = now, 0.0

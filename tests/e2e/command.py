@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from m2mkd_jax.jobs.progress import CLOCK
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1200
 
@@ -79,7 +81,7 @@ def records(workdir: Path, job: str) -> list[dict]:
     """The log of a job, without clocks."""
     lines = (workdir / "jobs" / job / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in found]
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in found]
 
 
 def summary(workdir) -> dict:

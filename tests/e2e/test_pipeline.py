@@ -2,10 +2,12 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.e2e import command as commands
@@ -246,3 +248,29 @@ def test_an_empty_flag_is_a_missing_one(environment, tmp_path):
         flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
     )
     assert result.returncode == 2 and "--config is missing" in result.stderr
+
+
+def test_the_report_measures_what_the_jobs_have_measured(whole, environment, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    report = [sys.executable, "-m", "m2mkd_jax.report", workdir]
+    done = [
+        subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert [result.returncode for result in done] == [0, 0], done[0].stderr
+    assert "counting FLOPs" in done[0].stdout
+    assert "counting FLOPs" not in done[1].stdout  # it is kept
+    assert (workdir / "report" / "index.html").stat().st_size > 100_000
+    found = json.loads((workdir / "report" / "analysis.json").read_text())
+    assert found["notes"] == []
+    metrics = {job["name"]: job["metrics"] for job in summary(workdir)["jobs"]}
+    for i, module in found["modules"].items():
+        own = metrics[f"m2mkd/{i}"]
+        assert module["student_accuracy"] == pytest.approx(own["eval_accuracy"])
+        assert module["teacher_accuracy"] == pytest.approx(own["teacher_accuracy"])
+    with np.load(workdir / "report" / "analysis.npz") as arrays:
+        for job in ("e2e", "e2e_scratch", "e2e_kd"):
+            right = arrays[f"logits/{job}"].argmax(-1) == arrays["labels"]
+            assert right.mean() == pytest.approx(metrics[job]["eval_accuracy"])
+        assert {"nac/read_in", "nac/initial_links", "nac/use"} <= set(arrays.files)
+    assert found["costs"].keys() == metrics.keys() - {"eval"}

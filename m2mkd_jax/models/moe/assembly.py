@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m2mkd_jax.errors import UserError
 
@@ -57,6 +58,36 @@ def assemble(
         note = ", stitches " + ("kept" if keep_stitches else "dropped") if had else ""
         origin[str(i)] = f"m2mkd/{i}{note}{fresh}"
     return result, origin
+
+
+def keep_experts(params: Params, kept: np.ndarray) -> tuple[Params, np.ndarray]:
+    """A stage's parameters with some of its experts alone.
+
+    Args:
+        params: of a stage.
+        kept: int (L', E'), the experts that are kept in each block with experts, of this stage and
+            the following ones.
+
+    Returns:
+        The stage's parameters, and the rows of `kept` that are left for the following stages.
+    """
+    result = dict(params)
+    for name in (n for n in params if n.startswith("segment_")):
+        block = params[name]["blocks"]
+        if "moe" not in block:
+            continue
+        count = len(jax.tree.leaves(block["moe"])[0])
+        own, kept = kept[:count], kept[count:]
+        rows = np.arange(count)[:, None]
+        router = block["moe"]["router"]["linear"]
+        linear = {
+            "kernel": jnp.take_along_axis(router["kernel"], own[:, None], axis=2),
+            "bias": router["bias"][rows, own],
+        }
+        experts = jax.tree.map(lambda leaf, at=(rows, own): leaf[at], block["moe"]["experts"])
+        moe = {"router": {"linear": linear}, "experts": experts}
+        result[name] = {**params[name], "blocks": {**block, "moe": moe}}
+    return result, kept
 
 
 def upcycle(network: Sequence[Params], dense: Sequence[Params]) -> list[Params]:

@@ -88,11 +88,18 @@ def test_sums_over_batches_leave_out_padding():
     ]
     count = make_counter(logits, (0.0,) * 3, (1.0,) * 3)
     found = evaluate(count, {}, {}, batches, jax.random.key(0), images=5)
+    p = np.exp(scores) / np.exp(scores).sum()
+    right = p[[0, 3, 5, 0, 4]]
+    brier = (1 - 2 * right + (p**2).sum()).mean()
+    # All are equally sure of class 0: a bin holds one image.
+    ece = (2 * (1 - p[0]) + 3 * p[0]) / 5
     loss = np.log(np.exp(scores).sum()) - scores[[0, 3, 5, 0, 4]].mean()
     assert found == {
         "eval_accuracy": pytest.approx(2 / 5),
         "eval_top5": pytest.approx(4 / 5),
         "eval_loss": pytest.approx(loss, rel=1e-5),
+        "eval_brier": pytest.approx(brier, rel=1e-5),
+        "eval_ece": pytest.approx(ece, rel=1e-5),
         "eval_images": 5,
     }
     # Of six images one is damaged, which is that of mask 0.

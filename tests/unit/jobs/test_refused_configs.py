@@ -45,6 +45,8 @@ from tests.shipped import change, digits, load
         (change("nac.truncation", "far"), "config.nac.truncation"),
         (change("data.image_size", 36), "36"),
         (change("distillation.views", -1), "config.distillation.views"),
+        (change("evaluation.corruptions", ("blurr",)), 'did you mean "blur"'),
+        (change("trackers", ("tensorbord",)), 'config.trackers: "tensorbord" is unknown'),
     ],
 )
 def test_what_cannot_run_is_refused(changed, says):
@@ -158,3 +160,12 @@ def test_targets_are_kept_of_images_as_they_are_alone(key, value, says):
     if key != "distillation.kind":
         config.distillation.keep_targets = False
         checks.check_config(config)
+
+
+def test_networks_that_are_measured_are_jobs_of_the_run():
+    config = digits()
+    config.evaluation.networks = ("pt", "m2mkd/3", "e2e")
+    assert Plan(config).job("eval").needs == ("pt", "m2mkd/3", "e2e")
+    config.evaluation.networks = ("m2mkd/9",)
+    with pytest.raises(UserError, match=r"config.evaluation.networks: no job .m2mkd/9."):
+        checks.validate(config)

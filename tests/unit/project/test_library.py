@@ -58,7 +58,7 @@ def test_attention_weights_times_values_are_the_output_of_the_layer():
 
 def test_the_links_of_a_nac_are_probabilities_and_zero_beyond_the_truncation():
     nac = tiny_nac.network(tiny_nac.spec_with(truncation=0.5))
-    maps = inspection.attention([nac], tiny_nac.images())
+    maps = jax.jit(lambda x: inspection.attention([nac], x))(tiny_nac.images())
     signatures = [np.asarray(g.signatures[...]) for g in (nac.input_latents, nac.mediator_latents)]
     unit = [s / np.linalg.norm(s, axis=-1, keepdims=True) for s in signatures]
     distance = 1 - unit[1] @ np.concatenate(unit).T
@@ -66,3 +66,19 @@ def test_the_links_of_a_nac_are_probabilities_and_zero_beyond_the_truncation():
     expected = np.where(distance / bandwidth > 0.5 / bandwidth, 0, np.exp(-distance / bandwidth))
     np.testing.assert_allclose(maps["links"], np.clip(expected, 0, 1), atol=1e-5)
     np.testing.assert_allclose(maps["read_in"].sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(maps["read_out"].sum(-1), 1, atol=1e-5)
+
+
+def test_read_out_weights_times_values_are_the_message_of_the_layer():
+    nac, images = tiny_nac.network(tiny_nac.spec_with()), tiny_nac.images()
+    compute = jax.jit(lambda x: (inspection.attention([nac], x), nac.forward(x, {})))
+    maps, states = compute(images)
+    layer, groups = nac.read_out.attention, (nac.input_latents, nac.mediator_latents)
+    senders = jnp.concatenate([states["input"], states["mediator"]], axis=1)
+    codes = jnp.concatenate([group.codes[...] for group in groups])
+    v = layer.value((layer.sender_norm or layer.receiver_norm)(senders), codes)
+    v = rearrange(v, "b v (h c) -> b h v c", h=layer.heads)
+    message = rearrange(maps["read_out"] @ v, "b h u c -> b u (h c)")
+    own = nac.output_latents.codes[...]
+    expected = nac.read_out.ffn(layer.gamma[...][None, None] * layer.exit(message, own), own)
+    np.testing.assert_allclose(states["output"], expected, atol=1e-5)

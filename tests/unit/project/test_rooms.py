@@ -17,6 +17,7 @@ PACKAGE = "m2mkd_jax"
 # is the package's own __init__.py) imports from lower floors only.
 FLOORS = (
     ("main", "convert", "predict", "__main__"),
+    ("report",),
     ("command_line",),
     (PACKAGE,),
     ("inference", "jobs"),

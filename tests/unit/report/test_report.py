@@ -1,0 +1,204 @@
+"""The report on runs that are whole, killed, damaged, of earlier versions."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.report.__main__ import main
+from m2mkd_jax.report.analysis import Analysis, _keep
+from m2mkd_jax.report.records import read_run, restore_config
+from tests.unit.report import runs
+
+VOID = {"meta", "img", "br", "use", "path"}
+
+
+class Page(HTMLParser):
+    """Collects what a page holds, and whether its tags close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.used, self.tags, self.attributes = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        own = dict(attributes)
+        self.tags.append(tag)
+        self.attributes.append((tag, own))
+        self.ids += [own["id"]] if "id" in own else []
+        self.used += [v[1:] for k, v in own.items() if k == "href" and v.startswith("#")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def report(capsys, *directories, flags=("--no_analysis",)):
+    out = directories[0].parent / "page.html"
+    code = main([*map(str, directories), f"--out={out}", *flags])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return out.read_text(encoding="utf-8")
+
+
+def test_a_whole_run_is_shown_without_the_network(tmp_path, capsys):
+    text = report(capsys, runs.add_run(tmp_path / "run"))
+    page = Page(text)
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(['\"]?http", text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(page.used) <= set(page.ids)
+    assert all(own.get("alt") for tag, own in page.attributes if tag == "img")
+    charts = [own for tag, own in page.attributes if tag == "svg"]
+    assert len(charts) >= 10
+    assert all(own["role"] == "img" and len(own["aria-label"]) > 20 for own in charts)
+    assert page.tags.count("figcaption") == page.tags.count("figure")
+    assert not re.findall(r"#0000(0[0-9a-b])\b", text)  # colours are the style sheet's
+    assert len(text) < 5e6
+    # e2e - scratch by seed: 0.05, 0.04, 0.03; their deviation is 0.01, t(2, 0.975) = 4.3027:
+    # 4.3027 * 0.01 / sqrt(3) = 0.0248.
+    row = re.search(r"<tr><td>m2mKD \(e2e\)</td>.*?</tr>", text)[0]
+    assert ">+0.0400<" in row and ">0.0248<" in row and ">0.9600<" in row
+
+
+def test_an_unfinished_run_with_a_damaged_file_is_said_to_be_one(tmp_path, capsys):
+    workdir = runs.add_run(tmp_path / "run", students=2)
+    runs.add_job(workdir, "m2mkd/2")
+    (workdir / "summary.json").write_bytes(b"\xff\xfe")
+    text = report(capsys, workdir)
+    Page(text)
+    assert "summary.json is damaged" in text
+    assert "m2mkd/2 (stopped before its end)" in text
+    assert "e2e (not begun)" in text
+
+
+def test_the_status_of_jobs_without_a_summary(tmp_path):
+    workdir = runs.add_run(tmp_path / "run", students=1)
+    runs.add_job(workdir, "m2mkd/1")
+    run = read_run(workdir)
+    statuses = {name: job.status for name, job in run.jobs.items()}
+    assert statuses["m2mkd/0"] == "done"
+    assert statuses["m2mkd/1"] == "interrupted"
+    assert statuses["m2mkd/2"] == statuses["eval"] == "pending"
+    stopped = run.jobs["m2mkd/1"]
+    assert (stopped.steps, stopped.seconds) == (20, pytest.approx(2.0))
+
+
+def damaged(workdir, name):
+    """Damages a run; the words that a page has about it."""
+    if name == "done.json":
+        (workdir / "jobs" / "ft" / "done.json").write_text('{"name": "ft", ')
+        return "done.json is damaged"
+    if name == "config.json":
+        (workdir / "config.json").write_text("[]")
+        return "The jobs are those on disk"
+    if name == "no config.json":
+        (workdir / "config.json").unlink()
+        return "config.json does not exist"
+    (workdir / "summary.json").write_bytes(b"\xff\xfe")
+    return "summary.json is damaged"
+
+
+@pytest.mark.parametrize("name", ["done.json", "config.json", "no config.json", "summary.json"])
+def test_damaged_files_are_named_and_left_out(name, tmp_path):
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    words = damaged(workdir, name)
+    run = read_run(workdir)
+    assert words in " ".join(run.notes)
+    assert run.jobs["e2e"].accuracy == 0.95
+
+
+def test_a_config_of_an_earlier_version(tmp_path):
+    saved = json.loads(runs.config().to_json())
+    saved["teacher"]["remat"] = True  # which is "auto", "always" or "never"
+    saved["gone"] = {"key": 1}
+    del saved["distillation"]
+    config = restore_config(saved)
+    assert config.teacher.remat == "auto"
+    assert config.teacher.depths == (1, 2, 1)
+    assert config.distillation.kind == "soft"
+    assert config.recipes.m2mkd.modules["1"].to_dict() == {"epochs": 3, "clip": 1.0}
+
+
+def test_runs_side_by_side_show_what_differs(tmp_path, capsys):
+    first = runs.add_run(tmp_path / "a", seeds=1)
+    second = runs.add_run(tmp_path / "b", seeds=2, log_every=7)
+    text = report(capsys, first, second)
+    Page(text)
+    assert re.search(r"<td>log_every</td><td>5</td><td>7</td>", text)
+    assert "recipes.pt.epochs" not in text
+
+
+def test_what_the_analysis_has_kept_is_shown(tmp_path, capsys):
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 10
+    logits = rng.normal(size=(40, 10)) + 3 * np.eye(10)[labels]
+    modules = {"agreement": 0.77, "cka": 0.66, "stitches": {"post_stitch": 5.5}}
+    numbers = {
+        "main": "e2e",
+        "class_names": [f"<class {i}>" for i in range(10)],
+        "modules": {"0": modules},
+        "costs": {name: {"flops_per_step": 1e9, "memory": 2.0**20} for name in ("pt", "e2e")},
+    }
+    pixels = rng.integers(0, 255, (4, 8, 8, 3), np.uint8)
+    links = rng.uniform(size=(2, 6, 9))
+    arrays = {
+        "logits/e2e": logits,
+        "labels": labels,
+        "samples": np.arange(4),
+        "sample_images": pixels,
+        "nac/links": links,
+        "nac/output_links": rng.uniform(size=(3, 9)),
+        "nac/signatures": np.zeros((6, 4)),
+        "nac/prior": np.eye(6)[::-1],
+        "nac/read_in": rng.uniform(size=(4, 3, 16)),
+        "nac/read_in_images": pixels,
+        "nac/use": rng.uniform(size=(10, 9)),
+        "vmoe/class_load": rng.uniform(size=(10, 2, 4)),
+        "vmoe/classes": np.arange(10),
+    }
+    _keep(workdir, Analysis(numbers, arrays))
+    measured = {
+        "eval_accuracy": 0.95,
+        "corrupted_accuracy": 0.61,
+        "corruptions": {"blur": [0.9, 0.8, 0.7, 0.5, 0.3], "noise": [0.9, 0.7, 0.6, 0.4, 0.3]},
+        "reductions": [
+            {"removed": "experts", "kept": 2, "flops_saved": 0.125, "eval_accuracy": 0.5}
+        ],
+    }
+    done = {"name": "eval", "status": "done", "metrics": {"eval_accuracy": 0.95}}
+    write_record(workdir / "jobs" / "eval" / "done.json", done | {"networks": {"e2e": measured}})
+    text = report(capsys, workdir)
+    page = Page(text)
+    assert {"0.7700", "0.6600", "post_stitch 5.5", "1 MiB", "20 G", "0.6400", "12.5%"} <= set(
+        re.findall(r">([^<>]+)</td>", text)
+    )
+    assert "<class" not in text  # names of classes are text, not tags
+    assert page.tags.count("img") == 4 + 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["nowhere"], "nowhere is not a directory"),
+        (["."], "neither config.json nor jobs/"),
+        ([".", "--images=0"], "--images is 0"),
+        ([".", "--imgs=2"], "--imgs"),
+    ],
+)
+def test_wrong_input_is_one_line(given, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
