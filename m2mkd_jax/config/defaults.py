@@ -23,11 +23,11 @@ from m2mkd_jax.config.keys import (
     REMAT,
     SEED,
     SHARE,
-    WATCHDOG,
     Key,
     Keys,
     default_values,
 )
+from m2mkd_jax.config.run_keys import RUN
 
 PHASES = (
     "pt",
@@ -275,40 +275,7 @@ def all_keys(family: str = "nac") -> Keys:
         "few_shot": FEW_SHOT,
         "init": INIT,
         "evaluation": EVALUATION,
-        "checkpoint_minutes": Key(
-            10.0,
-            "minutes between checkpoints at the most; there is one at every evaluation",
-            FROM_0,
-        ),
-        "log_every": Key(50, "optimizer updates between two lines of the log", ABOVE_0),
-        "log_seconds": Key(
-            10.0,
-            "seconds between two lines on the screen where it is no terminal, at the least; every "
-            "evaluation has one",
-            FROM_0,
-        ),
-        "trackers": Key(
-            (),
-            "programs that get the numbers of the log: tensorboard, wandb, trackio, or a class of "
-            'one\'s own, "package.module:Class"; jobs/trackers.py',
-            NAMES,
-        ),
-        "max_skipped_steps": Key(
-            0,
-            "steps of a job whose loss or gradient may be not finite: they change no weights; one "
-            "more ends the job",
-            FROM_0,
-        ),
-        "watchdog_seconds": Key(
-            300.0,
-            "seconds for which one of several processes may be silent, or keep the others waiting, "
-            "before all end and it is named; longer than reading a checkpoint takes",
-            WATCHDOG,
-        ),
-        "precision": Key(
-            "auto",
-            "of activations: float32, bfloat16; auto: bfloat16 on GPU and TPU, float32 on CPU",
-        ),
+        **RUN,
         "mesh": MESH,
     }
     return keys | own_section(family, keys) if ":" in family else keys
