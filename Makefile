@@ -1,4 +1,5 @@
-# make demo [WORKDIR=runs/vmoe_digits]  install into .venv (no CUDA) and run the digits pipeline
+# make demo [WORKDIR=runs/vmoe_digits]  install into .venv (no CUDA), run the digits pipeline, and
+#                                       write its report
 # make test                             install into .venv-test; the checks of make lint, then every
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
@@ -23,6 +24,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 demo: .venv/stamp
 	.venv/bin/python -m m2mkd_jax.main --config=configs/vmoe_digits.py --workdir=$(WORKDIR)
+	.venv/bin/python -m m2mkd_jax.report $(WORKDIR) --no_analysis
 
 # Lanes are separate processes: one has eight CPU devices, the others one.  All run, whatever fails;
 # pytest itself fails a lane with no test in it, tests/conftest.py one with a forbidden skip.
@@ -55,11 +57,11 @@ clean:
 	find m2mkd_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null; true
 
 # The stamps make a second call install nothing, until pyproject.toml changes.
-.venv/stamp: EXTRA :=
+.venv/stamp: EXTRA := [report]
 .venv-test/stamp: EXTRA := [test]
 .venv/stamp .venv-test/stamp: pyproject.toml setup.py | python
 	test -x $(@D)/bin/pip || $(PYTHON) -m venv --clear $(@D)
-	$(if $(EXTRA),$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps --retries 0 --timeout 20 \
+	$(if $(filter [test],$(EXTRA)),$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps --retries 0 --timeout 20 \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) '$(TORCH)')
 	$(@D)/bin/python -m pip install $(PIP_FLAGS) -e '.$(EXTRA)'
 	touch $@
