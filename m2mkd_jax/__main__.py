@@ -10,8 +10,9 @@ COMMANDS = f"""{VERSION}: module-to-module knowledge distillation (arXiv 2402.16
   m2mkd          train, distil and evaluate: the phases of a config
   m2mkd-convert  torch or safetensors weights to this package's, and back
   m2mkd-predict  the likeliest classes of images
+  m2mkd-report   what runs gave, as one page
 
-Each has --help, and runs as python -m m2mkd_jax.main, m2mkd_jax.convert, m2mkd_jax.predict too."""
+Each has --help, and runs as python -m m2mkd_jax.main, .convert, .predict and .report too."""
 
 
 def main() -> None:

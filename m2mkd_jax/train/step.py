@@ -165,6 +165,10 @@ class SeededStep:
     def __call__(self, *arguments: Any) -> Any:
         return self._compiled(*arguments, self._key)
 
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """As `jax.jit`'s."""
+        return self._compiled.trace(*arguments, self._key)
+
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""
         return self._compiled.lower(*arguments, self._key)
