@@ -15,8 +15,10 @@ import psutil
 from scipy.optimize import nnls
 
 from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import flops_of
+from m2mkd_jax.jobs.joint import can_join
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
 from m2mkd_jax.jobs.setup import count_updates
 from m2mkd_jax.models import chain
@@ -112,16 +114,23 @@ class Schedule:
         names: of all jobs of the command, in order.
         work_of: FLOPs of a job, about, by its name; asked once for each, when a job has finished.
         workdir: of the run.
+        joins: whether a job trains in one program with the other modules of its phase.
     """
 
     names: list[str]
     work_of: Callable[[str], float]
     workdir: Path
+    joins: Callable[[str], bool] = lambda name: False
 
     @classmethod
     def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> Schedule:
         """The schedule of some jobs of a plan."""
-        return cls(list(names), lambda name: _work(plan.job(name)), workdir)
+
+        def joins(name: str) -> bool:
+            module = name.partition("/")[0] in MODULE_PHASES
+            return module and can_join(plan.config, plan.job(name).phase)
+
+        return cls(list(names), lambda name: _work(plan.job(name)), workdir, joins)
 
     @functools.cached_property
     def work(self) -> dict[str, float]:
@@ -148,8 +157,7 @@ class Schedule:
         for name in self.names:
             seconds = job_seconds(self.workdir, name)
             if seconds is not None:
-                phase = name.partition("/")[0]
-                group = "m2mkd" if phase == "m2mkd" else name
+                group = name.partition("/")[0] if self.joins(name) else name
                 groups.setdefault(group, []).append(name)
                 spent[group] = max(seconds, spent.get(group, 0.0))
         if not groups or not any(self.work[name] for own in groups.values() for name in own):

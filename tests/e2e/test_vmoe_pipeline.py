@@ -57,10 +57,10 @@ def test_pairs_go_on_together_and_by_themselves(workdir, environment, tmp_path):
     """
     for job in ("pt", "ft"):
         shutil.copytree(workdir / "jobs" / job, tmp_path / "jobs" / job)
-    process = start("tiny_vmoe", environment, tmp_path, "--only=m2mkd")
-    assert wait_for_records(tmp_path / "jobs" / "m2mkd" / "2" / "metrics.jsonl", 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(TIMEOUT) == 3
+    with start("tiny_vmoe", environment, tmp_path, "--only=m2mkd") as process:
+        assert wait_for_records(tmp_path / "jobs" / "m2mkd" / "2" / "metrics.jsonl", 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 3
     alone = run("tiny_vmoe", environment, tmp_path, "--only=m2mkd/0")
     assert alone.returncode == 0 and "[m2mkd/0] resumed at step" in alone.stdout, alone.stderr
     rest = run("tiny_vmoe", environment, tmp_path, "--only=m2mkd")

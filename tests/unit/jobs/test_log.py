@@ -203,7 +203,8 @@ def finished(workdir, name, seconds):
 
 def test_time_left_is_fitted_to_finished_jobs(tmp_path):
     work = {"pt": 10.0, "ft": 20.0, "m2mkd/0": 2.0, "m2mkd/1": 3.0, "e2e": 5.0, "eval": 0.0}
-    schedule = Schedule(list(work), work.__getitem__, tmp_path)
+    joins = lambda name: name.startswith("m2mkd/")
+    schedule = Schedule(list(work), work.__getitem__, tmp_path, joins)
     assert schedule.seconds_left({"pt": 0.5}) is None
     finished(tmp_path, "pt", 24.0)
     assert schedule.seconds_left({}) == pytest.approx(2.4 * 30)
