@@ -59,7 +59,8 @@ class Ours:
             lowered = lambda: jax.jit(self.program.logits).lower(*self.arguments, self.images)
         else:
             self.state = setup.initial_state()
-            lowered = lambda: setup.make_step().lower(self.state, setup.frozen, self.data)
+            self.step = setup.make_step()
+            lowered = lambda: self.step.lower(self.state, setup.frozen, self.data)
         began = time.perf_counter()
         self.compiled = lowered().compile()
         self.compile_seconds = time.perf_counter() - began
@@ -71,7 +72,8 @@ class Ours:
             if self.case.predict:
                 self.last = self.compiled(*self.arguments, self.images)
             else:
-                self.state, self.last = self.compiled(self.state, self.setup.frozen, self.data)
+                # It finds the compiled program in jax's cache.
+                self.state, self.last = self.step(self.state, self.setup.frozen, self.data)
         jax.block_until_ready(self.last)
         wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
         return wall / count, cpu / count
