@@ -183,9 +183,13 @@ Spec = BackboneSpec | DetectorSpec
 KINDS = ("detector", "detector_backbone")
 
 
-def is_detection(description: Mapping[str, Any]) -> bool:
-    """Whether a description of weights, or the fields of an --arch file, is of these networks."""
-    return description.get("kind") in KINDS
+def is_detection(description: Any) -> bool:
+    """Whether a description of weights, or the fields of an --arch file, is of these networks.
+
+    Args:
+        description: as read from a file, of any type.
+    """
+    return isinstance(description, Mapping) and description.get("kind") in KINDS
 
 
 def spec_of(description: Mapping[str, Any]) -> Spec:
