@@ -108,12 +108,12 @@ def get_config() -> ConfigDict:
     data.augment.crop, data.augment.shift = "shift", 2
     whole.patch, whole.width, whole.heads, whole.depths = 8, 64, 4, (2,) * 4
     dense.patch, dense.width, dense.heads, dense.depths = 8, 48, 4, (1,) * 4
-    epochs = {"pt": 24, "mt": 6, "ft": 6, "m2mkd": 6, "e2e": 16, "fewshot": 20}
+    epochs = {"pt": 20, "mt": 5, "ft": 6, "m2mkd": 5, "e2e": 16, "fewshot": 20}
     for name, recipe in recipes.items():
         recipe.batch, recipe.lr_per, recipe.lr, recipe.epochs = 48, 0, 2e-3, epochs[name]
         recipe.min_lr, recipe.warmup_lr, recipe.warmup_epochs = 1e-5, 1e-5, 1
         recipe.mixup = recipe.cutmix = 0.0
-    recipes.mt.modules = {"0": {"epochs": 24}}
-    recipes.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
+    recipes.mt.modules = {"0": {"epochs": 10}}
+    recipes.m2mkd.modules = {"0": {"epochs": 12, "lr": 3e-3}}
     recipes.ft.lr, recipes.ft.clip = 1e-3, 1.0
     return config
