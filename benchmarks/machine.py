@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 
 import jax
 import jax.numpy as jnp
+
+from m2mkd_jax.parallel.matrix_rate import measure_matrix_rate
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm")
 
@@ -51,11 +52,4 @@ def describe() -> dict:
 def matrix_rate(dtype: jnp.dtype) -> float:
     """FLOP/s of a square matrix product on this device, the best of ten."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
-    a, b = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
-    product = jax.jit(jnp.matmul)
-    seconds = []
-    for _ in range(11):
-        began = time.perf_counter()
-        jax.block_until_ready(product(a, b))
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])
+    return measure_matrix_rate(dtype, side, repetitions=10)

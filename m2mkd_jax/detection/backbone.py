@@ -38,14 +38,7 @@ class Net(nnx.Module):
     def __init__(self, spec: BackboneSpec, *, rngs: nnx.Rngs):
         self.spec = spec
         vit = spec.vmoe.vit
-        self.patch_embed = layers.Patches(
-            vit.patch,
-            3,
-            vit.width,
-            kernel_init=layers.torch_init,
-            bias_init=layers.torch_bias_init(3 * vit.patch**2),
-            rngs=rngs,
-        )
+        self.patch_embed = layers.Patches(vit.patch, 3, vit.width, rngs=rngs)
         shape = (1, spec.positions, vit.width)
         self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))
         for i, (kind, count) in enumerate(spec.segments()):

@@ -85,9 +85,8 @@ def check_same_config(
     """
     for name in plan.closure(names):
         path, job = inputs_path(workdir, name), plan.job(name)
-        if (
-            name in (*stale, *extended) or job.kind is Kind.EVALUATION
-        ):  # what is measured anew loses nothing
+        # What is measured anew loses nothing.
+        if name in (*stale, *extended) or job.kind is Kind.EVALUATION:
             continue
         hint = f"--redo={name} does it and what stands on it again; or use another --workdir"
         if not path.is_file():

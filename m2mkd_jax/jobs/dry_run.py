@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from m2mkd_jax.jobs.plan import (
     stale_after,
 )
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
+from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import AXES, mesh_shape, with_mesh
@@ -209,10 +209,11 @@ def count_costs(
 def describe_costs(costs: Costs) -> str:
     """FLOPs per image and memory per device, in two lines."""
     return (
-        f"FLOPs per image: {_si(costs.forward)} forward, {_si(costs.training)} training\n"
-        f"  memory per device: {_bytes(costs.weights)} trained + {_bytes(costs.weights)} gradients "
-        f"+ {_bytes(costs.optimizer)} optimizer + {_bytes(costs.frozen)} frozen + "
-        f"{_bytes(costs.activations)} activations ({costs.images} images)"
+        f"FLOPs per image: {si(costs.forward)} forward, {si(costs.training)} training\n"
+        f"  memory per device: {binary_size(costs.weights)} trained + "
+        f"{binary_size(costs.weights)} gradients + {binary_size(costs.optimizer)} optimizer "
+        f"+ {binary_size(costs.frozen)} frozen + "
+        f"{binary_size(costs.activations)} activations ({costs.images} images)"
     )
 
 
@@ -245,18 +246,3 @@ def describe_sharding(mesh: AbstractMesh, fsdp: bool, phase: Phase) -> Iterator[
         kinds[" and ".join(cut)] += leaf.size
     for axes, count in sorted(kinds.items()):
         yield f"{count:,} " + (f"over {axes}" if axes else "on every device")
-
-
-def _si(number: int) -> str:
-    if not number:
-        return "0"
-    power = min(int(math.log10(number)) // 3, 5)
-    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}".strip()
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} GiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class Schedule:
     work_of: Callable[[str], float]
     workdir: Path
     joins: Callable[[str], bool] = lambda name: False
+    _finished: dict[str, float] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> Schedule:
@@ -136,6 +137,15 @@ class Schedule:
     def work(self) -> dict[str, float]:
         """FLOPs by job, about."""
         return {name: self.work_of(name) for name in self.names}
+
+    def _seconds(self, name: str) -> float | None:
+        """`job_seconds`; the result of a finished job is read once, not at every log entry."""
+        if name not in self._finished:
+            seconds = job_seconds(self.workdir, name)
+            if seconds is None:
+                return None
+            self._finished[name] = seconds
+        return self._finished[name]
 
     def place(self, name: str) -> str:
         """Which of how many jobs it is."""
@@ -155,7 +165,7 @@ class Schedule:
         groups: dict[str, list[str]] = {}
         spent: dict[str, float] = {}
         for name in self.names:
-            seconds = job_seconds(self.workdir, name)
+            seconds = self._seconds(name)
             if seconds is not None:
                 group = name.partition("/")[0] if self.joins(name) else name
                 groups.setdefault(group, []).append(name)

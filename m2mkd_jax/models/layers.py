@@ -299,7 +299,7 @@ class Patches(nnx.Module):
 
     (B, H, W, C) -> (B, H/size, W/size, D). The same numbers as a convolution, without the slow
     strided convolutions (and their gradients) of the CPU backend. Kernel: (size*size*C, D), rows
-    ordered (row, column, channel).
+    ordered (row, column, channel). Initial weights are by default those of PyTorch's convolution.
     """
 
     def __init__(
@@ -308,14 +308,14 @@ class Patches(nnx.Module):
         c: int,
         d: int,
         *,
-        kernel_init: Initialiser,
-        bias_init: Initialiser,
+        kernel_init: Initialiser = torch_init,
+        bias_init: Initialiser | None = None,
         rngs: nnx.Rngs,
     ):
         self.size = size
-        self.linear = nnx.Linear(
-            size * size * c, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
-        )
+        fan_in = size * size * c
+        bias_init = bias_init or torch_bias_init(fan_in)
+        self.linear = nnx.Linear(fan_in, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear(

@@ -85,15 +85,7 @@ class ViTStage(chain.Stage):
         self.spec, self.depth, self.first, self.last = spec, depth, first, last
         d = spec.width
         if first:
-            fan_in = 3 * spec.patch**2
-            self.patch_embed = layers.Patches(
-                spec.patch,
-                3,
-                d,
-                kernel_init=layers.torch_init,
-                bias_init=layers.torch_bias_init(fan_in),
-                rngs=rngs,
-            )
+            self.patch_embed = layers.Patches(spec.patch, 3, d, rngs=rngs)
             self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, d)))
             shape = (1, spec.tokens, d)
             self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))

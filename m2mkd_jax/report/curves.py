@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from m2mkd_jax.jobs.units import unit_of
 from m2mkd_jax.report.charts import COLOURS, DASHES, INK, SERIES, SHAPES, Figure, draw, legend_below
 from m2mkd_jax.report.overview import teaching_flops
 from m2mkd_jax.report.records import ARMS, JobRecord, RunRecord
-from m2mkd_jax.report.tables import unit_of
 
 Costs = Mapping[str, Mapping[str, float]]
 

@@ -10,15 +10,14 @@ import numpy as np
 
 from m2mkd_jax.config.defaults import PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
+from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.report.charts import COLOURS, INK, SHAPES, Figure, draw
 from m2mkd_jax.report.records import ARMS, JobRecord, RunRecord
 from m2mkd_jax.report.tables import (
-    binary_size,
     cell,
     duration,
     percent,
     shown_duration,
-    si,
     table,
 )
 

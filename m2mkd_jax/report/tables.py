@@ -66,26 +66,3 @@ def shown_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def si(number: float) -> str:
-    """A number with three digits and a prefix: 1.23 T."""
-    unit, prefix = unit_of(number)
-    return f"{number / unit:.3g} {prefix}".strip()
-
-
-def unit_of(number: float) -> tuple[float, str]:
-    """The largest unit that is no larger than a number, and its prefix: 1e12 and T."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(number) >= 10**power:
-            return 10.0**power, prefix
-    return 1.0, ""
-
-
-def binary_size(count: float) -> str:
-    """Bytes as KiB, MiB or GiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

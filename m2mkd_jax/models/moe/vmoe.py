@@ -111,14 +111,7 @@ class VMoEStage(chain.Stage):
         _check_stitches(spec, start, depth, first, last)
         vit = spec.vit
         if first:
-            self.patch_embed = layers.Patches(
-                vit.patch,
-                3,
-                vit.width,
-                kernel_init=layers.torch_init,
-                bias_init=layers.torch_bias_init(3 * vit.patch**2),
-                rngs=rngs,
-            )
+            self.patch_embed = layers.Patches(vit.patch, 3, vit.width, rngs=rngs)
             self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, vit.width)))
             shape = (1, vit.tokens, vit.width)
             self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))

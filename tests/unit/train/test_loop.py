@@ -171,13 +171,17 @@ def test_a_signal_in_an_evaluation_saves_and_a_resumed_run_makes_up_for_it():
     assert [r["step"] for r in known.logs if "eval_accuracy" in r] == [10]
 
 
-def test_a_signal_saves_and_raises():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_raises(number):
     recorder = Recorder()
     step = recorder.step
 
     def interrupted(states, batch):
         if states["job"]["n"] == 2:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
+            if number == signal.SIGUSR1:  # SLURM's announcement, and later its order
+                signal.raise_signal(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGTERM)
         return step(states, batch)
 
     recorder.step = interrupted
@@ -259,22 +263,3 @@ def test_where_one_job_diverges_the_others_are_saved():
     with pytest.raises(UserError, match="b: the loss is no longer finite at step 1;"):
         jobs.run()
     assert ("save", 4) in jobs.events["a"] and ("save", 4) not in jobs.events["b"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_other_signals_that_ask_to_stop(number):
-    recorder = Recorder()
-    step = recorder.step
-
-    def interrupted(states, batch):
-        if states["job"]["n"] == 2:
-            signal.raise_signal(number)
-            if number == signal.SIGUSR1:  # SLURM's announcement, and later its order
-                signal.raise_signal(signal.SIGUSR1)
-                signal.raise_signal(signal.SIGTERM)
-        return step(states, batch)
-
-    recorder.step = interrupted
-    with pytest.raises(Preempted, match="step 3"):
-        recorder.run()
-    assert recorder.saves == [(3, {})]
