@@ -9,17 +9,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.data_section import DATA
 from m2mkd_jax.config.evaluation_section import EVALUATION
 from m2mkd_jax.config.family_sections import SECTIONS, own_section
 from m2mkd_jax.config.keys import (
     ABOVE_0,
-    BELOW_1,
     COUNTS,
     FROM_0,
-    FROM_MINUS_1,
     NAMES,
-    NUMBERS,
-    POSITIVE_NUMBERS,
     REMAT,
     SEED,
     SHARE,
@@ -27,6 +24,7 @@ from m2mkd_jax.config.keys import (
     Keys,
     default_values,
 )
+from m2mkd_jax.config.recipe_section import RECIPE
 from m2mkd_jax.config.run_keys import RUN
 
 PHASES = (
@@ -43,118 +41,6 @@ PHASES = (
 )
 MODULE_PHASES = ("mt", "m2mkd")  # one job per module
 RECIPES = ("pt", "mt", "ft", "m2mkd", "e2e", "fewshot")
-
-DATA: Keys = {
-    "name": Key(
-        "",
-        "data set: digits, fashion_mnist, image_folder, tiny_imagenet, imagenet, cifar100, cub, "
-        "imagenet_r, tiny_imagenet_r; data/sources.py",
-    ),
-    "root": Key("", 'directory; "": where the data set is looked for by default'),
-    "image_size": Key(0, "side of an image in pixels; must be given"),
-    "classes": Key(0, "classes of the data set; must be given"),
-    "train_images": Key(0, "training images, a class-balanced subset; 0: all", FROM_0),
-    "test_images": Key(0, "test images, a class-balanced subset; 0: all", FROM_0),
-    "workers": Key(
-        -1,
-        "processes that decode images; 0: threads of the main process; -1: as fits the machine",
-        FROM_MINUS_1,
-    ),
-    "damaged_share": Key(
-        0.001,
-        "share of the images that may be undecodable: in training another stands in for each, in "
-        "evaluation it is left out; more are an error",
-        SHARE,
-    ),
-    "mean": Key(
-        (0.485, 0.456, 0.406),
-        "mean of each channel, of pixels from 0 to 1; the default is ImageNet's",
-        NUMBERS,
-        length=3,
-    ),
-    "std": Key(
-        (0.229, 0.224, 0.225),
-        "standard deviation of each channel, likewise",
-        POSITIVE_NUMBERS,
-        length=3,
-    ),
-    "repeated_augmentation": Key(
-        1,
-        "copies of an image in an epoch, each augmented anew; an epoch of n copies has one n-th "
-        "of the images; 1: off; 3 as published",
-        ABOVE_0,
-    ),
-    "augment": {
-        "crop": Key("none", "none, shift, random_resized"),
-        "shift": Key(0, "largest shift in pixels, for crop shift", FROM_0),
-        "scale": Key(
-            (0.08, 1.0), "smallest and largest share of the image's area, for crop random_resized"
-        ),
-        "flip": Key(False, "mirror half of the images"),
-        "rand_augment": Key(
-            "", 'RandAugment policy, such as rand-m9-mstd0.5-inc1, the published one; "": off'
-        ),
-        "color_jitter": Key(
-            0.0,
-            "largest relative change of brightness, contrast and saturation; only without "
-            "rand_augment",
-        ),
-        "erase": Key(0.0, "probability of erasing a random box of an image"),
-    },
-}
-
-RECIPE: Keys = {
-    "epochs": Key(0.0, "epochs of training; must be given for the phases that run"),
-    "batch": Key(0, "images per optimizer update, over all devices; must be given likewise"),
-    "accumulate": Key(1, "parts that a batch is computed in, one after the other", ABOVE_0),
-    "optimizer": Key("adamw", "adamw, sgd (with Nesterov momentum)"),
-    "momentum": Key(0.9, "of sgd", BELOW_1),
-    "lr": Key(5e-4, "peak learning rate, for lr_per images per batch", FROM_0),
-    "lr_per": Key(512, "images: the rate used is lr * batch / lr_per; 0: lr itself", FROM_0),
-    "min_lr": Key(1e-5, "learning rate at the end", FROM_0),
-    "scale_min_lr": Key(False, "scale min_lr with the batch as well"),
-    "warmup_lr": Key(1e-6, "learning rate at the start of the warmup, never scaled", FROM_0),
-    "warmup_epochs": Key(0.0, "epochs of linear warmup, part of epochs"),
-    "schedule": Key(
-        "clean",
-        "clean: warmup, then a cosine, per update; published, published_nac: the original's, per "
-        "epoch; train/schedule.py",
-    ),
-    "weight_decay": Key(0.05, "weight decay; decoupled from the gradient for adamw", FROM_0),
-    "decay_rule": Key(
-        "published",
-        "which parameters decay: published (no biases, norms, embeddings), published_stage (with "
-        "embeddings), all, none; train/optimizer.py",
-    ),
-    "clip": Key(0.0, "largest global norm of the gradient; 0: no clipping", FROM_0),
-    "drop_path": Key(
-        0.0, "drop-path rate of the last block; rates grow linearly from 0 over the blocks", BELOW_1
-    ),
-    "ema": Key(
-        0.0,
-        "decay per update of a moving average of the weights, which is then evaluated and kept; "
-        "0: off",
-        BELOW_1,
-    ),
-    "mixup": Key(0.8, "alpha of mixup's Beta distribution; 0: no mixup", FROM_0),
-    "cutmix": Key(1.0, "alpha of cutmix's Beta distribution; 0: no cutmix", FROM_0),
-    "switch_prob": Key(0.5, "share of cutmix among mixed batches, where both are on", SHARE),
-    "mix_prob": Key(1.0, "share of batches that are mixed", SHARE),
-    "smoothing": Key(0.1, "label smoothing", BELOW_1),
-    "stop_within": Key(
-        0.0,
-        "stop a module once its hybrid's accuracy is within this of its reference (mt: the meta "
-        "model's, m2mkd: the teacher hybrid's), looked at every evaluation.every epochs; 0: never",
-        FROM_0,
-    ),
-    "importance_weight": Key(
-        0.0, "weight of the routers' importance loss (V-MoE), summed over the blocks", FROM_0
-    ),
-    "load_weight": Key(
-        0.0, "weight of the routers' load loss (V-MoE), summed over the blocks", FROM_0
-    ),
-    "modules": Key({}, 'other values for single modules of mt and m2mkd: {"0": {"epochs": 12}}'),
-}
 
 TEACHER: Keys = {
     "family": Key("", 'teacher of one\'s own, "package.module:Class"; "": a vision transformer'),
