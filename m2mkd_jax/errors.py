@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 # Least share of common letters of words that are mistaken for each other (difflib).
 SIMILAR = 0.65
@@ -23,6 +24,20 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_known(value: Any, known: Collection[str], key: str) -> None:
+    """Raises UserError unless a config's value is one of the known ones.
+
+    Args:
+        value: of the key.
+        known: what it may be.
+        key: of the config, such as recipes.pt.optimizer.
+    """
+    close = closest(str(value), known)
+    hint = f'did you mean "{close}"? ' if close else ""
+    listed = ", ".join(known)
+    require(value in known, f'config.{key}: "{value}" is unknown; {hint}known: {listed}')
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from m2mkd_jax.config.keys import (
     ABOVE_0,
     COUNTS,
     FROM_0,
+    INDICES,
     NAMES,
     REMAT,
     SEED,
@@ -70,6 +71,17 @@ DISTILLATION: Keys = {
     ),
     "alpha": Key(0.5, "weight of the distillation loss; that of the labels is 1 - alpha", SHARE),
     "temperature": Key(1.0, "temperature of both distributions, for soft", ABOVE_0),
+    "teach_from": Key(
+        "ft",
+        "phase whose teacher modules teach the students: ft, fine-tuned together as published; mt, "
+        "as each was trained inside the meta model, closer to it",
+    ),
+    "teacher_of": Key(
+        (),
+        "teacher module that each student imitates in its own place, for experiments; the first "
+        "and the last their own; (): all their own, as published",
+        INDICES,
+    ),
     "joint": Key(
         True,
         "train the pairs m2mkd/i that a run has to do in one program, on the same batches, as many "

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,24 +19,23 @@ from m2mkd_jax.config.defaults import (
     recipe_name,
     renditions_data,
     teaching_data,
-    teaching_data_key,
 )
 from m2mkd_jax.config.values import check_value, check_values
 from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.sources import describe_missing
-from m2mkd_jax.errors import UserError, closest, did_you_mean, located, require
+from m2mkd_jax.errors import UserError, did_you_mean, located, require, require_known
 from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
 from m2mkd_jax.jobs.changes import check_same_config
 from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
+from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.jobs.trackers import tracker_class
-from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
@@ -50,13 +47,6 @@ from m2mkd_jax.train.schedule import SCHEDULES
 
 REGULARISERS = ("none", "hinge", "stochastic_block", "gaussian_mixture")
 PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def _one_of(value: Any, known: Collection[str], key: str) -> None:
-    close = closest(str(value), known)
-    hint = f'did you mean "{close}"? ' if close else ""
-    listed = ", ".join(known)
-    require(value in known, f'config.{key}: "{value}" is unknown; {hint}known: {listed}')
 
 
 def validate(config: ConfigDict, devices: int = 1) -> Plan:
@@ -127,23 +117,22 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
     check_values(config)
     require(len(config.phases) > 0, "config.phases is empty; nothing would run")
     for phase in config.phases:
-        _one_of(phase, PHASES, "phases")
-    _one_of(config.distillation.kind, KINDS, "distillation.kind")
-    _one_of(config.regulariser.kind, REGULARISERS, "regulariser.kind")
-    _one_of(config.precision, PRECISIONS, "precision")
+        require_known(phase, PHASES, "phases")
+    require_known(config.regulariser.kind, REGULARISERS, "regulariser.kind")
+    require_known(config.precision, PRECISIONS, "precision")
     for name in config.evaluation.renditions:
-        _one_of(name, PARENTS, "evaluation.renditions")
+        require_known(name, PARENTS, "evaluation.renditions")
         message = f"config.evaluation.renditions: {name} needs a network of {PARENTS[name]}"
         require(config.data.name == PARENTS[name], message)
     for name in config.trackers:
         tracker_class(name)
     for kind in config.evaluation.corruptions:
-        _one_of(kind, (*CORRUPTIONS, "all"), "evaluation.corruptions")
+        require_known(kind, (*CORRUPTIONS, "all"), "evaluation.corruptions")
     for name in RECIPES:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)
     _check_networks(config, devices)
-    _check_views(config)
+    check_distillation(config)
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
@@ -167,9 +156,9 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
     for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
         recipe = module_recipe(config, name, index)
         where = f"config.recipes.{name}"
-        _one_of(recipe.optimizer, OPTIMIZERS, f"recipes.{name}.optimizer")
-        _one_of(recipe.schedule, SCHEDULES, f"recipes.{name}.schedule")
-        _one_of(recipe.decay_rule, DECAY_RULES, f"recipes.{name}.decay_rule")
+        require_known(recipe.optimizer, OPTIMIZERS, f"recipes.{name}.optimizer")
+        require_known(recipe.schedule, SCHEDULES, f"recipes.{name}.schedule")
+        require_known(recipe.decay_rule, DECAY_RULES, f"recipes.{name}.decay_rule")
         require(recipe.epochs > 0, f"{where}.epochs is {recipe.epochs}; it must be above 0")
         require(
             0 <= recipe.warmup_epochs <= recipe.epochs,
@@ -199,39 +188,12 @@ def _check_stop(config: ConfigDict, name: str) -> None:
     )
 
 
-def _check_views(config: ConfigDict) -> None:
-    """Refuses kept targets of images that are changed, or mixed with others, in every step."""
-    views, data, key = config.distillation.views, teaching_data(config), teaching_data_key(config)
-    if not views or not config.distillation.keep_targets or "m2mkd" not in config.phases:
-        return
-    changes = []
-    for index in (None, *range(teacher(config).modules)):
-        recipe = module_recipe(config, "m2mkd", index)
-        changes += [f"recipes.m2mkd.{name}=0" for name in ("mixup", "cutmix") if recipe[name]]
-    if data.augment.erase:
-        changes.append(f"{key}.augment.erase=0")
-    if data.repeated_augmentation > 1:
-        changes.append(f"{key}.repeated_augmentation=1")
-    if config.distillation.kind == "none":
-        changes.append('distillation.kind="soft"')
-    require(
-        not changes,
-        f"config.distillation.views is {views}: targets are kept for single images as they are; "
-        f"set {', '.join(dict.fromkeys(changes))}, or distillation.keep_targets=False",
-    )
-    require(
-        jax.process_count() == 1,
-        f"config.distillation.views is {views}: targets are kept by one process, and there are "
-        f"{jax.process_count()}; set distillation.keep_targets=False",
-    )
-
-
 def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
     few, data = config.few_shot, few_shot_data(config)
     _ = family.head  # there is one
-    _one_of(few.selection, SELECTIONS, "few_shot.selection")
+    require_known(few.selection, SELECTIONS, "few_shot.selection")
     phase = few.network.partition("/")[0]
-    _one_of(phase, list(END_TO_END), "few_shot.network")
+    require_known(phase, list(END_TO_END), "few_shot.network")
     require(
         re.fullmatch(f"{phase}(/[1-9][0-9]*)?", few.network) is not None,
         f'config.few_shot.network: "{few.network}" is no job; the repetitions of {phase} are '

@@ -7,6 +7,7 @@ The phases, in the order of the paper (section 3):
     ft           module 0 .. n-1                        all, labels
     m2mkd/i      meta[:i] + student i + meta[i+1:]      student i, labels and the logits of
                                                         meta[:i] + teacher i + meta[i+1:]
+                                                        (config.distillation: another teacher)
     e2e          the network assembled from students    all, labels (+ graph regulariser)
     e2e_scratch  the same network, fresh                all, likewise
     e2e_kd       the same network, fresh                all, likewise, and the teacher's logits
@@ -175,10 +176,12 @@ def _fine_tuning(config: ConfigDict, job: str) -> Phase:
 def _distillation(config: ConfigDict, job: str, index: int) -> Phase:
     family = students(config)
     student_module = family.student(index)
-    student, module = f"student_{index}", f"module_{index}"
+    imitated = _imitated(config, index)
+    student, module = f"student_{index}", f"module_{imitated}"
     student_chain, teacher_chain = (_hybrid(config, index, n) for n in (student, module))
     stages = {n: stage for n, stage in _meta(config).items() if n in student_chain}
-    stages[module] = _fine_tuned(config)[module]
+    job = f"mt/{imitated}" if config.distillation.teach_from == "mt" else "ft"
+    stages[module] = teacher(config).module(imitated, WeightsFrom("job", job, module))
     stages[student] = student_module.stage
     return Phase(
         **_common(
@@ -187,7 +190,7 @@ def _distillation(config: ConfigDict, job: str, index: int) -> Phase:
             index,
             **_family_fields(config),
             teacher=config.teacher,
-            distillation=_loss_fields(config) | _view_fields(config),
+            distillation=_loss_fields(config) | _changed_fields(config, index),
         ),
         stages=stages,
         student=student_chain,
@@ -213,10 +216,18 @@ def _loss_fields(config: ConfigDict) -> dict[str, Any]:
     return {name: config.distillation[name] for name in ("kind", "alpha", "temperature")}
 
 
-def _view_fields(config: ConfigDict) -> dict[str, Any]:
-    """What of config.distillation the images of m2mkd depend on; {}: nothing."""
-    views = config.distillation.views
-    return {"views": views} if views else {}
+def _imitated(config: ConfigDict, index: int) -> int:
+    """The teacher module that student `index` imitates."""
+    order = config.distillation.teacher_of
+    return order[index] if order else index
+
+
+def _changed_fields(config: ConfigDict, index: int) -> dict[str, Any]:
+    """What else of config.distillation m2mkd depends on; {}: as published."""
+    chosen, imitated = config.distillation, _imitated(config, index)
+    fields = {"views": chosen.views} if chosen.views else {}
+    fields |= {"teach_from": chosen.teach_from} if chosen.teach_from != "ft" else {}
+    return fields | ({"teacher_of": imitated} if imitated != index else {})
 
 
 def _few_shot(config: ConfigDict, job: str) -> Phase:
