@@ -4,6 +4,8 @@
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
 # make chaos [CHAOS_SEED=0]             kills, signals and damaged files at random, for hours
+# make experiments [SEEDS=5]            install likewise, and run experiments/fashion for both
+#                                       families, for hours; a second call goes on
 # make docs                             docs/config.md from the keys of the config
 # make clean
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer).
@@ -19,7 +21,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint chaos docs clean python
+.PHONY: demo test lint chaos experiments docs clean python
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp
@@ -47,6 +49,11 @@ chaos: .venv-test/stamp
 	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
 	  .venv-test/bin/python -m pytest -s tests/chaos \
 	  tests/chaos/long_kills.py
+
+SEEDS ?= 5
+experiments: .venv/stamp
+	.venv/bin/python -m experiments.fashion.run vmoe --seeds=$(SEEDS)
+	.venv/bin/python -m experiments.fashion.run nac --seeds=$(SEEDS)
 
 docs: .venv-test/stamp
 	.venv-test/bin/python -m m2mkd_jax.config.document > docs/config.md

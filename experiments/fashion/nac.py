@@ -1,0 +1,31 @@
+"""The NAC of configs/nac_fashion.py on 4,000 images, for experiments/fashion/run.py.
+
+Command:  python -m experiments.fashion.run nac
+Hardware: see experiments/fashion/RESULTS.md.
+Time:     likewise.
+Result:   likewise.
+
+With fewer images an epoch is shorter: every phase has more of them.
+"""
+
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.files import find_config, read_config
+
+
+def get_config() -> ConfigDict:
+    config = read_config(find_config("nac_fashion"))
+    config.name = "experiments/fashion/nac"
+    config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "eval")
+    config.e2e_seeds = 5
+    config.data.train_images = 4000
+    train = config.recipes
+    train.pt.epochs, train.pt.warmup_epochs = 36, 2
+    train.mt.epochs, train.mt.warmup_epochs = 6, 1
+    train.mt.modules = {"0": {"epochs": 18}}
+    train.ft.epochs = 10
+    train.m2mkd.epochs, train.m2mkd.warmup_epochs = 6, 1
+    train.m2mkd.stop_within = 0.0
+    train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
+    train.e2e.epochs, train.e2e.warmup_epochs = 12, 1
+    return config

@@ -1,0 +1,29 @@
+"""The V-MoE of configs/vmoe_fashion.py on 4,000 images, for experiments/fashion/run.py.
+
+Command:  python -m experiments.fashion.run vmoe
+Hardware: see experiments/fashion/RESULTS.md.
+Time:     likewise.
+Result:   likewise.
+
+With fewer images an epoch is shorter: the teacher's phases have twice the epochs, m2mkd half as
+many again.
+"""
+
+from ml_collections import ConfigDict
+
+from m2mkd_jax.config.files import find_config, read_config
+
+
+def get_config() -> ConfigDict:
+    config = read_config(find_config("vmoe_fashion"))
+    config.name = "experiments/fashion/vmoe"
+    config.e2e_seeds = 5
+    config.data.train_images = 4000
+    train = config.recipes
+    train.pt.epochs, train.pt.warmup_epochs = 36, 2
+    train.mt.epochs, train.mt.warmup_epochs = 6, 1
+    train.mt.modules = {"0": {"epochs": 18}}
+    train.ft.epochs = 10
+    train.m2mkd.epochs, train.m2mkd.warmup_epochs = 6, 1
+    train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
+    return config
