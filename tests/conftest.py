@@ -24,9 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if _only(config, "multidevice") and "xla_force_host_platform_device_count" not in flags:
         flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     # These programs run for milliseconds and compile for seconds. tests/parity, which holds the
-    # numbers against the original's, compiles as users do.
-    if _only(config, "multidevice", "unit", "e2e", "chaos"):
-        flags += " --xla_backend_optimization_level=0"
+    # numbers against the original's, compiles as users' programs do on a CPU (parallel/backend.py).
+    level = 1 if _only(config, "parity") else 0
+    if _only(config, "parity", "multidevice", "unit", "e2e", "chaos"):
+        flags += f" --xla_backend_optimization_level={level}"
     os.environ["XLA_FLAGS"] = flags.strip()
 
 
