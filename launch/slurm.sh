@@ -8,7 +8,9 @@ usage: launch/slurm.sh array -j PHASE -a RANGE [-r RESTARTS] [-s OPTION]... [--p
        launch/slurm.sh nodes -n NODES [-r RESTARTS] [-s OPTION]... [--print] -- FLAGS...
 
 array  every element of an array job runs one job of a phase by itself, with --only=PHASE/ELEMENT:
-       the pairs of student and teacher side by side (their workdir is one, on a shared disk)
+       the pairs of student and teacher side by side (their workdir is one, on a shared disk). The
+       phases before it must be done: --only=pt; array -j mt; --only=ft; array -j m2mkd;
+       --only=e2e,eval, chained by -s --dependency=afterok:ID
 nodes  one run over several nodes, one process per node, which has all devices of its node
 
   -j PHASE   mt or m2mkd
@@ -26,7 +28,7 @@ Two minutes before its time limit a run is told to save (SIGUSR1; another time w
   launch/slurm.sh array -j m2mkd -a 0-9 -s --gpus-per-node=1 -- --config=configs/nac_imnet.py \
       --workdir=DIR
   launch/slurm.sh nodes -n 4 -s --gpus-per-node=8 -- --config=configs/vmoe_imnet.py \
-      --config.mesh.expert=8 --workdir=DIR
+      --config.mesh.expert=8 --config.vmoe.dispatch=capacity --workdir=DIR
 END
 }
 

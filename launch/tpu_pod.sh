@@ -12,7 +12,7 @@ Starts `python3 -m m2mkd_jax.main FLAGS...` on every worker of the slice, which 
   -t TPU        name of the slice
   -z ZONE       its zone, e.g. us-central2-b
   -p PROJECT    the Cloud project (default: gcloud's)
-  -d DIRECTORY  the checkout on the workers (default: m2mKD)
+  -d DIRECTORY  the checkout on the workers, with the package installed (default: m2mKD)
   -r RESTARTS   how often to start again, from the last checkpoint, when a process has died or hung
                 (default 0); never after wrong input (exit code 2) or a signal (3)
   --print       show what would run
@@ -22,7 +22,7 @@ The workdir must be one directory that every worker sees (a mounted bucket or di
 the interpreter on the workers (default: python3).
 
   launch/tpu_pod.sh -t v4-64 -z us-central2-b -- --config=configs/vmoe_imnet.py \
-      --config.mesh.expert=4 --workdir=/mnt/runs/vmoe
+      --config.mesh.expert=4 --config.vmoe.dispatch=capacity --workdir=/mnt/runs/vmoe
 END
 }
 

@@ -13,12 +13,13 @@ from m2mkd_jax.config.values import leaves
 HEAD = """\
 # Config keys
 
-Made by `python -m m2mkd_jax.config.document > docs/config.md` from m2mkd_jax/config/defaults.py and
-family_sections.py; do not edit.
+Made by `python -m m2mkd_jax.config.document > docs/config.md` from the tables of keys in
+m2mkd_jax/config/; do not edit.
 
 A config file starts from `m2mkd_jax.config.base()` and sets keys; on the command line
 `--config.KEY=VALUE` sets one more. `m2mkd --config=CONFIG --list_keys` prints the keys of one
-config with their values. Unknown keys and impossible values are refused before any work."""
+config with their values. Unknown keys and impossible values are refused before any work.
+Tuples and dicts are quoted: `--config.teacher.depths="(2,2)"`."""
 
 
 def _cell(text: str) -> str:

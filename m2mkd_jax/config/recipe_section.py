@@ -13,7 +13,11 @@ from m2mkd_jax.config.keys import (
 
 RECIPE: Keys = {
     "epochs": Key(0.0, "epochs of training; must be given for the phases that run"),
-    "batch": Key(0, "images per optimizer update, over all devices; must be given likewise"),
+    "batch": Key(
+        0,
+        "images per optimizer update, over all devices, a multiple of devices x accumulate; must "
+        "be given likewise",
+    ),
     "accumulate": Key(1, "parts that a batch is computed in, one after the other", ABOVE_0),
     "optimizer": Key("adamw", "adamw, sgd (with Nesterov momentum)"),
     "momentum": Key(0.9, "of sgd", BELOW_1),
