@@ -263,7 +263,8 @@ def renditions_data(config: ConfigDict, name: str) -> ConfigDict:
         name: of the data set, such as imagenet_r.
     """
     data = ConfigDict(config.data.to_dict())
-    data.name, data.root, data.test_images = name, "", 0
+    data.name, data.root, data.test_images, data.validation = name, "", 0, 0.0
+    data.numeric_order = False
     return data
 
 

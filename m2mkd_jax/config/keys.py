@@ -44,6 +44,8 @@ INDICES = Range("whole numbers from 0", lambda v: type(v) is int and v >= 0)
 NUMBERS = Range("numbers", is_finite)
 POSITIVE_NUMBERS = Range("numbers above 0", lambda v: is_finite(v) and v > 0)
 REMAT = Range("auto, always or never", lambda v: v in ("auto", "always", "never"))
+SAMPLERS = Range("shuffle or balanced", lambda v: v in ("shuffle", "balanced"))
+CLASS_WEIGHTS = Range("none or balanced", lambda v: v in ("none", "balanced"))
 NAMES = Range("names", lambda v: type(v) is str)
 
 

@@ -378,4 +378,6 @@ def _check_images(plan: Plan, todo: Iterable[str]) -> None:
             if job.kind is Kind.TRAINING:
                 count_updates(phase)
             with located(f"config.{phase.data_key}"):
-                image_source(phase.data, "test")
+                image_source(phase.data, "validation")
+                if job.kind is Kind.EVALUATION:
+                    image_source(phase.data, "test")

@@ -145,7 +145,7 @@ def _names(phase: Phase) -> tuple[str, ...]:
     name: Any = phase.data.name
     if name in PARENTS:  # images of some of the network's classes
         return wordnet_ids(PARENTS[name])
-    return tuple(image_source(phase.data, "test").class_names)
+    return tuple(image_source(phase.data, "validation").class_names)
 
 
 def _numbered(names: Sequence[str]) -> bool:

@@ -24,6 +24,21 @@ from m2mkd_jax.phases.phase import Phase
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.
 HARMLESS = ("root", "workers", "damaged_share", "remat")
+# Keys by their ends that a job's inputs leave out where they have these values.
+NEUTRAL: Mapping[str, Any] = {
+    "validation": 0.0,
+    "validation_seed": 0,
+    "numeric_order": False,
+    "orientation": False,
+    "image_column": "",
+    "label_column": "",
+    "sampler": "shuffle",
+    "class_weights": "none",
+    "layer_decay": 1.0,
+    "freeze": (),
+    "train_only": (),
+    "fresh_head": False,
+}
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
 
@@ -214,12 +229,12 @@ def unnecessary(config: ConfigDict) -> set[str]:
 
 
 def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b.c": value} of nested groups, without the keys that do not change results."""
+    """{"a.b.c": value} of nested groups, without the keys that do not change the result."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in HARMLESS:
+        elif key not in HARMLESS and not (key in NEUTRAL and value == NEUTRAL[key]):
             flat[f"{prefix}{key}"] = value
     return flat
 

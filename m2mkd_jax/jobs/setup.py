@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.files import find_config, read_config
-from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.pipeline import batch_indices
 from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
@@ -67,6 +67,8 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 def image_source(data: ConfigDict, split: str) -> Any:
     """A data set's images, decoded once per process however many jobs read them."""
+    if split == "validation" and not data.get("validation"):
+        split = "test"
     key = f"{split} {data.to_json()}"
     if key not in _IMAGES:
         _IMAGES[key] = load_source(data, split)
@@ -82,9 +84,9 @@ def count_updates(phase: Phase) -> int:
     recipe, data, key = phase.recipe, phase.data, f"config.{phase.recipe_key}"
     micro = recipe.batch // recipe.accumulate
     with located(f"config.{phase.data_key}"):
-        images = len(image_source(data, "train"))
+        images = image_source(data, "train")
     with located(f"{key}.batch"):
-        indices = BatchIndices(images, micro, phase.seed, data.repeated_augmentation)
+        indices = batch_indices(images, data, micro, phase.seed)
     steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
