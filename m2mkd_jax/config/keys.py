@@ -30,6 +30,7 @@ def is_finite(value: Any) -> bool:
 
 
 ABOVE_0 = Range("above 0", lambda v: v > 0)
+ABOVE_0_TO_1 = Range("above 0, up to 1", lambda v: 0 < v <= 1)
 FROM_0 = Range("0 or more", lambda v: v >= 0)
 FROM_MINUS_1 = Range("-1 or more", lambda v: v >= -1)
 # jax's own heartbeats (parallel/cluster.py) wait for a day.

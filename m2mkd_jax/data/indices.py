@@ -183,6 +183,21 @@ def balanced_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return generator.permutation(np.concatenate(order))
 
 
+def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """Weights N / (K n) of K classes of n images each, of N images; 0 for a class without images.
+
+    K counts the classes that have images, so that the weights of all images have the mean 1.
+
+    Args:
+        labels: int (N,).
+        classes: of the data set.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    weights = np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
+    return tuple(float(weight) for weight in weights)
+
+
 class BatchIndices:
     """The image indices of the global batch at any training step, from (seed, step) alone.
 

@@ -35,6 +35,7 @@ from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
+from m2mkd_jax.jobs.recipe_checks import check_recipe_choices, check_trained
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.jobs.trackers import tracker_class
@@ -79,6 +80,7 @@ def validate(config: ConfigDict, devices: int = 1) -> Plan:
             "or add e2e or e2e_scratch",
         )
     check_shapes(plan)
+    check_trained(plan)
     return plan
 
 
@@ -183,6 +185,7 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
         )
         if recipe.stop_within:
             _check_stop(config, name)
+        check_recipe_choices(config, name, recipe)
 
 
 def _check_stop(config: ConfigDict, name: str) -> None:

@@ -37,6 +37,7 @@ NEUTRAL: Mapping[str, Any] = {
     "layer_decay": 1.0,
     "freeze": (),
     "train_only": (),
+    "linear_probe": False,
     "fresh_head": False,
 }
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.

