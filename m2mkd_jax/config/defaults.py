@@ -117,9 +117,15 @@ FEW_SHOT: Keys = {
 INIT: Keys = {
     "meta": Key("", "weights of the meta model; makes pt unnecessary"),
     "teacher": Key("", "weights of the teacher; makes mt and ft unnecessary"),
+    "modules": Key("", "weights of a teacher that ft goes on to train; makes mt unnecessary"),
     "students": Key("", "weights of the students; makes m2mkd unnecessary"),
     "network": Key(
         "", "a whole network that e2e trains on, or that eval measures; makes m2mkd unnecessary"
+    ),
+    "fresh_head": Key(
+        False,
+        "take all of init.modules and init.network but the layer that gives the logits, which is a "
+        "fresh one: for other classes",
     ),
 }
 

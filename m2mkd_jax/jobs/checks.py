@@ -144,6 +144,11 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
     for name in RECIPES:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)
+    require(
+        not config.init.fresh_head or bool(config.init.network or config.init.modules),
+        "config.init.fresh_head: there is nothing to take the rest from; set config.init.modules or"
+        " config.init.network",
+    )
     _check_networks(config, devices)
     _check_views(config)
 

@@ -86,6 +86,8 @@ def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
     for use in _uses(plan, todo):
         if plan.job(use.phase.job).kind is Kind.FEW_SHOT:  # its head is a fresh one
             continue
+        if plan.config.init.fresh_head and (use.initial or use.job.startswith("mt/")):
+            continue
         if use.job in todo and not use.initial:
             known, origin = _names(plan.job(use.job).phase), use.job
         else:

@@ -18,7 +18,7 @@ from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.initial_weights import init_path, job_directory
+from m2mkd_jax.phases.initial_weights import INIT_FIELD, init_path, job_directory
 from m2mkd_jax.phases.phase import Phase
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
@@ -38,7 +38,6 @@ NEUTRAL: Mapping[str, Any] = {
     "freeze": (),
     "train_only": (),
     "linear_probe": False,
-    "fresh_head": False,
 }
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
@@ -124,6 +123,8 @@ class Plan:
                 given[f"init.{field}"] = path
         if any(s.weights.kind == "init" for phase in phases for s in phase.stages.values()):
             given["init.network"] = config.init.network
+        if config.init.fresh_head and {"init.network", "init.modules"} & given.keys():
+            given["init.fresh_head"] = True
         inputs = {
             "config": _plain({**_flat(values), **given}),
             "needs": {
@@ -178,7 +179,8 @@ class Plan:
             known = [*self.names, *self.config.phases]
             return did_you_mean(word, known, f"jobs: {', '.join(self.names)}")
         if phase in unnecessary(self.config):
-            fields = [f"config.init.{f}" for f, path in self.config.init.items() if path]
+            given = [f for f in dict.fromkeys(INIT_FIELD.values()) if self.config.init[f]]
+            fields = [f"config.init.{field}" for field in given]
             return f"{' and '.join(fields)} make it unnecessary"
         if phase not in self.config.phases:
             return f'add "{phase}" to config.phases'
@@ -220,6 +222,8 @@ def unnecessary(config: ConfigDict) -> set[str]:
     init, skip = config.init, set()
     if init.meta:
         skip |= {"pt"}
+    if init.modules:
+        skip |= {"mt"} | (set() if "m2mkd" in config.phases else {"pt"})
     if init.teacher:
         skip |= {"mt", "ft"} | (set() if "m2mkd" in config.phases else {"pt"})
     if init.students or init.network:

@@ -30,8 +30,10 @@ def check_recipe_choices(config: ConfigDict, name: str, recipe: Any) -> None:
         f"{key}.schedule is one_cycle, which rises for {key}.warmup_epochs; that is 0",
     )
     whole = name not in (*MODULE_PHASES, "fewshot")
-    for field in ("linear_probe", "layer_decay"):
-        used = recipe[field] not in (False, 1.0)
+    for field, used in (
+        ("linear_probe", recipe.linear_probe),
+        ("layer_decay", recipe.layer_decay != 1.0),
+    ):
         require(whole or not used, f"{key}.{field}: only pt, ft and e2e train a whole network")
     require(
         recipe.layer_decay == 1.0 or name != "e2e" or config.family != "nac",
