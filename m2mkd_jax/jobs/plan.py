@@ -116,7 +116,7 @@ class Plan:
             phases, needs, values = (phase,), phase.needs, phase.depends_on
             if phase.assembled:
                 needs += tuple(f"m2mkd/{i}" for i in range(students(config).modules))
-        given = {}
+        given: dict[str, Any] = {}
         for needed in needs:
             field, path = init_path(config, needed)
             if path and kind is Kind.TRAINING:

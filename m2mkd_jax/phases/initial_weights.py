@@ -222,7 +222,7 @@ def fresh_part(config: ConfigDict, weights: WeightsFrom) -> tuple[str, ...]:
     """The path of the layer that a stage with given weights has fresh; (): none."""
     if not config.init.fresh_head or not is_given(config, weights):
         return ()
-    stage, path = "", ()
+    stage, path = "", tuple[str, ...]()
     if weights.kind == "init":
         stage, path = students(config).head
     elif weights.job.startswith("mt/"):

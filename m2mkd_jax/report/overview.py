@@ -112,8 +112,9 @@ def results(run: RunRecord) -> list[str | Figure]:
         ("network", "seeds", "accuracy", "± 95%", "minus scratch", "± 95%", "each seed"),
         rows,
         "Accuracy at the end of the end-to-end budget, on test images, or with data.validation on "
-        "those held out. ± is the half-width of the 95% Student interval over seeds, and needs two; 'minus scratch' pairs networks of the same seed, so "
-        "that an interval without 0 is a difference that seeds do not explain.",
+        "those held out. ± is the half-width of the 95% Student interval over seeds, and needs "
+        "two; 'minus scratch' pairs networks of the same seed, so that an interval without 0 is a "
+        "difference that seeds do not explain.",
     )
     return [_dots(arms), listed]
 

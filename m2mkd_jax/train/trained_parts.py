@@ -120,9 +120,9 @@ def _starts(params: Any, stages: Sequence[str]) -> dict[str, int]:
     starts, count = {}, 0
     for stage in stages:
         starts[stage] = count
-        for stack in sorted(lengths[stage], key=_by_number):
-            starts[stack] = count
-            count += lengths[stage][stack]
+        for place in sorted(lengths[stage], key=_by_number):
+            starts[place] = count
+            count += lengths[stage][place]
     return starts | {"": count}
 
 

@@ -238,7 +238,7 @@ RAMP = np.linspace(0, 255, 24 * 16).reshape(24, 16).round().astype(np.uint8)
 
 def test_kinds_of_images_come_out_as_what_they_show():
     grey = np.repeat(RAMP[..., None], 3, -1)
-    wide = Image.fromarray(RAMP.astype(np.uint16) * 257)  # 16 bits
+    wide = Image.fromarray(RAMP.astype(np.uint16) * 256 + 13)  # 16 bits
     exact = {
         "grey": encoded(Image.fromarray(RAMP), "PNG"),
         "alpha": encoded(Image.fromarray(RAMP).convert("LA"), "PNG"),
