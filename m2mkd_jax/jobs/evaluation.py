@@ -97,7 +97,8 @@ def run_evaluation(run: Run, job: Job) -> dict:
     """Measures networks from their finished weights, each on its test split.
 
     Returns:
-        The job's result (also in its done.json): `networks` has the metrics of each.
+        The job's result (also in its done.json): `networks` has the metrics of each, `splits` says
+        which images they were measured on.
     """
     began = time.monotonic()
     if is_main():
@@ -113,6 +114,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
         "seconds": round(time.monotonic() - began, 2),
         "metrics": {k: v for k, v in first.items() if k == "eval_accuracy"},
         "networks": metrics,
+        "splits": {p.job: "test" if has_test(p.data) else "validation" for p in job.phases},
     }
     if is_main():
         write_record(run.directory(job.name) / "done.json", result)

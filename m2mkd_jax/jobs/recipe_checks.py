@@ -10,7 +10,7 @@ from m2mkd_jax.config.defaults import MODULE_PHASES, teaching_data, teaching_dat
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.jobs.plan import Kind, Plan
 from m2mkd_jax.jobs.setup import abstract_stages
-from m2mkd_jax.train.trained_parts import by_part, trained_mask
+from m2mkd_jax.train.trained_parts import by_part, layer_scales, trained_mask
 
 
 def check_recipe_choices(config: ConfigDict, name: str, recipe: Any) -> None:
@@ -59,7 +59,7 @@ def check_recipe_choices(config: ConfigDict, name: str, recipe: Any) -> None:
 
 
 def check_trained(plan: Plan) -> None:
-    """Refuses patterns of paths that fit no parameter of a job that trains.
+    """Refuses patterns of paths that fit no parameter, and layer_decay of a network without blocks.
 
     Raises:
         UserError: one line that names the job and the pattern.
@@ -71,3 +71,5 @@ def check_trained(plan: Plan) -> None:
         with located(f"config.{phase.recipe_key} ({job.name})"):
             params = phase.trained({name: stages[name]["params"] for name in phase.trainable})
             trained_mask(params, phase.recipe)
+            if phase.recipe.layer_decay != 1.0:
+                layer_scales(params, phase.recipe.layer_decay, phase.trainable)

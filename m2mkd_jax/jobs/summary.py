@@ -46,7 +46,12 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     held_out = any(plan.config[key].validation for key in ("data", "teaching_data"))
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
     if held_out:
-        summary["accuracy_of"] = "validation images; of eval and of the networks below test images"
+        alone = any("validation" in job.get("splits", {}).values() for job in jobs)
+        summary["accuracy_of"] = "validation images" + (
+            ", eval's too: there are no test images"
+            if alone
+            else "; of eval and of the networks below test images"
+        )
     if is_main():
         write_json(workdir / "summary.json", summary)
     return summary
