@@ -54,7 +54,9 @@ def test_named_schedules_warm_up_and_fall(schedule, quarter, end):
 
 
 def test_one_cycle_is_optaxs():
-    expected = jax.vmap(optax.cosine_onecycle_schedule(100, 1e-3, 0.3, 1e3, 0.1))(jnp.arange(101))
+    with jax.numpy_dtype_promotion("standard"):
+        cycle = optax.cosine_onecycle_schedule(100, 1e-3, 0.3, 1e3, 0.1)
+        expected = jax.vmap(cycle)(jnp.arange(101.0))
     given = recipe(schedule="one_cycle", epochs=10, warmup_epochs=3, min_lr=1e-5)
     found = learning_rate(given, 10)(jnp.arange(101))
     np.testing.assert_allclose(found, expected, rtol=2e-5)
