@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from m2mkd_jax.config.keys import (
     ABOVE_0,
+    BELOW_1,
     FROM_0,
     FROM_MINUS_1,
     NUMBERS,
     POSITIVE_NUMBERS,
+    SAMPLERS,
+    SEED,
     SHARE,
     Key,
     Keys,
@@ -16,14 +19,37 @@ from m2mkd_jax.config.keys import (
 DATA: Keys = {
     "name": Key(
         "",
-        "data set: digits, fashion_mnist, image_folder, tiny_imagenet, imagenet, cifar100, cub, "
-        "imagenet_r, tiny_imagenet_r; data/sources.py",
+        "data set: digits, fashion_mnist, image_folder (one's own), tiny_imagenet, imagenet, "
+        "cifar100, cub, imagenet_r, tiny_imagenet_r; data/sources.py",
     ),
     "root": Key("", 'directory; "": where the data set is looked for by default'),
     "image_size": Key(0, "side of an image in pixels; must be given"),
     "classes": Key(0, "classes of the data set; must be given"),
     "train_images": Key(0, "training images, a class-balanced subset; 0: all", FROM_0),
     "test_images": Key(0, "test images, a class-balanced subset; 0: all", FROM_0),
+    "validation": Key(
+        0.0,
+        "share of the training images held out by class for validation, which every evaluation "
+        "during training looks at, eval at the test images; 0: all look at the test images",
+        BELOW_1,
+    ),
+    "validation_seed": Key(0, "which images are held out", SEED),
+    "numeric_order": Key(
+        False, "classes with whole numbers for names in the order of the numbers: 2 before 10"
+    ),
+    "orientation": Key(
+        False, "turn images as their EXIF tag says; False: as stored, as in the published code"
+    ),
+    "image_column": Key(
+        "", 'column, or key of a WebDataset sample, that holds the image; "": found by itself'
+    ),
+    "label_column": Key("", 'column that holds the class; "": found by itself'),
+    "sampler": Key(
+        "shuffle",
+        "shuffle: every image once an epoch; balanced: every class equally often, images of small "
+        "classes repeated",
+        SAMPLERS,
+    ),
     "workers": Key(
         -1,
         "processes that decode images; 0: threads of the main process; -1: as fits the machine",

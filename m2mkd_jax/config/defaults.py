@@ -129,9 +129,15 @@ FEW_SHOT: Keys = {
 INIT: Keys = {
     "meta": Key("", "weights of the meta model; makes pt unnecessary"),
     "teacher": Key("", "weights of the teacher; makes mt and ft unnecessary"),
+    "modules": Key("", "weights of a teacher that ft goes on to train; makes mt unnecessary"),
     "students": Key("", "weights of the students; makes m2mkd unnecessary"),
     "network": Key(
         "", "a whole network that e2e trains on, or that eval measures; makes m2mkd unnecessary"
+    ),
+    "fresh_head": Key(
+        False,
+        "take all of init.modules and init.network but the layer that gives the logits, which is a "
+        "fresh one: for other classes",
     ),
 }
 
@@ -275,7 +281,8 @@ def renditions_data(config: ConfigDict, name: str) -> ConfigDict:
         name: of the data set, such as imagenet_r.
     """
     data = ConfigDict(config.data.to_dict())
-    data.name, data.root, data.test_images = name, "", 0
+    data.name, data.root, data.test_images, data.validation = name, "", 0, 0.0
+    data.numeric_order = False
     return data
 
 

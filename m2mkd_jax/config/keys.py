@@ -30,6 +30,7 @@ def is_finite(value: Any) -> bool:
 
 
 ABOVE_0 = Range("above 0", lambda v: v > 0)
+ABOVE_0_TO_1 = Range("above 0, up to 1", lambda v: 0 < v <= 1)
 FROM_0 = Range("0 or more", lambda v: v >= 0)
 FROM_MINUS_1 = Range("-1 or more", lambda v: v >= -1)
 # jax's own heartbeats (parallel/cluster.py) wait for a day.
@@ -44,6 +45,8 @@ INDICES = Range("whole numbers from 0", lambda v: type(v) is int and v >= 0)
 NUMBERS = Range("numbers", is_finite)
 POSITIVE_NUMBERS = Range("numbers above 0", lambda v: is_finite(v) and v > 0)
 REMAT = Range("auto, always or never", lambda v: v in ("auto", "always", "never"))
+SAMPLERS = Range("shuffle or balanced", lambda v: v in ("shuffle", "balanced"))
+CLASS_WEIGHTS = Range("none or balanced", lambda v: v in ("none", "balanced"))
 NAMES = Range("names", lambda v: type(v) is str)
 
 

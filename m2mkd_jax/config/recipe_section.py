@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from m2mkd_jax.config.keys import (
     ABOVE_0,
+    ABOVE_0_TO_1,
     BELOW_1,
+    CLASS_WEIGHTS,
     FROM_0,
+    NAMES,
     SHARE,
     Key,
     Keys,
@@ -19,7 +22,11 @@ RECIPE: Keys = {
         "be given likewise",
     ),
     "accumulate": Key(1, "parts that a batch is computed in, one after the other", ABOVE_0),
-    "optimizer": Key("adamw", "adamw, sgd (with Nesterov momentum)"),
+    "optimizer": Key(
+        "adamw",
+        "adamw, sgd (with Nesterov momentum), lion, lamb, adafactor, muon (adamw for all but the "
+        "matrices between hidden layers)",
+    ),
     "momentum": Key(0.9, "of sgd", BELOW_1),
     "lr": Key(5e-4, "peak learning rate, for lr_per images per batch", FROM_0),
     "lr_per": Key(512, "images: the rate used is lr * batch / lr_per; 0: lr itself", FROM_0),
@@ -29,8 +36,25 @@ RECIPE: Keys = {
     "warmup_epochs": Key(0.0, "epochs of linear warmup, part of epochs"),
     "schedule": Key(
         "clean",
-        "clean: warmup, then a cosine, per update; published, published_nac: the original's, per "
+        "cosine, also called clean: warmup, then a cosine, per update; linear; constant; "
+        "one_cycle, which rises for warmup_epochs; published, published_nac: the original's, per "
         "epoch; train/schedule.py",
+    ),
+    "layer_decay": Key(
+        1.0,
+        "factor of the learning rate from one block to the one before it, in pt, ft and e2e; 1: "
+        "off",
+        ABOVE_0_TO_1,
+    ),
+    "freeze": Key(
+        (),
+        'patterns of paths of parameters that stay as they are, such as "module_0/*" or '
+        '"*/pos_embed"; jobs/JOB/parameters.txt lists paths',
+        NAMES,
+    ),
+    "train_only": Key((), "patterns of paths of the only parameters that are trained", NAMES),
+    "linear_probe": Key(
+        False, "train the layer that gives the logits alone, in pt, ft and e2e; train_only of it"
     ),
     "weight_decay": Key(0.05, "weight decay; decoupled from the gradient for adamw", FROM_0),
     "decay_rule": Key(
@@ -53,6 +77,12 @@ RECIPE: Keys = {
     "switch_prob": Key(0.5, "share of cutmix among mixed batches, where both are on", SHARE),
     "mix_prob": Key(1.0, "share of batches that are mixed", SHARE),
     "smoothing": Key(0.1, "label smoothing", BELOW_1),
+    "class_weights": Key(
+        "none",
+        "weights of the classes in the loss of the labels; balanced: N / (K n) for a class of n of "
+        "the N training images of K classes",
+        CLASS_WEIGHTS,
+    ),
     "stop_within": Key(
         0.0,
         "stop a module once its hybrid's accuracy is within this of its reference (mt: the meta "

@@ -1,12 +1,14 @@
 """Reports what a directory of images holds: layout, classes, counts, damaged and missing ones.
 
-    python -m m2mkd_jax.data.check ROOT [--quick]
+    python -m m2mkd_jax.data.check ROOT [--quick] [--validation=SHARE] [--numeric_order] ...
 
-Every image is decoded, on all cores (with --quick none is). Exit code 0: no problem found; 2: a
-problem, or no images.
+Every image is decoded, on all cores (with --quick none is). With the options that are keys of
+config.data, what a run with these values gets. Exit code 0: no problem found; 2: a problem, or no
+images.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,22 +20,46 @@ from tqdm import tqdm
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
+from m2mkd_jax.data.formats.tables import FOUND, Columns
 from m2mkd_jax.data.image_source import ImageSource
+from m2mkd_jax.data.indices import held_out
 from m2mkd_jax.data.workers import usable_cores
-from m2mkd_jax.errors import UserError, printable, show_any_name
+from m2mkd_jax.errors import UserError, printable, require, show_any_name
 
 _SHOWN = 10  # damaged files or missing classes that are named
 _NEARLY = 0.9  # share of a known data set's classes from which on the others count as missing
 _CHUNK = 256  # images per task of a thread
 
 
-def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = print) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Keys of config.data that decide what is in a split and what its classes are called.
+
+    Attributes:
+        validation, validation_seed: share of the training images held out, and which.
+        numeric_order: classes in the order of their numbers.
+        columns: where images and classes are.
+    """
+
+    validation: float = 0.0
+    validation_seed: int = 0
+    numeric_order: bool = False
+    columns: Columns = FOUND
+
+
+def check(
+    root: str | Path,
+    quick: bool = False,
+    out: Callable[[str], object] = print,
+    options: Options | None = None,
+) -> bool:
     """Checks a directory and reports line by line.
 
     Args:
         root: the directory.
         quick: decode no image.
         out: called with each line.
+        options: as a run has them; None: the defaults.
 
     Returns:
         Whether no problem was found.
@@ -41,24 +67,55 @@ def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = 
     Raises:
         UserError: no known layout, or a directory that cannot be read.
     """
+    options = options or Options()
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
     out(f"{root}: {layouts.LAYOUTS[layout]}")
     good, found, order = True, 0, ""
-    alone = layouts.test_only(root, layout)
-    for split in ("test",) if alone else ("train", "test"):
+    renditions = layouts.test_only(root, layout) and not options.validation
+    tested = renditions or layouts.has_test(root, layout)
+    for split in ("test",) if renditions else ("train", "test") if tested else ("train",):
         try:
-            source = layouts.open_split(root, layout, split)
-            source = _as_renditions(source) if alone else source
+            source = layouts.open_split(root, layout, split, options.columns)
+            source = _as_renditions(source) if renditions else source
+            source = layouts.in_numeric_order(source) if options.numeric_order else source
+            parts = _parts(source, split, options)
         except UserError as error:
             out(f"{split}: {error}")
             good = False
             continue
         found += 1
         if (listed := _order(source.class_names)) != order:
-            out(f"classes, in the order of their labels: {listed}")
+            out(f"classes, in the order of their labels: {listed}{_numbers(source.class_names)}")
             order = listed
-        good &= _check_split(source, split, quick, out)
-    return good and found > 0
+        for name, part in parts:
+            good &= _check_split(part, name, quick, out)
+    if not tested or layout == "classes":
+        _say_train_alone(options, out)
+    return good and found > 0 and (tested or options.validation > 0)
+
+
+def _parts(source: ImageSource, split: str, options: Options) -> list[tuple[str, ImageSource]]:
+    """A split by itself, or the training images with those held out of them apart."""
+    if split == "test" or not options.validation:
+        return [(split, source)]
+    kept, held = held_out(np.asarray(source.labels), options.validation, options.validation_seed)
+    return [("train", source.select(kept)), ("validation", source.select(held))]
+
+
+def _say_train_alone(options: Options, out: Callable[[str], object]) -> None:
+    if options.validation:
+        out("test: no images; eval looks at the validation images")
+    else:
+        out(
+            "test: no images beside these; to train on them, data.validation=0.1 (here "
+            "--validation=0.1) holds out a tenth of them"
+        )
+
+
+def _numbers(names: Sequence[str]) -> str:
+    """A remark on numbers that sort as text, or nothing."""
+    unsorted = all(name.isdecimal() for name in names) and list(names) != sorted(names, key=int)
+    return " (numbers as text; data.numeric_order=True sorts them as numbers)" if unsorted else ""
 
 
 def _as_renditions(source: ImageSource) -> ImageSource:
@@ -160,10 +217,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("root")
     parser.add_argument("--quick", action="store_true", help="count only, decode nothing")
+    config = parser.add_argument_group("as in config.data")
+    config.add_argument("--validation", type=float, default=0.0, metavar="SHARE")
+    config.add_argument("--validation_seed", type=int, default=0, metavar="N")
+    config.add_argument("--numeric_order", action="store_true")
+    config.add_argument("--image_column", default="", metavar="NAME")
+    config.add_argument("--label_column", default="", metavar="NAME")
     given = parser.parse_args(arguments)
     show_any_name()
     try:
-        return 0 if check(given.root, given.quick) else 2
+        require(0 <= given.validation < 1, "--validation must be from 0 to below 1")
+        options = Options(
+            given.validation,
+            given.validation_seed,
+            given.numeric_order,
+            Columns(given.image_column, given.label_column),
+        )
+        return 0 if check(given.root, given.quick, options=options) else 2
     except UserError as error:
         print(f"m2mkd_jax: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,10 @@
 Complete JPEG files go to OpenCV, which is a third faster than Pillow and gives the same bytes (both
 use libjpeg-turbo). Everything else, including files that seem damaged, goes to Pillow, which
 decides whether they are.
-Axes: H height, W width, C channels (3, RGB).
+Axes: H height, W width, C channels (1 grey, 3 RGB, 4 RGB and opacity).
 """
 
+import dataclasses
 import io
 import math
 import re
@@ -22,7 +23,7 @@ SUFFIXES = (
     *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".webp"),
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_ERRORS = (OSError, SyntaxError, ValueError)
 _FLAGS = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
@@ -36,14 +37,37 @@ _16_BITS_IN_I = ("PNG", "PPM")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # not an escaped byte 255 or a restart marker
 
 
+_ORIENTATION = 0x0112  # the EXIF tag
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 class DamagedImage(UserError):
     """A file that is not an image, or an incomplete one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What decoded images look like.
+
+    Attributes:
+        channels: C: 1 (grey), 3 (RGB) or 4 (RGB and opacity).
+        oriented: turn images as their EXIF tag says; False: as they are stored.
+    """
+
+    channels: int = 3
+    oriented: bool = False
+
+
+RGB = Form()
+
+
 def decode(
-    content: bytes, name: str, shrink: Callable[[int, int], float] | None = None
+    content: bytes,
+    name: str,
+    shrink: Callable[[int, int], float] | None = None,
+    form: Form = RGB,
 ) -> np.ndarray:
-    """Decodes an image file, ignoring its orientation tag (as published).
+    """Decodes an image file.
 
     Args:
         content: the bytes of the file.
@@ -51,26 +75,38 @@ def decode(
         shrink: called with (H, W) before decoding, returns how many times smaller the caller can
             use the image; a JPEG may then be decoded at a half, a quarter or an eighth of its size,
             rounded up. None: full size.
+        form: of the result.
 
     Returns:
         uint8 (H, W, C), contiguous.
 
     Raises:
-        DamagedImage: it cannot be decoded.
+        DamagedImage: it cannot be decoded, or has more pixels than Pillow's limit.
     """
-    size = whole_jpeg(content)
+    turn = _orientation(content) if form.oriented else 1
+    size = whole_jpeg(content) if form.channels == 3 else None
     if size and size[0] * size[1] < (Image.MAX_IMAGE_PIXELS or math.inf):
-        times = shrink(*size) if shrink else 1
+        # From 5 on height and width change places.
+        times = shrink(*(size if turn < 5 else size[::-1])) if shrink else 1
         flags = _FLAGS[max(k for k in _FLAGS if k <= max(times, 1))] | cv2.IMREAD_IGNORE_ORIENTATION
         # Typed as never None, which it is for a file that cannot be decoded.
         decoded: np.ndarray | None = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
         if decoded is not None:
-            return decoded
+            return _turned(decoded, turn)
     try:
         with Image.open(io.BytesIO(content)) as image:
+            # Pillow turns TIFF files by itself.
+            turn = 1 if image.format == "TIFF" else turn
+            pixels = _turned(_pixels(image, name, form.channels), turn)
             if shrink:
-                shrink(image.height, image.width)
-            return _rgb(image, name)
+                shrink(*pixels.shape[:2])
+            return pixels
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DamagedImage(
+            f"the image {name} has more than {limit:,} pixels, Pillow's limit against decompression"
+            " bombs: reduce or remove it"
+        ) from error
     except _ERRORS as error:
         # Pillow's own message for this has an address in memory.
         unidentified = isinstance(error, UnidentifiedImageError)
@@ -80,17 +116,39 @@ def decode(
         ) from error
 
 
-def _rgb(image: Image.Image, name: str) -> np.ndarray:
+def _orientation(content: bytes) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1, upright, where it has none."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            found = image.getexif().get(_ORIENTATION, 1)
+    except (*_ERRORS, Image.DecompressionBombError):
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """An image (H, W, C) stored with an EXIF orientation, upright; (W, H, C) from 5 on."""
+    if orientation == 1:
+        return image
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _pixels(image: Image.Image, name: str, channels: int) -> np.ndarray:
     """Pixels of an opened image, the first frame of an animated one: uint8 (H, W, C).
 
-    16 bits per pixel are scaled to 8; what is transparent keeps the colour it is stored with.
+    16 bits are scaled to 8; where C is 3 what is transparent keeps the colour it is stored with.
 
     Raises:
         DamagedImage: pixels whose range the file does not tell.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BITS_IN_I):
-        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DamagedImage(
             f"the image {name} has 32 bits per pixel, whose range it does not tell: convert it to "
@@ -98,7 +156,8 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
         )
     if isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # without this step Pillow warns
-    return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image.convert(_MODES[channels]))
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def whole_jpeg(content: bytes) -> tuple[int, int] | None:

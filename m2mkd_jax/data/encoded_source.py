@@ -1,6 +1,6 @@
 """Images held as encoded files, decoded on request.
 
-Axes: N images, H height, W width.
+Axes: N images, H height, W width, C channels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from m2mkd_jax.data.damaged_images import SubstitutingReader
-from m2mkd_jax.data.decode import DamagedImage, decode
+from m2mkd_jax.data.decode import RGB, DamagedImage, Form, decode
 from m2mkd_jax.data.image_source import Labels, Shrink
 
 
@@ -36,12 +36,20 @@ class EncodedImageSource:
         files: the files.
         labels: int32 (N,), or labels that are read on request.
         class_names: the name of each class.
+        form: what decoded images look like.
     """
 
     in_memory = False
 
-    def __init__(self, files: EncodedFiles, labels: Labels, class_names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        files: EncodedFiles,
+        labels: Labels,
+        class_names: Iterable[str],
+        form: Form = RGB,
+    ) -> None:
         self.files = files
+        self.form = form
         self.labels = labels
         self.class_names = tuple(class_names)
 
@@ -53,7 +61,7 @@ class EncodedImageSource:
         return self.files.name(index)
 
     def read(self, index: int, shrink: Shrink | None = None) -> np.ndarray:
-        """One image: uint8 (H, W, 3), RGB.
+        """One image: uint8 (H, W, C).
 
         Args:
             index: number of the image.
@@ -66,7 +74,7 @@ class EncodedImageSource:
             content = self.files.content(index)
         except OSError as error:
             raise DamagedImage(f"cannot read the image {self.name(index)} ({error})") from error
-        return decode(content, self.name(index), shrink)
+        return decode(content, self.name(index), shrink, self.form)
 
     def reader(self) -> SubstitutingReader:
         """A reader that replaces damaged images."""
@@ -80,4 +88,9 @@ class EncodedImageSource:
     ) -> "EncodedImageSource":
         """A source of the images at `indices`; see `ImageSource.select`."""
         labels = self.labels[indices] if labels is None else np.asarray(labels, np.int32)
-        return EncodedImageSource(self.files.take(indices), labels, class_names or self.class_names)
+        names = class_names or self.class_names
+        return EncodedImageSource(self.files.take(indices), labels, names, self.form)
+
+    def with_form(self, form: Form) -> "EncodedImageSource":
+        """The same images, decoded to another form."""
+        return EncodedImageSource(self.files, self.labels, self.class_names, form)

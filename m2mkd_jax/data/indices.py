@@ -10,7 +10,7 @@ import numpy as np
 from m2mkd_jax.errors import UserError
 
 # Added to the seed, so that each use has its own stream of random numbers.
-_PERMUTATION, _AUGMENTATION, _SUBSET, _VIEW = 1, 2, 3, 4
+_PERMUTATION, _AUGMENTATION, _SUBSET, _VIEW, _HELD_OUT, _BALANCED = 1, 2, 3, 4, 5, 6
 # The published sampler cuts an epoch to a multiple of this.
 # Source: docs/reference.md#repeated-augmentation.
 _REPEATED_MULTIPLE = 256
@@ -119,12 +119,92 @@ def class_balanced_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     return by_class[np.lexsort((ties, rounds))]
 
 
+def held_out(labels: np.ndarray, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Divides images into those for training and a stratified share that is held out.
+
+    Of a class of n images round(share * n) are held out, at least one and at most n - 1. They are
+    the first of a shuffled order of the class, so that those of a smaller share are among those of
+    a larger one.
+
+    Args:
+        labels: int (N,).
+        share: above 0 and below 1.
+        seed: 0 or larger.
+
+    Returns:
+        Indices for training and indices held out, each int64, ascending.
+
+    Raises:
+        UserError: a class of a single image, or a negative seed.
+    """
+    labels = np.asarray(labels)
+    counts = np.bincount(labels)
+    if (counts == 1).any():
+        raise UserError(
+            f"class {int(np.argmax(counts == 1))} has a single image, and data.validation needs one"
+            " for training and one for validation: add images, or remove the class"
+        )
+    shuffled = _generator(seed, _HELD_OUT).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = np.minimum(np.maximum(np.rint(share * counts), 1), counts - 1)
+    chosen = place < np.repeat(wanted, counts)
+    return np.sort(by_class[~chosen]), np.sort(by_class[chosen])
+
+
+def balanced_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of the images in one epoch in which every class comes equally often.
+
+    The N places of an epoch are shared by the K classes that have images; the N mod K that are left
+    over go to classes drawn anew in each epoch. A class with fewer images than places repeats them,
+    every image once before any comes again; of one with more, other images are drawn in each epoch.
+
+    Args:
+        labels: int (N,).
+        seed: 0 or larger.
+        epoch: counted from 0.
+
+    Returns:
+        int64 (N,), numbers of images.
+
+    Raises:
+        UserError: a negative seed.
+    """
+    generator = _generator(seed, _BALANCED, epoch)
+    present, length = np.unique(labels), len(labels)
+    places = np.full(len(present), length // len(present))
+    places[generator.permutation(len(present))[: length % len(present)]] += 1
+    order = []
+    for label, count in zip(present, places, strict=True):
+        own = np.flatnonzero(labels == label)
+        rounds = -(-count // len(own))
+        drawn = np.concatenate([generator.permutation(own) for _ in range(max(rounds, 1))])
+        order.append(drawn[:count])
+    return generator.permutation(np.concatenate(order))
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """Weights N / (K n) of K classes of n images each, of N images; 0 for a class without images.
+
+    K counts the classes that have images, so that the weights of all images have the mean 1.
+
+    Args:
+        labels: int (N,).
+        classes: of the data set.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    weights = np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
+    return tuple(float(weight) for weight in weights)
+
+
 class BatchIndices:
     """The image indices of the global batch at any training step, from (seed, step) alone.
 
     Each epoch is a new permutation, cut to full batches. With repeats > 1 each index comes
     `repeats` times and the epoch is cut to floor(N / 256) * 256 of them: batch t is what R replicas
-    of `repeated_augmentation` see together at step t, for any R that divides the batch.
+    of `repeated_augmentation` see together at step t, for any R that divides the batch. With labels
+    an epoch has every class equally often (`balanced_epoch`).
 
     Attributes:
         length: N.
@@ -132,7 +212,14 @@ class BatchIndices:
         steps_per_epoch: full batches of an epoch.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        labels: np.ndarray | None = None,
+    ) -> None:
         """Checks that an epoch has a full batch.
 
         Args:
@@ -140,6 +227,7 @@ class BatchIndices:
             batch_size: B, of the global batch.
             seed: 0 or larger.
             repeats: copies of each image, 1 or more.
+            labels: int (N,), to have every class equally often; None: every image once an epoch.
 
         Raises:
             UserError: an epoch without a full batch, or a negative seed.
@@ -167,6 +255,8 @@ class BatchIndices:
         self.steps_per_epoch = usable // batch_size
         self._seed = seed
         self._repeats = repeats
+        self._labels = labels
+        self._orders: dict[int, np.ndarray] = {}
         step_generator(seed, 0)  # a bad seed is reported here, not from a prefetch thread
 
     def __getitem__(self, step: int) -> np.ndarray:
@@ -174,9 +264,21 @@ class BatchIndices:
         if step < 0:
             raise IndexError(f"no training step {step}")
         epoch, place = self.epoch(step), int(step) % self.steps_per_epoch
-        order = epoch_permutation(self.length, self._seed, epoch)
+        order = self._order(epoch)
         row = np.arange(place * self.batch_size, (place + 1) * self.batch_size)
         return order[row // self._repeats]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch in their order: int64 (N,)."""
+        if self._labels is None:
+            return epoch_permutation(self.length, self._seed, epoch)
+        order = self._orders.get(epoch)
+        if order is None:
+            order = balanced_epoch(self._labels, self._seed, epoch)
+            # As many as `epoch_permutation` keeps; a new dict, because threads read the old one.
+            kept = list(self._orders.items())[-3:]
+            self._orders = dict([*kept, (epoch, order)])
+        return order
 
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that a step (0, 1, ...) lies in."""

@@ -9,19 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_jax.data.encoded_source import EncodedImageSource
-from m2mkd_jax.data.formats import cifar, cub, folder, idx, tar, tfds
+from m2mkd_jax.data.formats import cifar, cub, folder, huggingface, idx, tables, tar, tfds
+from m2mkd_jax.data.formats.tables import FOUND, Columns
 from m2mkd_jax.data.formats.text import readable
 from m2mkd_jax.data.image_source import ImageSource
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 LAYOUTS = {
+    "huggingface": huggingface.EXPECTED,
+    "tables": tables.EXPECTED,
     "prepared": "a directory that TensorFlow Datasets prepared (dataset_info.json, *.array_record)",
     "cifar": "CIFAR-100's archive (train.bin, test.bin or train, test, meta)",
     "cub": "CUB-200-2011's archive (images.txt, train_test_split.txt, images/)",
     "idx": "IDX files (train-images-idx3-ubyte, ...)",
     "shards": "tar files (*train*.tar, *val*.tar)",
     "folders": folder.EXPECTED,
-    "classes": "CLASS/*.jpg, a test set alone",
+    "classes": "CLASS/*.jpg, one set of images",
 }
 IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
@@ -29,8 +32,12 @@ IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 def detect(root: str | Path) -> str | None:
     """The layout of a directory, a key of LAYOUTS; None if it has no known layout."""
     root = Path(root)
+    if tables.find(root):
+        return "tables"
     if not root.is_dir():
         return None
+    if huggingface.find(root):
+        return "huggingface"
     if tfds.find_prepared(root):
         return "prepared"
     if cifar.find(root):
@@ -76,13 +83,39 @@ def _nearby(root: str | Path) -> Iterator[Path]:
         yield from (path for path in sorted(root.iterdir())[:50] if path.is_dir())
 
 
-def class_names(root: str | Path, layout: str) -> list[str] | None:
-    """The class names, if listing folders is enough to know them; else None."""
+def class_names(root: str | Path, layout: str, train_alone: bool = False) -> list[str] | None:
+    """The class names, if listing folders is enough to know them; else None.
+
+    Args:
+        root: the directory.
+        layout: its layout.
+        train_alone: a folder of training images without val/ will do.
+
+    Raises:
+        UserError: folders that are missing, or with other classes than those of train/.
+    """
     if layout == "folders":
+        if train_alone and not has_test(root, layout):
+            return folder.train_classes(root)
         return folder.check_layout(root)
     if layout == "classes":
         return folder.class_folders(root)
     return None
+
+
+def has_test(root: str | Path, layout: str) -> bool:
+    """Whether a directory has a test split beside its training images."""
+    if layout == "folders":
+        return (Path(root) / "val").is_dir()
+    if layout == "shards":
+        return bool(tar.shards(root, "test"))
+    if layout == "prepared":
+        return tfds.has_split(_prepared(root), "test")
+    if layout == "tables":
+        return tables.has_test(root)
+    if layout == "huggingface":
+        return huggingface.has_test(root)
+    return layout != "classes"
 
 
 def test_only(root: str | Path, layout: str) -> bool:
@@ -94,18 +127,19 @@ def test_only(root: str | Path, layout: str) -> bool:
     return layout == "classes"
 
 
-def open_split(root: str | Path, layout: str, split: str) -> ImageSource:
+def open_split(root: str | Path, layout: str, split: str, columns: Columns = FOUND) -> ImageSource:
     """Opens a split of a directory.
 
     Args:
         root: the directory.
         layout: its layout, from `require`.
-        split: 'train' or 'test'.
+        split: 'train' or 'test'; of class folders alone ("classes") both are the same.
+        columns: where images and classes are, in layouts that have columns or keys.
 
     Raises:
         UserError: files that are missing or broken, or a split without images.
     """
-    source = _OPENERS[layout](root, split)
+    source = _open(root, layout, split, columns)
     if not len(source):
         raise UserError(f"{root} has no {split} images: unpack or prepare it again")
     return source
@@ -123,10 +157,6 @@ def _open_prepared(root: str | Path, split: str) -> ImageSource:
     return EncodedImageSource(files, tfds.RecordLabels(files), names)
 
 
-def _open_shards(root: str | Path, split: str) -> ImageSource:
-    return EncodedImageSource(*tar.list_images(root, split))
-
-
 def _open_folders(root: str | Path, split: str) -> ImageSource:
     # A fault in val/ does not keep train/ from being read.
     names = folder.train_classes(root) if split == "train" else folder.check_layout(root)
@@ -140,15 +170,38 @@ def _open_classes(root: str | Path, split: str) -> ImageSource:
     return EncodedImageSource(folder.FolderFiles(root, paths), labels, map(readable, names))
 
 
+def _open(root: str | Path, layout: str, split: str, columns: Columns) -> ImageSource:
+    if layout == "shards":
+        return EncodedImageSource(*tar.list_images(root, split, columns.image))
+    if layout == "tables":
+        return EncodedImageSource(*tables.list_images(root, split, columns))
+    if layout == "huggingface":
+        return EncodedImageSource(*huggingface.list_images(root, split, columns))
+    return _OPENERS[layout](root, split)
+
+
 _OPENERS: dict[str, Callable[[str | Path, str], ImageSource]] = {
     "prepared": _open_prepared,
     "cifar": cifar.open_split,
     "cub": cub.open_split,
     "idx": idx.open_split,
-    "shards": _open_shards,
     "folders": _open_folders,
     "classes": _open_classes,
 }
+
+
+def in_numeric_order(source: ImageSource) -> ImageSource:
+    """The same images with their classes, all of which are whole numbers, in that order.
+
+    Raises:
+        UserError: a class with another name.
+    """
+    for name in source.class_names:
+        if not name.isdecimal():
+            raise UserError(
+                f"data.numeric_order: class {printable(name)!r} is no whole number; leave it False"
+            )
+    return reordered(source, sorted(source.class_names, key=int))
 
 
 def reordered(source: ImageSource, names: Sequence[str]) -> ImageSource:
@@ -169,7 +222,7 @@ def reordered(source: ImageSource, names: Sequence[str]) -> ImageSource:
     new = np.array([place.get(name, -1) for name in source.class_names], np.int32)
     if isinstance(source, EncodedImageSource) and isinstance(source.labels, tfds.RecordLabels):
         # The labels are in the records, and are checked when they are read.
-        return EncodedImageSource(source.files, source.labels.renumbered(new), names)
+        return EncodedImageSource(source.files, source.labels.renumbered(new), names, source.form)
     old = np.asarray(source.labels)
     labels = new[old]
     if (labels < 0).any():

@@ -37,6 +37,23 @@ _BUFFER_BYTES = 1 << 30
 _MAX_THREADS = 8
 
 
+def batch_indices(source: ImageSource, config: Any, batch_size: int, seed: int) -> BatchIndices:
+    """Which images each batch has.
+
+    Args:
+        source: the images.
+        config: fields repeated_augmentation and, if there, sampler ('shuffle' or 'balanced').
+        batch_size: B.
+        seed: 0 or larger.
+
+    Raises:
+        UserError: an epoch without a full batch, or a negative seed.
+    """
+    balanced = config.get("sampler", "shuffle") == "balanced"
+    labels = np.asarray(source.labels) if balanced else None
+    return BatchIndices(len(source), batch_size, seed, config.repeated_augmentation, labels)
+
+
 def train_batches(
     source: ImageSource,
     config: Any,
@@ -86,7 +103,7 @@ def train_batches(
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"cannot start at step {start_step} of {total_steps}")
     share = _share(batch_size, process_index, process_count)
-    indices = BatchIndices(len(source), batch_size, seed, config.repeated_augmentation)
+    indices = batch_indices(source, config, batch_size, seed)
     steps = range(start_step, total_steps)
     if kept is not None:
         return _iterate(source, KeptBatch(kept, indices, share, views), steps, config, share, 0)
@@ -145,7 +162,7 @@ def first_images(
     Returns:
         'image' and 'label' as in `train_batches`.
     """
-    indices = BatchIndices(len(source), batch_size, seed, config.repeated_augmentation)
+    indices = batch_indices(source, config, batch_size, seed)
     augmentation = augment.Augmentation.from_config(config)
     share = slice(0, min(count, batch_size))
     batch = TrainBatch(source, indices, augmentation, seed, share, config.image_size, views)(0)

@@ -13,12 +13,15 @@ import numpy as np
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.array_source import ArrayImageSource, to_images
 from m2mkd_jax.data.class_lists import wordnet_ids
+from m2mkd_jax.data.decode import Form
+from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats import idx
+from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.data.image_source import ImageSource
-from m2mkd_jax.data.indices import class_balanced_order
+from m2mkd_jax.data.indices import class_balanced_order, held_out
 from m2mkd_jax.errors import UserError, did_you_mean
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
 _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
 
 
@@ -47,7 +50,10 @@ DATA_SETS = {
         " files there",
         layouts=("idx",),
     ),
-    "image_folder": DataSet("use one folder per class"),
+    "image_folder": DataSet(
+        "use one folder per class",
+        layouts=("folders", "shards", "prepared", "classes", "tables", "huggingface"),
+    ),
     "imagenet": DataSet(
         "register at image-net.org, download ILSVRC2012 and unpack it into one folder per class",
         "imagenet",
@@ -131,6 +137,8 @@ def describe_missing(config: Any) -> str | None:
     """
     try:
         _check_present(config)
+        if not has_test(config):
+            _require_validation(config)
     except UserError as error:
         return str(error)
     return None
@@ -139,12 +147,17 @@ def describe_missing(config: Any) -> str | None:
 def load_source(config: Any, split: str) -> ImageSource:
     """Opens a split of the data set that a config names.
 
+    With `config.validation` = 0 the validation images are the test images. Above 0 they are that
+    share of the training images, and stand for the test images where there are none (`has_test`).
+
     With `config.train_images` (or `test_images`) = n > 0: the first n images of a fixed,
     class-balanced order, so that a smaller subset is part of every larger one.
 
     Args:
-        config: fields name, root, image_size, classes, train_images and test_images.
-        split: 'train' or 'test'.
+        config: fields name, root, image_size, classes, train_images and test_images, and those of
+            validation, validation_seed, numeric_order, orientation, image_column and label_column
+            that are not as config.data has them by default.
+        split: 'train', 'validation' or 'test'.
 
     Raises:
         UserError: data that is missing, broken or not what the config says.
@@ -153,24 +166,68 @@ def load_source(config: Any, split: str) -> ImageSource:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: use one of {', '.join(SPLITS)}")
     layout = _check_present(config)
+    share = config.get("validation", 0.0)
+    if split == "validation" and not share:
+        split = "test"
+    if split == "test" and not has_test(config):
+        _require_validation(config)
+        split = "validation"
+    source = _whole(config, layout, "test" if split == "test" else "train")
+    if share and split != "test":
+        kept, held = _held_out(config, source, share)
+        source = source.select(held if split == "validation" else kept)
+    if split == "validation":
+        return source
+    return _subset(source, f"{split}_images", config[f"{split}_images"])
+
+
+def has_test(config: Any) -> bool:
+    """Whether the data of a config, which are there, have test images of their own."""
     root = data_root(config)
-    source: ImageSource
+    layout = None if root is None else layouts.detect(root)
+    if root is None or layout is None or DATA_SETS[config.name].renditions:
+        return True
+    return layouts.has_test(root, layout)
+
+
+def _require_validation(config: Any) -> None:
+    """Raises UserError where nothing is held out of the only images there are."""
+    if not config.get("validation", 0.0):
+        raise UserError(
+            f"{data_root(config)} has training images alone: set data.validation=0.1 to hold out a"
+            " tenth of them, or add test images"
+        )
+
+
+def _held_out(config: Any, source: ImageSource, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a whole training split that train, and those that validate."""
+    try:
+        return held_out(np.asarray(source.labels), share, config.get("validation_seed", 0))
+    except UserError as error:
+        raise UserError(f"{data_root(config) or config.name}: {error}") from None
+
+
+def _whole(config: Any, layout: str | None, split: str) -> ImageSource:
+    """All images of a split on disk: 'train' or 'test'."""
+    root = data_root(config)
     if root is None or layout is None:
-        source = _digits(split, config.image_size)
-    elif config.name == "fashion_mnist":
+        return _digits(split, config.image_size)
+    if config.name == "fashion_mnist":
         grey = idx.open_split(root, split)
         images = to_images(grey.images[..., 0], config.image_size)
-        source = ArrayImageSource(images, grey.labels, grey.class_names)
-    else:
-        source = _open(config, root, layout, split)
-    return _subset(source, f"{split}_images", config[f"{split}_images"])
+        return ArrayImageSource(images, grey.labels, grey.class_names)
+    source = _open(config, root, layout, split)
+    if config.get("orientation", False) and isinstance(source, EncodedImageSource):
+        source = source.with_form(Form(oriented=True))
+    return layouts.in_numeric_order(source) if config.get("numeric_order", False) else source
 
 
 def _open(config: Any, root: Path, layout: str, split: str) -> ImageSource:
     data_set = DATA_SETS[config.name]
     if data_set.renditions and split == "train":
         raise UserError(f"data.name is {config.name!r}, which has test images only")
-    source = layouts.open_split(root, layout, split)
+    columns = Columns(config.get("image_column", ""), config.get("label_column", ""))
+    source = layouts.open_split(root, layout, split, columns)
     if data_set.renditions:  # data.classes is the network's class count, which is larger
         return layouts.reordered(source, wordnet_ids(config.name))
     if len(source.class_names) != config.classes:
@@ -199,7 +256,8 @@ def _check_present(config: Any) -> str | None:
         layout = layouts.require(root, data_set.layouts)
         if config.name == "fashion_mnist":
             idx.check_present(root)
-        names = layouts.class_names(root, layout)
+        alone = bool(config.get("validation", 0.0))
+        names = layouts.class_names(root, layout, alone)
     except UserError as error:
         raise UserError(f"{error}; {data_set.advice}") from error
     if names is not None and not data_set.renditions and len(names) != config.classes:

@@ -52,7 +52,7 @@ def check_same_data(plan: Plan, todo: Iterable[str]) -> None:
         return
     facts: dict[str, Any] = {}
     for job in (plan.job(name) for name in todo):
-        splits = ("test",) if job.kind is Kind.EVALUATION else ("train", "test")
+        splits = ("test",) if job.kind is Kind.EVALUATION else ("train", "validation")
         for phase, split in itertools.product(job.phases, splits):
             source = image_source(phase.data, split)
             names = hashlib.sha256("\n".join(source.class_names).encode("utf-8", "replace"))

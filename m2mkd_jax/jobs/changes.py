@@ -9,7 +9,7 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs.plan import Kind, Plan, inputs_path, is_done
+from m2mkd_jax.jobs.plan import NEUTRAL, Kind, Plan, inputs_path, is_done
 from m2mkd_jax.phases.initial_weights import job_directory
 
 
@@ -101,7 +101,8 @@ def check_same_config(
         if epochs := raised_epochs(plan, workdir, name):
             hint = f"--extend={name} goes on with it to {epochs[1]:g} epochs; {hint}"
         for key in sorted({*before["config"], *job.inputs["config"]}):
-            old, new = before["config"].get(key), job.inputs["config"].get(key)
+            neutral = NEUTRAL.get(key.rpartition(".")[2])
+            old, new = (inputs["config"].get(key, neutral) for inputs in (before, job.inputs))
             if old != new:
                 raise UserError(
                     f"{workdir}: {name} was made with config.{key} = {old!r}, not {new!r}; {hint}"

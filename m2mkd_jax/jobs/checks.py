@@ -33,6 +33,7 @@ from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
+from m2mkd_jax.jobs.recipe_checks import check_recipe_choices, check_trained
 from m2mkd_jax.jobs.setup import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.jobs.trackers import tracker_class
@@ -69,6 +70,7 @@ def validate(config: ConfigDict, devices: int = 1) -> Plan:
             "or add e2e or e2e_scratch",
         )
     check_shapes(plan)
+    check_trained(plan)
     return plan
 
 
@@ -131,6 +133,11 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
     for name in RECIPES:
         if any(recipe_name(phase) == name for phase in config.phases):
             _check_recipe(config, name, devices)
+    require(
+        not config.init.fresh_head or bool(config.init.network or config.init.modules),
+        "config.init.fresh_head: there is nothing to take the rest from; set config.init.modules or"
+        " config.init.network",
+    )
     _check_networks(config, devices)
     check_distillation(config)
 
@@ -172,6 +179,7 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
         )
         if recipe.stop_within:
             _check_stop(config, name)
+        check_recipe_choices(config, name, recipe)
 
 
 def _check_stop(config: ConfigDict, name: str) -> None:
@@ -340,4 +348,6 @@ def _check_images(plan: Plan, todo: Iterable[str]) -> None:
             if job.kind is Kind.TRAINING:
                 count_updates(phase)
             with located(f"config.{phase.data_key}"):
-                image_source(phase.data, "test")
+                image_source(phase.data, "validation")
+                if job.kind is Kind.EVALUATION:
+                    image_source(phase.data, "test")

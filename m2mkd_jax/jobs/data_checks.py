@@ -86,6 +86,8 @@ def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
     for use in _uses(plan, todo):
         if plan.job(use.phase.job).kind is Kind.FEW_SHOT:  # its head is a fresh one
             continue
+        if plan.config.init.fresh_head and (use.initial or use.job.startswith("mt/")):
+            continue
         if use.job in todo and not use.initial:
             known, origin = _names(plan.job(use.job).phase), use.job
         else:
@@ -145,7 +147,7 @@ def _names(phase: Phase) -> tuple[str, ...]:
     name: Any = phase.data.name
     if name in PARENTS:  # images of some of the network's classes
         return wordnet_ids(PARENTS[name])
-    return tuple(image_source(phase.data, "test").class_names)
+    return tuple(image_source(phase.data, "validation").class_names)
 
 
 def _numbered(names: Sequence[str]) -> bool:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2mkd_jax.checkpoint.trees import not_finite
-from m2mkd_jax.data.indices import BatchIndices
-from m2mkd_jax.data.pipeline import train_batches
+from m2mkd_jax.data.pipeline import batch_indices, train_batches
 from m2mkd_jax.jobs.setup import Setup, image_source
 from m2mkd_jax.train.step import prepared, step_keys
 
@@ -34,7 +33,7 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
     phase = setup.phase
     data, recipe = phase.data, phase.recipe
     source, micro = image_source(data, "train"), recipe.batch // recipe.accumulate
-    indices = BatchIndices(len(source), micro, phase.seed, data.repeated_augmentation)
+    indices = batch_indices(source, data, micro, phase.seed)
     images = [int(i) for i in indices[step - 1][:SHOWN]]
     where = f" (images {', '.join(map(str, images))}{', ...' if micro > SHOWN else ''}"
     batches = train_batches(

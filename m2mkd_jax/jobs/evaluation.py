@@ -1,4 +1,4 @@
-"""Accuracy on test images: after training, and of finished networks as a job of its own."""
+"""Accuracy: on validation images in training, on test images of finished networks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.pipeline import eval_batches
+from m2mkd_jax.data.sources import has_test
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
 from m2mkd_jax.evaluate.flops import count_flops
@@ -35,28 +36,32 @@ from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.loop import EvaluationStopped
 from m2mkd_jax.train.step import normalise
 
-SEEN = 200  # test images that a network is observed on before parts of it are removed
+SEEN = 200  # validation images that a network is observed on before parts of it are removed
 # (uint8 images, key) -> uint8 images.
 Corruption = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def evaluator(run: Run, program: Program | JointProgram, data: ConfigDict) -> Callable[..., dict]:
-    """(trainable, frozen) -> metrics over the whole test split, every undamaged image once.
+def evaluator(
+    run: Run, program: Program | JointProgram, data: ConfigDict, split: str = "test"
+) -> Callable[..., dict]:
+    """(trainable, frozen) -> metrics over a whole split, every undamaged image once.
+
+    What looks at the images to choose something takes the split 'validation' (data/sources.py).
 
     Its third argument changes the images before they are normalised; None: as they are.
 
     Those of a joint program are by job. On renditions only the logits of their classes compete.
     """
-    config, mesh, test = run.config, run.mesh, image_source(data, "test")
+    config, mesh, images = run.config, run.mesh, image_source(data, split)
     logits = meshes.with_mesh(mesh, program.logits)
     if data.name in PARENTS:
         logits = restricted(logits, positions(data.name))
     count = make_counter(logits, data.mean, data.std, meshes.replicated(mesh))
-    batch = evaluation_batch(config, len(test), mesh)
+    batch = evaluation_batch(config, len(images), mesh)
 
     def measure(trainable: dict, frozen: dict, change: Corruption | None = None) -> dict:
         batches = eval_batches(
-            test,
+            images,
             data,
             batch_size=batch,
             process_index=jax.process_index(),
@@ -69,7 +74,7 @@ def evaluator(run: Run, program: Program | JointProgram, data: ConfigDict) -> Ca
                 {**b, "image": change(b["image"], jax.random.fold_in(key, i))}
                 for i, b in enumerate(placed)
             )
-        return evaluate(count, trainable, frozen, placed, key, len(test))
+        return evaluate(count, trainable, frozen, placed, key, len(images))
 
     return measure
 
@@ -92,7 +97,8 @@ def run_evaluation(run: Run, job: Job) -> dict:
     """Measures networks from their finished weights, each on its test split.
 
     Returns:
-        The job's result (also in its done.json): `networks` has the metrics of each.
+        The job's result (also in its done.json): `networks` has the metrics of each, `splits` says
+        which images they were measured on.
     """
     began = time.monotonic()
     if is_main():
@@ -108,6 +114,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
         "seconds": round(time.monotonic() - began, 2),
         "metrics": {k: v for k, v in first.items() if k == "eval_accuracy"},
         "networks": metrics,
+        "splits": {p.job: "test" if has_test(p.data) else "validation" for p in job.phases},
     }
     if is_main():
         write_record(run.directory(job.name) / "done.json", result)
@@ -145,7 +152,8 @@ def _measure(run: Run, phase: Phase) -> dict:
     left_out = (
         f" ({damaged} of {metrics['eval_images'] + damaged} images damaged)" if damaged else ""
     )
-    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}")
+    where = "" if has_test(phase.data) else ", of validation images: there are no test images"
+    say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}{where}")
     return metrics
 
 
@@ -192,10 +200,10 @@ def reductions(
 
 
 def _seen(run: Run, phase: Phase, program: Program, frozen: dict) -> dict[str, Any]:
-    """Auxiliary outputs of a network for the first SEEN test images."""
-    test = image_source(phase.data, "test")
+    """Auxiliary outputs of a network for the first SEEN validation images."""
+    images = image_source(phase.data, "validation")
     batches = eval_batches(
-        test, phase.data, batch_size=evaluation_batch(run.config, SEEN, run.mesh)
+        images, phase.data, batch_size=evaluation_batch(run.config, SEEN, run.mesh)
     )
     batch = next(iter(batches))
 

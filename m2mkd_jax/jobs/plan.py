@@ -18,12 +18,27 @@ from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.initial_weights import init_path, job_directory
+from m2mkd_jax.phases.initial_weights import INIT_FIELD, init_path, job_directory
 from m2mkd_jax.phases.phase import Phase
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.
 HARMLESS = ("root", "workers", "damaged_share", "remat")
+# Keys by their ends that a job's inputs leave out where they have these values.
+NEUTRAL: Mapping[str, Any] = {
+    "validation": 0.0,
+    "validation_seed": 0,
+    "numeric_order": False,
+    "orientation": False,
+    "image_column": "",
+    "label_column": "",
+    "sampler": "shuffle",
+    "class_weights": "none",
+    "layer_decay": 1.0,
+    "freeze": (),
+    "train_only": (),
+    "linear_probe": False,
+}
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
 
@@ -101,13 +116,15 @@ class Plan:
             phases, needs, values = (phase,), phase.needs, phase.depends_on
             if phase.assembled:
                 needs += tuple(f"m2mkd/{i}" for i in range(students(config).modules))
-        given = {}
+        given: dict[str, Any] = {}
         for needed in needs:
             field, path = init_path(config, needed)
             if path and kind is Kind.TRAINING:
                 given[f"init.{field}"] = path
         if any(s.weights.kind == "init" for phase in phases for s in phase.stages.values()):
             given["init.network"] = config.init.network
+        if config.init.fresh_head and {"init.network", "init.modules"} & given.keys():
+            given["init.fresh_head"] = True
         inputs = {
             "config": _plain({**_flat(values), **given}),
             "needs": {
@@ -162,7 +179,8 @@ class Plan:
             known = [*self.names, *self.config.phases]
             return did_you_mean(word, known, f"jobs: {', '.join(self.names)}")
         if phase in unnecessary(self.config):
-            fields = [f"config.init.{f}" for f, path in self.config.init.items() if path]
+            given = [f for f in dict.fromkeys(INIT_FIELD.values()) if self.config.init[f]]
+            fields = [f"config.init.{field}" for field in given]
             return f"{' and '.join(fields)} make it unnecessary"
         if phase not in self.config.phases:
             return f'add "{phase}" to config.phases'
@@ -204,6 +222,8 @@ def unnecessary(config: ConfigDict) -> set[str]:
     init, skip = config.init, set()
     if init.meta:
         skip |= {"pt"}
+    if init.modules:
+        skip |= {"mt"} | (set() if "m2mkd" in config.phases else {"pt"})
     if init.teacher:
         skip |= {"mt", "ft"} | (set() if "m2mkd" in config.phases else {"pt"})
     if init.students or init.network:
@@ -214,12 +234,12 @@ def unnecessary(config: ConfigDict) -> set[str]:
 
 
 def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b.c": value} of nested groups, without the keys that do not change results."""
+    """{"a.b.c": value} of nested groups, without the keys that do not change the result."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in HARMLESS:
+        elif key not in HARMLESS and not (key in NEUTRAL and value == NEUTRAL[key]):
             flat[f"{prefix}{key}"] = value
     return flat
 

@@ -157,7 +157,8 @@ def _references(
     references: dict[str, dict[str, float]] = {}
     if hybrids:
         program, frozen = teacher_program(run.config, hybrids, stages)
-        metrics = evaluator(run, program, next(iter(hybrids.values())).data)({}, frozen)
+        data = next(iter(hybrids.values())).data
+        metrics = evaluator(run, program, data, "validation")({}, frozen)
         for job in hybrids:
             references[job] = {"teacher_accuracy": metrics[job]["eval_accuracy"]}
     done = run.directory("pt") / "done.json"

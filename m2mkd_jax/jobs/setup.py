@@ -7,6 +7,7 @@ Axes: B batch, H height, W width, K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.files import find_config, read_config
-from m2mkd_jax.data.indices import BatchIndices
-from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.data.indices import balanced_weights
+from m2mkd_jax.data.pipeline import batch_indices
+from m2mkd_jax.data.sources import describe_missing, load_source
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.models import chain
@@ -35,6 +38,7 @@ from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
 from m2mkd_jax.train.step import initial_state, make_step
+from m2mkd_jax.train.trained_parts import by_part
 
 # Of the learning rate, where there are no data to count.
 UPDATES_PER_EPOCH = 1000
@@ -67,6 +71,8 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 def image_source(data: ConfigDict, split: str) -> Any:
     """A data set's images, decoded once per process however many jobs read them."""
+    if split == "validation" and not data.get("validation"):
+        split = "test"
     key = f"{split} {data.to_json()}"
     if key not in _IMAGES:
         _IMAGES[key] = load_source(data, split)
@@ -82,9 +88,9 @@ def count_updates(phase: Phase) -> int:
     recipe, data, key = phase.recipe, phase.data, f"config.{phase.recipe_key}"
     micro = recipe.batch // recipe.accumulate
     with located(f"config.{phase.data_key}"):
-        images = len(image_source(data, "train"))
+        images = image_source(data, "train")
     with located(f"{key}.batch"):
-        indices = BatchIndices(images, micro, phase.seed, data.repeated_augmentation)
+        indices = batch_indices(images, data, micro, phase.seed)
     steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
@@ -121,7 +127,20 @@ def make_program(
             for name in phase.trainable
         }
         regulariser = phase.regulariser(initial)
-    return phase.program(regulariser, compute_dtype(config.precision), config.evaluation.sampled)
+    program = phase.program(regulariser, compute_dtype(config.precision), config.evaluation.sampled)
+    return dataclasses.replace(program, class_weights=_class_weights(phase))
+
+
+def _class_weights(phase: Phase) -> tuple[float, ...]:
+    """Weights of the classes by the sizes that they have in training; (): the recipe has none.
+
+    Nor has a dry run without data, where no number depends on them.
+    """
+    wanted = phase.recipe.get("class_weights", "none") != "none"
+    if not wanted or describe_missing(phase.data) is not None:
+        return ()
+    labels = np.asarray(image_source(phase.data, "train").labels)
+    return balanced_weights(labels, phase.data.classes)
 
 
 def frozen_program(
@@ -310,7 +329,7 @@ def set_up(
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
     program = make_program(config, phase, None if abstract else stages)
-    whole = not phase.head and phase.regulariser is None
+    whole = not phase.head and phase.regulariser is None and not by_part(phase.recipe)
     joined = join_neighbours(program, stages, trained=whole, apart=apart)
     place = None
     if mesh is not None and not abstract:
@@ -325,7 +344,7 @@ def set_up(
         params=trained,
         fixed=joined.fixed(fixed),
         frozen=reused | joined.stages(still, place),
-        optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained),
+        optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained, phase.trainable),
         rate=learning_rate(phase.recipe, updates_per_epoch),
         mesh=mesh,
         fsdp=config.mesh.fsdp,

@@ -43,17 +43,32 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
                 "metrics": {},
             }
         )
-    summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs)}
+    held_out = any(plan.config[key].validation for key in ("data", "teaching_data"))
+    summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
+    if held_out:
+        alone = any("validation" in job.get("splits", {}).values() for job in jobs)
+        summary["accuracy_of"] = "validation images" + (
+            ", eval's too: there are no test images"
+            if alone
+            else "; of eval and of the networks below test images"
+        )
     if is_main():
         write_json(workdir / "summary.json", summary)
     return summary
 
 
-def results(jobs: list[dict]) -> dict:
-    """Accuracies side by side: networks over seeds, the gap to scratch, students and teachers."""
+def results(jobs: list[dict], held_out: bool = False) -> dict:
+    """Accuracies side by side: networks over seeds, the gap to scratch, students and teachers.
+
+    Args:
+        jobs: of the run, with their metrics.
+        held_out: what jobs measured of the networks that they trained is of validation images, and
+            gives way to what the job eval measured of test images.
+    """
     accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
     measured = {n: m for j in jobs for n, m in j.get("networks", {}).items()}  # given, not trained
-    accuracy = {n: m["eval_accuracy"] for n, m in measured.items()} | accuracy
+    tested = {n: m["eval_accuracy"] for n, m in measured.items()}
+    accuracy = accuracy | tested if held_out else tested | accuracy
     found: dict = {}
     for name, title in (("pt", "meta"), ("ft", "teacher")):
         if name in accuracy:
@@ -93,6 +108,8 @@ def table(summary: dict) -> Iterator[str]:
             f"{job['name']:<16}{job['status']:<13}{job['steps']:>8}{job['seconds']:>10.1f}"
             f"{shown:>10}{beside:>11}"
         )
+    if "accuracy_of" in summary:
+        yield f"accuracy of the jobs: of {summary['accuracy_of']}"
     for name in ("meta", "teacher"):
         if name in summary["results"]:
             yield f"{name}: {summary['results'][name]:.4f}"

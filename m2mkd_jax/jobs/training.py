@@ -308,11 +308,11 @@ class Training:
         return lambda states, batch: step(states, frozen, batch)
 
     def _evaluate(self, states: dict[str, dict]) -> dict[str, dict]:
-        """Metrics by job, from one pass over the test images."""
+        """Metrics by job, from one pass over the validation images."""
         names, setup = tuple(states), self._setup.only(states)
         if names not in self._counters:
             data = next(iter(setup.setups.values())).phase.data
-            self._counters = {names: evaluator(self._run, setup.program, data)}
+            self._counters = {names: evaluator(self._run, setup.program, data, "validation")}
         frozen = setup.frozen
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])

@@ -87,6 +87,12 @@ def _common(config: ConfigDict, job: str, index: int | None = None, **sections: 
     }
 
 
+def _probe(recipe: ConfigDict, stage: str, path: tuple[str, ...]) -> None:
+    """Lets a linear probe's recipe train the layer at `path` of the last stage alone."""
+    if recipe.linear_probe:
+        recipe.train_only = ("/".join((stage, *path, "*")),)
+
+
 def _meta(
     config: ConfigDict, weights: Callable[[int], WeightsFrom] | None = None
 ) -> dict[str, StageSpec]:
@@ -124,6 +130,7 @@ def _pretraining(config: ConfigDict, job: str) -> Phase:
     common, whole = _common(config, job, teacher=_meta_fields(config)), teacher(config)
     stages = _meta(config, lambda i: FRESH)
     names = tuple(stages)
+    _probe(common["recipe"], names[-1], ("head",))
     return Phase(
         **common,
         stages=stages,
@@ -163,6 +170,7 @@ def _fine_tuning(config: ConfigDict, job: str) -> Phase:
     common, whole = _common(config, job, teacher=config.teacher), teacher(config)
     stages = _modules(config, lambda i: WeightsFrom("job", f"mt/{i}", f"module_{i}"))
     names = tuple(stages)
+    _probe(common["recipe"], names[-1], ("head",))
     return Phase(
         **common,
         stages=stages,
@@ -264,6 +272,8 @@ def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
     if imitated:
         sections |= {"distillation": _loss_fields(config), "teacher": config.teacher}
     common = _common(config, job, **sections)
+    if common["recipe"].linear_probe:
+        _probe(common["recipe"], *students(config).head)
     return Phase(
         # Every end-to-end run of one seed starts from the same fresh network and graph, so that
         # they differ in what the students brought alone.

@@ -30,11 +30,19 @@ from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases.families import students, teacher
+from m2mkd_jax.phases.other_shapes import fitted, other_positions, without
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
 
 # Which `config.init` field stands for the weights of which job.
-INIT_FIELD = {"pt": "meta", "ft": "teacher", "m2mkd": "students", "e2e": "network"}
+INIT_FIELD = {
+    "pt": "meta",
+    "mt": "modules",
+    "ft": "teacher",
+    "m2mkd": "students",
+    "e2e": "network",
+}
 
 
 def job_directory(workdir: Path, job: str) -> Path:
@@ -101,6 +109,8 @@ def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
         UserError: it is one of the user's own, whose parameters have no names in torch.
     """
     phase, _, index = job.partition("/")
+    if phase == "mt":  # the modules of one transformer
+        job = phase = "ft"
     if phase in ("pt", "ft"):
         key, own = "teacher.family", bool(config.teacher.family)
     else:
@@ -189,7 +199,10 @@ def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[
     if (path / "description.json").is_file():
         found = open_weights(path)
     else:
-        found = _from_torch(path, json.dumps(_torch_fields(config, job)))
+        fields = _torch_fields(config, job)
+        if config.init.fresh_head and (initial or job.startswith("mt/")):
+            fields.pop("classes", None)
+        found = _from_torch(path, json.dumps(fields))
     names = list(found.trees)
     same = [n for n in names if registry.index_of(n) == registry.index_of(name)]
     chosen = [name] if name in names else same if len(same) == 1 else names
@@ -198,13 +211,38 @@ def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[
     return found.trees[chosen[0]], f"{path}/{chosen[0]}"
 
 
+def is_given(config: ConfigDict, weights: WeightsFrom) -> bool:
+    """Whether weights are what config.init names."""
+    return weights.kind == "init" or bool(
+        weights.kind == "job" and init_path(config, weights.job)[1]
+    )
+
+
+def fresh_part(config: ConfigDict, weights: WeightsFrom) -> tuple[str, ...]:
+    """The path of the layer that a stage with given weights has fresh; (): none."""
+    if not config.init.fresh_head or not is_given(config, weights):
+        return ()
+    stage, path = "", tuple[str, ...]()
+    if weights.kind == "init":
+        stage, path = students(config).head
+    elif weights.job.startswith("mt/"):
+        stage, path = f"module_{teacher(config).modules - 1}", ("head",)
+    return path if weights.tree == stage else ()
+
+
 def load_stage(
     config: ConfigDict, workdir: Path, weights: WeightsFrom, shape: chain.SplitStage
 ) -> dict:
-    """{"params", "fixed"} of a stage from finished weights; raises UserError as `read_tree`."""
+    """{"params", "fixed"} of a stage from finished weights, without what is fresh in it.
+
+    Raises UserError as `read_tree`.
+    """
     tree, where = read_tree(config, workdir, weights)
-    expected = {"params": shape.params, "fixed": shape.fixed}
+    fresh = fresh_part(config, weights)
+    expected = {"params": without(shape.params, fresh), "fixed": shape.fixed}
     expected = {name: tree for name, tree in expected.items() if tree}
+    if is_given(config, weights):
+        tree = {**tree, "params": fitted(without(tree["params"], fresh), shape.params)}
     tree = match_tree(tree, expected, where)
     return {"params": tree["params"], "fixed": tree.get("fixed", {})}
 
@@ -259,13 +297,15 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
     for phase in phases:
         for spec in phase.stages.values():
             weights = spec.weights
-            given = weights.kind == "init" or (
-                weights.kind == "job" and init_path(config, weights.job)[1]
-            )
-            if given and weights not in read:
+            if is_given(config, weights) and weights not in read:
                 field = "network" if weights.kind == "init" else init_path(config, weights.job)[0]
                 with located(f"config.init.{field}"):
-                    load_stage(config, workdir, weights, chain.abstract(spec.build))
+                    shape = chain.abstract(spec.build)
+                    load_stage(config, workdir, weights, shape)
+                    params = read_tree(config, workdir, weights)[0]["params"]
+                if sides := other_positions(params, shape.params):
+                    old, new = (f"{side} x {side}" for side in sides)
+                    say(f"config.init.{field}: positions interpolated from {old} to {new} patches")
                 read.add(weights)
         if phase.assembled and not assembled:
             network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
@@ -317,6 +357,11 @@ def load_stages(
         if spec.weights.kind in ("job", "init"):
             stages[name] = load_stage(config, workdir, spec.weights, chain.abstract(spec.build))
             origin[name] = spec.weights.job or config.init.network
+            if fresh_part(config, spec.weights):
+                fresh = fresh_stage(config, spec, name, phase.seed, shardings)
+                params = chain.deep_update(fresh["params"], stages[name]["params"])
+                stages[name] = {**stages[name], "params": params}
+                origin[name] += ", its last layer fresh"
         else:
             stages[name] = fresh_stage(config, spec, name, phase.seed, shardings)
             origin[name] = "fresh"

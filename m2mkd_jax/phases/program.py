@@ -35,6 +35,7 @@ class Program:
         teacher: names of the chain whose logits are imitated; empty without distillation.
         kind, alpha, temperature: see losses/distillation.py.
         regulariser: (stages by name) -> scalar to add to the loss, or None.
+        class_weights: (K,), of the classes in the loss of the labels; (): all 1.
         balance: what of `Stage.with_aux` is added to the loss, summed over layers, and its weight.
         dtype: compute type of activations and parameters; logits and losses are float32.
         sampled_evaluation: draw the noise that the published evaluation draws.
@@ -49,6 +50,7 @@ class Program:
     alpha: float = 0.5
     temperature: float = 1.0
     regulariser: Callable[[Mapping[str, nnx.Module]], jax.Array] | None = None
+    class_weights: tuple[float, ...] = ()
     balance: Mapping[str, float] = field(default_factory=dict)
     dtype: jnp.dtype = field(default=jnp.float32)
     sampled_evaluation: bool = False
@@ -162,7 +164,7 @@ class Program:
         Returns:
             As `loss`.
         """
-        loss = classification.soft_cross_entropy(logits, batch["target"])
+        loss = classification.soft_cross_entropy(logits, batch["target"], self.class_weights)
         hits = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         metrics = {"classification_loss": loss, "accuracy": hits.mean()}
         metrics |= {f"router/{name}": layers for name, layers in seen.items()}

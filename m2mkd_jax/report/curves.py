@@ -62,7 +62,7 @@ def _curves(
 
     caption = (
         "Lines: training accuracy between two lines of the log, of augmented images under "
-        "training noise. Points: test images, measured."
+        "training noise. Points: test images (with data.validation those held out), measured."
         if name == "accuracy"
         else "Mean of the training loss between two lines of the log. Losses of different phases "
         "have different terms; compare those of one phase."
@@ -146,7 +146,7 @@ def _compute(run: RunRecord, jobs: Sequence[JobRecord], costs: Costs, charged: b
             else "Phases before the end-to-end one are not charged: what it costs where teacher or "
             "students are there already."
         )
-        + " Lines: training accuracy; points: test accuracy.",
+        + " Lines: training accuracy; points: measured accuracy.",
         f"{title}: {spoken}.",
         plot,
     )

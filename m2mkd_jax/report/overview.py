@@ -111,9 +111,10 @@ def results(run: RunRecord) -> list[str | Figure]:
     listed = table(
         ("network", "seeds", "accuracy", "± 95%", "minus scratch", "± 95%", "each seed"),
         rows,
-        "Test accuracy at the end of the end-to-end budget. ± is the half-width of the 95% Student "
-        "interval over seeds, and needs two; 'minus scratch' pairs networks of the same seed, so "
-        "that an interval without 0 is a difference that seeds do not explain.",
+        "Accuracy at the end of the end-to-end budget, on test images, or with data.validation on "
+        "those held out. ± is the half-width of the 95% Student interval over seeds, and needs "
+        "two; 'minus scratch' pairs networks of the same seed, so that an interval without 0 is a "
+        "difference that seeds do not explain.",
     )
     return [_dots(arms), listed]
 
@@ -137,7 +138,7 @@ def _dots(arms: Mapping[str, Mapping[int, float]]) -> Figure:
                 )
         axes.set_xticks(range(len(arms)), [ARMS[phase] for phase in arms])
         axes.set_xlim(-0.6, len(arms) - 0.3)
-        axes.set_ylabel("test accuracy")
+        axes.set_ylabel("accuracy")
 
     spoken = "; ".join(
         f"{ARMS[phase]} {interval(list(seeds.values()))['mean']:.4f}"
@@ -147,7 +148,7 @@ def _dots(arms: Mapping[str, Mapping[int, float]]) -> Figure:
         "Networks at the end of the same end-to-end budget",
         "Each point is a seed. The bar beside them is the mean with its 95% Student interval, "
         "drawn from two seeds on.",
-        f"Test accuracy by network: {spoken}.",
+        f"Accuracy by network: {spoken}.",
         plot,
     )
 

@@ -68,7 +68,7 @@ class JobRecord:
 
     @property
     def accuracy(self) -> float | None:
-        """On the test images; None: not measured yet."""
+        """On the test images, or those of data.validation; None: not measured yet."""
         return self.metrics.get("eval_accuracy")
 
     @property

@@ -1,22 +1,30 @@
 """The optimizer of a recipe as one optax transformation.
 
-Recipe fields: optimizer ('adamw' or 'sgd'), weight_decay, decay_rule, momentum (sgd only), clip
-(0 = off), accumulate (1 = off), and those of train/schedule.py.
+Recipe fields: optimizer (one of OPTIMIZERS), weight_decay, decay_rule, momentum (sgd only), clip
+(0 = off), accumulate (1 = off), and those of train/schedule.py and train/trained_parts.py.
 
 Source: docs/reference.md#optimizer.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from m2mkd_jax import tree_paths
 from m2mkd_jax.errors import require
 from m2mkd_jax.train.schedule import learning_rate
+from m2mkd_jax.train.trained_parts import layer_scales, trained_mask
 
 DECAY_RULES = ("published", "published_stage", "all", "none")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
+# Kernels that are no matrices between hidden layers, which Muon is for.
+_NOT_HIDDEN = ("patch_embed", "head", "to_logits", "depthwise", "router")
+# The share of AdamW's update that Muon's is scaled to (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+_MUON_RMS = 0.2
 EMBEDDINGS = ("pos_embed", "cls_token")
 
 
@@ -57,25 +65,31 @@ def decay_mask(params: Any, rule: str) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.GradientTransformation:
-    """Clipping, AdamW (0.9, 0.999, eps 1e-8) or SGD with Nesterov momentum, accumulation.
+def make_optimizer(
+    recipe: Any, steps_per_epoch: int, params: Any, stages: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """Clipping, the recipe's optimizer, learning rates by layer, accumulation.
 
     With recipe.accumulate = n the transformation is called n times per update, with the gradients
     of n equal parts of a batch; it returns zeros for the first n - 1 calls, and the learning rate
     advances once per update.
 
-    AdamW's decay is decoupled and multiplied by the current rate, SGD's is added to the gradient
-    before the momentum, both as in torch. Clipping is optax's, by the global norm of the
-    accumulated gradient; torch divides by norm + 1e-6 instead of norm, a relative difference of at
-    most 1e-6 / clip.
+    AdamW (0.9, 0.999, eps 1e-8), Lion, LAMB, Adafactor and Muon are optax's with its defaults;
+    their decay is decoupled and multiplied by the current rate. SGD has Nesterov momentum, and its
+    decay is added to the gradient before the momentum, as in torch. Muon updates matrices between
+    hidden layers, scaled so that AdamW's learning rates fit it, and AdamW all else. Clipping is
+    optax's, by the global norm of the accumulated gradient of what is trained; torch divides by
+    norm + 1e-6 instead of norm, a relative difference of at most 1e-6 / clip.
 
     Args:
         recipe: see the top of the file.
         steps_per_epoch: optimizer updates per epoch, not accumulation passes.
         params: the trainable parameters, or their shapes (jax.ShapeDtypeStruct).
+        stages: names of the stages in `params`, in the order in which they run, for layer_decay.
 
     Raises:
-        UserError: an unknown optimizer, decay rule or schedule, or an invalid number.
+        UserError: an unknown optimizer, decay rule or schedule, an invalid number, or patterns that
+            fit nothing.
 
     Source: docs/reference.md#optimizer, docs/reference.md#gradient-clipping.
     """
@@ -88,23 +102,88 @@ def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.Grad
         "accumulate must be at least 1 and clip not negative: they are "
         f"{recipe.accumulate} and {recipe.clip}",
     )
-    rate = learning_rate(recipe, steps_per_epoch)
-    mask = decay_mask(params, recipe.decay_rule)
-    parts = []
-    if recipe.clip:
-        parts.append(optax.clip_by_global_norm(recipe.clip))
-    if recipe.optimizer == "adamw":
-        decay = recipe.weight_decay
-        parts.append(optax.adamw(rate, 0.9, 0.999, 1e-8, weight_decay=decay, mask=mask))
-    else:
-        if recipe.weight_decay:
-            parts.append(optax.add_decayed_weights(recipe.weight_decay, mask))
-        parts.append(optax.sgd(rate, momentum=recipe.momentum, nesterov=True))
+    parts = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
+    parts += _update_rule(recipe, learning_rate(recipe, steps_per_epoch), params)
     transformation = optax.chain(*parts)
+    trained = trained_mask(params, recipe)
+    if not all(jax.tree.leaves(trained)):
+        labels = jax.tree.map(lambda own: "trained" if own else "frozen", trained)
+        kinds = {"trained": transformation, "frozen": optax.set_to_zero()}
+        transformation = optax.partition(kinds, labels)
+    decay = getattr(recipe, "layer_decay", 1.0)
+    if decay != 1.0:
+        scales = layer_scales(params, decay, stages or list(params))
+        transformation = optax.chain(transformation, _scaled_by(scales))
     if recipe.accumulate > 1:
         steps = optax.MultiSteps(transformation, recipe.accumulate)
         transformation = steps.gradient_transformation()
     return _with_implicit_promotion(transformation)
+
+
+def _update_rule(recipe: Any, rate: Callable, params: Any) -> list[optax.GradientTransformation]:
+    """The recipe's optimizer with its weight decay, in parts."""
+    decay_mask(params, recipe.decay_rule)  # an unknown rule is refused here
+    # A function of what is there: parameters may be masked out.
+    mask = functools.partial(decay_mask, rule=recipe.decay_rule)
+    decay = {"weight_decay": recipe.weight_decay, "mask": mask}
+    if recipe.optimizer == "sgd":
+        decayed = [optax.add_decayed_weights(recipe.weight_decay, mask)]
+        sgd = optax.sgd(rate, momentum=recipe.momentum, nesterov=True)
+        return [*(decayed if recipe.weight_decay else []), sgd]
+    if recipe.optimizer == "adafactor":
+        # Its own decay is not multiplied by the rate.
+        return [
+            optax.adafactor(None),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(recipe.weight_decay, mask),
+            optax.scale_by_learning_rate(rate),
+        ]
+    if recipe.optimizer == "muon":
+        muon = optax.contrib.muon(
+            rate,
+            weight_decay=recipe.weight_decay,
+            weight_decay_mask=mask,
+            adam_b2=0.999,
+            adam_weight_decay=recipe.weight_decay,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=_MUON_RMS,
+        )
+        return [muon]
+    if recipe.optimizer == "adamw":
+        return [optax.adamw(rate, 0.9, 0.999, 1e-8, **decay)]
+    return [{"lion": optax.lion, "lamb": optax.lamb}[recipe.optimizer](rate, **decay)]
+
+
+def hidden_matrices(params: Any) -> Any:
+    """Which parameters Muon makes orthogonal: the matrices between hidden layers.
+
+    Returns:
+        A tree like `params`: axes in and out of a kernel, whose other axes are layers and experts;
+        None for what AdamW updates.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = tree_paths.names(path)
+        matrix = names[-1] == "kernel" and leaf.ndim - tree_paths.is_stacked(names) >= 2
+        if not matrix or any(name in _NOT_HIDDEN for name in names):
+            return None
+        return optax.contrib.MuonDimensionNumbers(-2, -1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _scaled_by(scales: Any) -> optax.GradientTransformation:
+    """Multiplies updates by factors, a tree of arrays."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(_times, updates, scales), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _times(update: jax.Array, factor: np.ndarray) -> jax.Array:
+    return update * jax.numpy.broadcast_to(factor, update.shape)
 
 
 def _with_implicit_promotion(

@@ -14,7 +14,15 @@ import numpy as np
 
 from m2mkd_jax.errors import require
 
-SCHEDULES = ("clean", "published", "published_nac")
+SCHEDULES = ("cosine", "clean", "linear", "constant", "one_cycle", "published", "published_nac")
+# Per update: progress after the warmup, 0 to 1 -> share of the way from min_lr to lr.
+_FALLING: dict[str, Callable[[jax.Array], jax.Array]] = {
+    # cos^2(x/2) = (1 + cos x) / 2 without the cancellation near the end.
+    "cosine": lambda progress: jnp.square(jnp.cos(0.5 * jnp.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": jnp.ones_like,
+}
+_FALLING["clean"] = _FALLING["one_cycle"] = _FALLING["cosine"]
 
 
 def epoch_table(recipe: Any, kind: str) -> np.ndarray:
@@ -47,9 +55,11 @@ def epoch_table(recipe: Any, kind: str) -> np.ndarray:
 def learning_rate(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
     """The schedule of a recipe.
 
-    'clean': per update, linear from warmup_lr to lr during the warmup, then one cosine from lr to
-    min_lr, which it keeps after the last epoch. 'published', 'published_nac': constant within an
-    epoch, see `epoch_table`; after the last epoch the last rate.
+    Per update, from warmup_lr to lr during the warmup, then to min_lr, which it keeps after the
+    last epoch: 'cosine', also called 'clean', up by a line and down by one cosine; 'linear' both by
+    lines; 'constant' lr to the end; 'one_cycle' both by half a cosine (Smith and Topin 2018, arXiv
+    1708.07120, as in PyTorch). 'published', 'published_nac': constant within an epoch, see
+    `epoch_table`; after the last epoch the last rate.
 
     Args:
         recipe: see the top of the file.
@@ -59,7 +69,8 @@ def learning_rate(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | in
         A function: number of the update (int, from 0) -> learning rate (float32 scalar), jittable.
 
     Raises:
-        UserError: an unknown schedule, a warmup longer than the training, or no step at all.
+        UserError: an unknown schedule, a warmup longer than the training, none where it is a part
+            of the cycle, or no step at all.
 
     Source: docs/reference.md#schedules.
     """
@@ -74,8 +85,12 @@ def learning_rate(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | in
         0 <= recipe.warmup_epochs <= recipe.epochs,
         f"warmup_epochs ({recipe.warmup_epochs}) must lie between 0 and epochs ({recipe.epochs})",
     )
-    if kind == "clean":
-        return _clean(recipe, steps_per_epoch)
+    require(
+        kind != "one_cycle" or recipe.warmup_epochs > 0,
+        "schedule one_cycle rises for warmup_epochs, which is 0: set it, such as to 0.3 * epochs",
+    )
+    if kind in _FALLING:
+        return _per_update(recipe, steps_per_epoch, kind)
     table = np.asarray(epoch_table(recipe, kind), np.float32)
 
     def staircase(step: jax.Array | int) -> jax.Array:
@@ -85,8 +100,10 @@ def learning_rate(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | in
     return staircase
 
 
-def _clean(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
-    """Linear warmup, then a cosine, per update."""
+def _per_update(
+    recipe: Any, steps_per_epoch: int, kind: str
+) -> Callable[[jax.Array | int], jax.Array]:
+    """A warmup, then a fall, per update."""
     warmup, decay = recipe.warmup_epochs, recipe.epochs - recipe.warmup_epochs
 
     def schedule(step: jax.Array | int) -> jax.Array:
@@ -95,12 +112,12 @@ def _clean(recipe: Any, steps_per_epoch: int) -> Callable[[jax.Array | int], jax
         whole = (step // steps_per_epoch).astype(jnp.float32)
         fraction = (step % steps_per_epoch).astype(jnp.float32) / steps_per_epoch
         epoch = whole - warmup + fraction
-        rising = recipe.lr + (recipe.lr - recipe.warmup_lr) * epoch / max(warmup, 1e-12)
+        ahead = epoch / max(warmup, 1e-12)  # of the peak, from -1 to 0 during the warmup
+        if kind == "one_cycle":
+            ahead = -jnp.square(jnp.sin(0.5 * jnp.pi * ahead))
+        rising = recipe.lr + (recipe.lr - recipe.warmup_lr) * ahead
         progress = jnp.clip(epoch / max(decay, 1e-12), 0.0, 1.0)
-        # cos^2(x/2) = (1 + cos x) / 2 without the cancellation near the end.
-        falling = recipe.min_lr + (recipe.lr - recipe.min_lr) * jnp.square(
-            jnp.cos(0.5 * jnp.pi * progress)
-        )
+        falling = recipe.min_lr + (recipe.lr - recipe.min_lr) * _FALLING[kind](progress)
         return jnp.where(epoch < 0, rising, falling).astype(jnp.float32)
 
     return schedule

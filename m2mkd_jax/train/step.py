@@ -24,6 +24,7 @@ import optax
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.train import erasing, mixing
 from m2mkd_jax.train.optimizer import ema_update
+from m2mkd_jax.train.trained_parts import without_frozen
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -182,6 +183,10 @@ def _joint_update(
     """The step of `make_joint_step` before it is compiled; its last argument is a key's data."""
     _, mixing_recipe = next(iter(jobs.values()))
 
+    def of_trained(params: dict, *arguments: Any) -> tuple[jax.Array, dict]:
+        own = {job: without_frozen(params[job], recipe) for job, (_, recipe) in jobs.items()}
+        return loss(own, *arguments)
+
     def step(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
@@ -189,7 +194,7 @@ def _joint_update(
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {job: states[job]["params"] for job in jobs}
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+        (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(
             params, frozen, batch, loss_key
         )
         new = {}

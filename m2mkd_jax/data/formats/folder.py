@@ -1,7 +1,8 @@
 """Folders of image files, as in ImageNet, the Tiny-ImageNet archive and ImageNet-R.
 
     root/train/CLASS/*.JPEG          or in folders below CLASS, such as CLASS/images/*.JPEG
-    root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt
+    root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt,
+                                     or   root/val/*.JPEG with a list (flat_list.py)
 
     root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_jax.data.decode import SUFFIXES
+from m2mkd_jax.data.formats import flat_list
 from m2mkd_jax.errors import UserError, printable
 
 _FOLDERS = {"train": "train", "test": "val"}
@@ -68,14 +70,15 @@ def check_layout(root: str | Path) -> list[str]:
     """
     root, names = Path(root), train_classes(root)
     _require_folder(root, "val")
-    if not (root / "val" / _ANNOTATIONS).is_file():
+    if not (root / "val" / _ANNOTATIONS).is_file() and not flat_list.find(root):
         found = class_folders(root / "val")
         flat = not found or found == ["images"]
         loose = image_files(root / "val") or image_files(root / "val" / "images")
         if flat and loose:
             raise UserError(
                 f"{root / 'val'} is flat, {len(loose)} images without their classes:"
-                f" val/CLASS/*.JPEG or val/{_ANNOTATIONS} (Tiny-ImageNet's) is expected"
+                f" val/CLASS/*.JPEG, val/{_ANNOTATIONS} (Tiny-ImageNet's) or a list"
+                f" ({' or '.join(flat_list.NAMES)}) is expected"
             )
         check_same_classes(root / "val", names, found)
     return names
@@ -96,7 +99,8 @@ def train_classes(root: str | Path) -> list[str]:
 
 def _require_folder(root: str | Path, name: str) -> None:
     if not (Path(root) / name).is_dir():
-        raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected")
+        alone = ", or data.validation=0.1 with train/ alone" if name == "val" else ""
+        raise UserError(f"{root} has no folder {name}/: {EXPECTED} are expected{alone}")
 
 
 def list_images(
@@ -118,6 +122,8 @@ def list_images(
     root = Path(root)
     if split == "test" and (root / "val" / _ANNOTATIONS).is_file():
         return _annotated(root, names)
+    if split == "test" and (path := flat_list.find(root)):
+        return _listed(root, path, names)
     return list_classes(root, _FOLDERS[split], names)
 
 
@@ -206,6 +212,15 @@ def _annotated(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
             f" {min(present)!r}): unpack the archive again"
         )
     return np.array(files), np.array(labels, np.int32)
+
+
+def _listed(root: Path, path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A flat val/ whose classes a list gives."""
+    folder = "val" if image_files(root / "val") else os.path.join("val", "images")
+    rows = flat_list.read(path, image_files(root / folder), names)
+    labels = np.array([label for _, label in rows], np.int32)
+    check_same_classes(path, names, [names[label] for label in np.unique(labels)])
+    return np.array([os.fsencode(os.path.join(folder, file)) for file, _ in rows]), labels
 
 
 def check_same_classes(where: str | Path, names: Sequence[str], found: Sequence[str]) -> None:

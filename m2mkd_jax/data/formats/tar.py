@@ -4,8 +4,9 @@
     root/train/*.tar, root/val/*.tar
 
 The class of an image is its folder inside the tar (CLASS/name.JPEG or CLASS/images/name.JPEG), or
-the number in a file of the same name beside it (name.jpg, name.cls); line n of root/classes.txt, if
-it exists, names class n. Axes: N images.
+the number in a file of the same name beside it (name.jpg, name.cls), or in one of the same
+WebDataset key, which ends at the first dot of a name (name.image.jpg, name.cls); line n of
+root/classes.txt, if it exists, names class n. Axes: N images.
 """
 
 import os
@@ -107,12 +108,16 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def list_images(root: str | Path, split: str) -> tuple[TarFiles, np.ndarray, tuple[str, ...]]:
+def list_images(
+    root: str | Path, split: str, field: str = ""
+) -> tuple[TarFiles, np.ndarray, tuple[str, ...]]:
     """Lists a split, sorted by class, then path; reads headers only, about 50 us per image.
 
     Args:
         root: the folder of the shards; train shards may be missing for a test split.
         split: 'train' or 'test'.
+        field: what follows the first dot in the names of the images, such as "image.jpg"; "": of
+            all files that are images by their names.
 
     Returns:
         The files, labels int32 (N,) and class names.
@@ -122,10 +127,10 @@ def list_images(root: str | Path, split: str) -> tuple[TarFiles, np.ndarray, tup
     """
     if not shards(root, split):
         raise UserError(f"{root} has no {split} shards: {' or '.join(_EXPECTED[split])} expected")
-    members, classes = _members(root, split)
+    members, classes = _members(root, split, field)
     names = sorted(classes)
     if split == "test" and shards(root, "train"):
-        names = sorted(_members(root, "train")[1])
+        names = sorted(_members(root, "train", field)[1])
         check_same_classes(f"{root} (test shards)", names, sorted(classes))
     number = {name: label for label, name in enumerate(names)}
     members.sort(key=lambda member: (number[member[0]], member[1]))
@@ -134,14 +139,14 @@ def list_images(root: str | Path, split: str) -> tuple[TarFiles, np.ndarray, tup
     return TarFiles(shards(root, split), shard, start, size), labels, _titles(root, names)
 
 
-def _members(root: str | Path, split: str) -> tuple[list[_Member], set[str]]:
+def _members(root: str | Path, split: str, field: str) -> tuple[list[_Member], set[str]]:
     """The members of a split and the set of their classes."""
     members: list[_Member] = []
     for number, path in enumerate(shards(root, split)):
         try:
             _check_uncompressed(path)
             with tarfile.open(path, "r:") as tar:
-                members += _shard_members(tar, number, path)
+                members += _shard_members(tar, number, path, field)
                 _check_end(tar, path)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"cannot read the shard {path} ({error}): copy it again") from error
@@ -193,7 +198,14 @@ def _linked(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> tarfil
     return meant
 
 
-def _shard_members(tar: tarfile.TarFile, number: int, path: Path) -> Iterator[_Member]:
+def _key(name: str) -> tuple[str, str]:
+    """A member's key and field, as WebDataset cuts names: at the first dot after the folders."""
+    folder, base = posixpath.split(name)
+    key, _, field = base.partition(".")
+    return posixpath.join(folder, key), field
+
+
+def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) -> Iterator[_Member]:
     """The images of one tar file."""
     classes: dict[str, str] = {}
     found: dict[str, tuple[str, str, tarfile.TarInfo]] = {}
@@ -205,13 +217,23 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path) -> Iterator[_M
             file = tar.extractfile(member)
             text = file.read(_CLASS_BYTES) if file else b""
             classes[stem] = text.decode(errors="replace").strip()
-        elif suffix.lower() in SUFFIXES:
+        elif suffix.lower() in SUFFIXES and field in ("", _key(member.name)[1]):
             if member.name in found:
                 raise UserError(f"{path} has {member.name} twice: pack it again")
             folders = [part for part in member.name.split("/")[:-1] if part != "images"]
             folder = folders[-1] if folders else ""
             found[member.name] = (folder, stem, _linked(tar, member, path))
+    sampled: dict[str, str] = {}  # by key, the image that has its class from there
     for own, (folder, stem, member) in found.items():
+        key = _key(own)[0]
+        if stem not in classes and key in classes:
+            if key in sampled:
+                fields = " and ".join(_key(image)[1] for image in (sampled[key], own))
+                raise UserError(
+                    f"{path}: sample {key} has the images {fields}: name one, "
+                    f"data.image_column={_key(own)[1]}"
+                )
+            sampled[key], stem = own, key
         name = classes.get(stem, folder)
         if not name:
             raise UserError(

@@ -92,7 +92,7 @@ def check_colours(source):
 
 def test_digits_are_split_by_class_and_fill_the_range():
     config = make_config("digits", classes=10)
-    train, test = (sources.load_source(config, split) for split in sources.SPLITS)
+    train, test = (sources.load_source(config, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.shape == (1437, 16, 16, 3) and train.images.dtype == np.uint8
     assert (np.bincount(test.labels) == 36).all()

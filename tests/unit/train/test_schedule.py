@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m2mkd_jax.config.defaults import scaled_lr
@@ -40,6 +41,27 @@ def test_clean_is_exact_in_float32_far_out():
     progress = (step / 100_000 - 25) / 375
     expected = 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + np.cos(np.pi * progress))
     np.testing.assert_allclose(jax.jit(learning_rate(r, 100_000))(step), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "quarter", "end"),
+    [("cosine", 0.8535534, 1e-5), ("linear", 0.75, 1e-5), ("constant", 1.0, 1e-3)],
+)
+def test_named_schedules_warm_up_and_fall(schedule, quarter, end):
+    rates = np.asarray(learning_rate(recipe(schedule=schedule), 50)(jnp.arange(600)))
+    expected = [1e-6, (1e-3 + 1e-6) / 2, 1e-3, 1e-5 + quarter * (1e-3 - 1e-5), end, end]
+    np.testing.assert_allclose(rates[[0, 50, 100, 200, 500, 599]], expected, rtol=1e-5)
+
+
+def test_one_cycle_is_optaxs():
+    with jax.numpy_dtype_promotion("standard"):
+        cycle = optax.cosine_onecycle_schedule(100, 1e-3, 0.3, 1e3, 0.1)
+        expected = jax.vmap(cycle)(jnp.arange(101.0))
+    given = recipe(schedule="one_cycle", epochs=10, warmup_epochs=3, min_lr=1e-5)
+    found = learning_rate(given, 10)(jnp.arange(101))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    with pytest.raises(UserError, match="warmup_epochs"):
+        learning_rate(recipe(schedule="one_cycle", warmup_epochs=0), 10)
 
 
 def test_without_warmup():

@@ -1,0 +1,182 @@
+"""Data sets of Hugging Face's `datasets`: what `save_to_disk` writes, and Parquet files.
+
+    root/dataset_dict.json, root/train/*.arrow ...      or root/state.json, root/*.arrow
+    root/train-00000-of-00002.parquet, root/validation-*.parquet      or the same below root/data
+
+Read by the library `datasets` (extra `huggingface`), because its Arrow tables under a memory map
+give any row in place, and Parquet, which gives rows in groups alone, is turned into them once.
+Axes: N images.
+"""
+
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.tables import Columns
+from m2mkd_jax.errors import UserError
+
+EXPECTED = "a data set of Hugging Face's datasets (dataset_dict.json, state.json, or *.parquet)"
+_SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val")}
+
+
+class TableFiles:
+    """`EncodedFiles` that are the images of a table."""
+
+    def __init__(self, where: str, table: Any, column: str, rows: np.ndarray) -> None:
+        """Refers to rows of a table.
+
+        Args:
+            where: the directory, for messages.
+            table: a `datasets.Dataset` whose images are left undecoded.
+            column: of the images.
+            rows: int64 (N,), the rows to use.
+        """
+        self.where, self.column, self.rows = where, column, rows
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """The row and directory of an image."""
+        return f"row {self.rows[index]} of {self.where}"
+
+    def content(self, index: int) -> bytes:
+        """An image's bytes."""
+        value = self._table[int(self.rows[index])][self.column]
+        if isinstance(value, dict):
+            if value.get("bytes") is None:
+                path = value.get("path") or ""
+                with open(os.path.join(self.where, path), "rb") as file:
+                    return file.read()
+            value = value["bytes"]
+        if not isinstance(value, bytes):
+            raise OSError(f"column {self.column} holds {type(value).__name__}, no image")
+        return value
+
+    def take(self, indices: np.ndarray) -> "TableFiles":
+        """The rows at `indices`, in this order."""
+        return TableFiles(self.where, self._table, self.column, self.rows[indices])
+
+
+def find(root: str | Path) -> bool:
+    """Whether a directory holds a saved data set or Parquet files."""
+    root = Path(root)
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return True
+    return bool(_parquet(root))
+
+
+def _parquet(root: Path) -> dict[str, list[str]]:
+    """Parquet files by the split that their names begin with; all of them 'train' if none does."""
+    paths = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(str(path))
+    known = {name for names in _SPLITS.values() for name in names}
+    return found if known & found.keys() or not found else {"train": [str(p) for p in paths]}
+
+
+def _splits(root: Path) -> dict[str, Any]:
+    """The tables by split; opening one costs no reading."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UserError(
+            f"{root} is a data set of Hugging Face's: pip install 'm2mkd_jax[huggingface]'"
+        ) from None
+    datasets.disable_progress_bars()
+    try:
+        if parquet := _parquet(root):
+            return {k: datasets.Dataset.from_parquet(files) for k, files in parquet.items()}
+        found = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{root} cannot be read by `datasets` ({reason}): save it again") from None
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def has_test(root: str | Path) -> bool:
+    """Whether there is a test split."""
+    root = Path(root)
+    names = _parquet(root) or {
+        path.name for path in root.iterdir() if path.is_dir() and (path / "state.json").is_file()
+    }
+    return bool(set(_SPLITS["test"]) & set(names))
+
+
+def list_images(
+    root: str | Path, split: str, columns: Columns
+) -> tuple[TableFiles, np.ndarray, tuple[str, ...]]:
+    """Opens a split of a data set.
+
+    Args:
+        root: its directory.
+        split: 'train' or 'test' ("validation" stands for it where there is no "test").
+        columns: of images and labels; "": the first one of the type Image or ClassLabel, or else
+            of a known name.
+
+    Returns:
+        The files, labels int32 (N,) and class names: those that the data set gives, or else the
+        values of the label column, sorted.
+
+    Raises:
+        UserError: the library is missing, the data set cannot be read, no such split or column, or
+            labels that are missing or unknown.
+    """
+    root = Path(root)
+    tables = _splits(root)
+    name = next((name for name in _SPLITS[split] if name in tables), None)
+    if name is None:
+        raise UserError(f"{root} has the splits {', '.join(tables)}: no {_SPLITS[split][0]}")
+    table = tables[name]
+    image, label = _columns(table, columns).choose(str(root), table.column_names)
+    table = _undecoded(table, image)
+    given = table.with_format(None)[label][:]
+    names = getattr(table.features[label], "names", None)
+    if names is None:
+        names = _values(given)
+        train = next((tables[n] for n in _SPLITS["train"] if n in tables), None)
+        if split == "test" and train is not None:
+            own, names = names, _values(train.with_format(None)[label][:])
+            check_same_classes(root, _texts(names), _texts(own))
+        number = {value: i for i, value in enumerate(names)}
+        given = [number.get(value) for value in given]
+    labels = np.array([-1 if value is None else value for value in given], np.int32)
+    if (labels < 0).any() or (labels >= len(names)).any():
+        row = int(np.argmax((labels < 0) | (labels >= len(names))))
+        raise UserError(f"row {row} of the split {name} of {root} has no class (column {label})")
+    images = table.select_columns([image])
+    files = TableFiles(str(root), images, image, np.arange(len(table)))
+    return files, labels, tuple(_texts(names))
+
+
+def _values(column: list[Any]) -> list[Any]:
+    """The values of a label column, sorted: numbers as numbers, texts as texts."""
+    found = {value for value in column if value is not None}
+    return sorted(found, key=lambda value: (isinstance(value, str), value))
+
+
+def _texts(values: list[Any]) -> list[str]:
+    return [str(value) for value in values]
+
+
+def _columns(table: Any, columns: Columns) -> Columns:
+    """The columns that are asked for, or those that the types of a table tell."""
+    kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
+    image = columns.image or next((n for n, kind in kinds.items() if kind == "Image"), "")
+    label = columns.label or next((n for n, kind in kinds.items() if kind == "ClassLabel"), "")
+    return Columns(image, label)
+
+
+def _undecoded(table: Any, image: str) -> Any:
+    """The table with the column `image` alone decoded to bytes instead of pictures."""
+    feature = table.features[image]
+    if type(feature).__name__ == "Image":
+        return table.cast_column(image, type(feature)(decode=False))
+    return table
