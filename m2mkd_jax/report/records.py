@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from m2mkd_jax.checkpoint.files import read_json, read_record
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import PHASES, all_keys, base
-from m2mkd_jax.config.keys import FREE, flatten
+from m2mkd_jax.config.keys import flatten
 from m2mkd_jax.config.values import check_value, leaves
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.locks import is_held
@@ -172,7 +172,7 @@ def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
             *parents, last = name.split(".")
             for parent in parents:
                 group = group[parent]
-            if last in FREE:
+            if isinstance(key.default, Mapping):
                 value = ConfigDict(dict(value), allow_dotted_keys=False)
             group[last] = value
     return config
