@@ -46,7 +46,7 @@ from m2mkd_jax.detection.inference import (
     open_detection,
     read_images,
 )
-from m2mkd_jax.detection.pictures import detect_in_image, draw, whole_masks
+from m2mkd_jax.detection.pictures import detect_in_image, drawn, whole_masks
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.evaluate.coco import coco_results
 from m2mkd_jax.inference import Model, load
@@ -248,7 +248,8 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
             continue
         masks = whole_masks(found, *image.shape[:2])
         if folder:
-            draw(folder / f"{i}_{Path(path).stem}.png", image, found, masks, labels)
+            picture = drawn(image, found, masks, labels)
+            picture.save(folder / f"{i}_{Path(path).stem}.png")
         if args.json:
             results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
     if args.json:

@@ -15,6 +15,7 @@ from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import train_batches
 from m2mkd_jax.jobs.setup import Setup, image_source
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.train.step import prepared, step_keys
 
 SHOWN = 8  # images of a batch
@@ -34,9 +35,11 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
     phase = setup.phase
     data, recipe = phase.data, phase.recipe
     source, micro = image_source(data, "train"), recipe.batch // recipe.accumulate
-    indices = BatchIndices(len(source), micro, phase.seed, data.repeated_augmentation)
+    indices = BatchIndices(len(source), micro, phase.seed, data.get("repeated_augmentation", 1))
     images = [int(i) for i in indices[step - 1][:SHOWN]]
     where = f" (images {', '.join(map(str, images))}{', ...' if micro > SHOWN else ''}"
+    if isinstance(phase, DetectionPhase):
+        return f"{where})"
     batches = train_batches(
         source,
         data,

@@ -21,6 +21,7 @@ from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.setup import Run, Setup, abstract_stages, frozen_program, set_up
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, say
+from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
@@ -105,8 +106,11 @@ class JointSetup:
     kept: Mapping[str, jax.ShapeDtypeStruct] | None = None
 
     @property
-    def program(self) -> JointProgram:
-        """The losses and logits of all jobs."""
+    def program(self) -> JointProgram | SingleProgram:
+        """The losses and logits of all jobs; a detector's has losses only."""
+        if isinstance(self._first.program, DetectionProgram):
+            ((job, setup),) = self.setups.items()
+            return SingleProgram(job, setup.program)
         return JointProgram({job: setup.program for job, setup in self.setups.items()})
 
     @property

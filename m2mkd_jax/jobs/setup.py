@@ -21,13 +21,16 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import BatchIndices
+from m2mkd_jax.data.scenes import is_scenes, load_scenes
 from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.detection import optimizer as detection_optimizer
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
 from m2mkd_jax.phases.joined import Joined, join_neighbours
 from m2mkd_jax.phases.phase import Phase
@@ -66,10 +69,11 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def image_source(data: ConfigDict, split: str) -> Any:
-    """A data set's images, decoded once per process however many jobs read them."""
+    """A data set's images or scenes, opened once per process however many jobs read them."""
     key = f"{split} {data.to_json()}"
     if key not in _IMAGES:
-        _IMAGES[key] = load_source(data, split)
+        load = load_scenes if is_scenes(data) else load_source
+        _IMAGES[key] = load(data, split)
     return _IMAGES[key]
 
 
@@ -84,7 +88,7 @@ def count_updates(phase: Phase) -> int:
     with located(f"config.{phase.data_key}"):
         images = len(image_source(data, "train"))
     with located(f"{key}.batch"):
-        indices = BatchIndices(images, micro, phase.seed, data.repeated_augmentation)
+        indices = BatchIndices(images, micro, phase.seed, data.get("repeated_augmentation", 1))
     steps = indices.steps_per_epoch
     if steps < recipe.accumulate:
         raise UserError(
@@ -319,17 +323,30 @@ def set_up(
     reused, own = split_shared(joined, stages, shared)
     trained, fixed, still = jax.eval_shape(separate, own) if abstract else separate(own)
     trained = joined.join(trained, place) if params is None else params
+    optimizer, rate = _optimizer(phase, updates_per_epoch, trained)
     return Setup(
         phase=phase,
         joined=joined,
         params=trained,
         fixed=joined.fixed(fixed),
         frozen=reused | joined.stages(still, place),
-        optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained),
-        rate=learning_rate(phase.recipe, updates_per_epoch),
+        optimizer=optimizer,
+        rate=rate,
         mesh=mesh,
         fsdp=config.mesh.fsdp,
     )
+
+
+def _optimizer(
+    phase: Phase, updates: int, params: dict
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of a phase's recipe, and optimizer update -> learning rate."""
+    recipe = phase.recipe
+    if isinstance(phase, DetectionPhase):
+        backbone = phase.detector.backbone
+        rate = detection_optimizer.learning_rate(recipe, updates)
+        return detection_optimizer.make_optimizer(recipe, updates, params, backbone), rate
+    return make_optimizer(recipe, updates, params), learning_rate(recipe, updates)
 
 
 def abstract_stages(phase: Phase) -> dict[str, dict]:

@@ -22,7 +22,15 @@ from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
+from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.detection import (
+    BEST,
+    DetectionEvaluator,
+    draw_scenes,
+    said,
+    scene_stream,
+)
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
@@ -35,6 +43,7 @@ from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
+from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
 from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
@@ -69,7 +78,11 @@ def _describe_inputs(setup: Setup, directory: Path) -> None:
     overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
     (directory / "parameters.txt").write_text(overview + "\n")
     phase, picture = setup.phase, directory / "images.png"
-    if not picture.is_file():
+    if picture.is_file():
+        return
+    if isinstance(phase, DetectionPhase):
+        draw_scenes(picture, phase)
+    else:
         recipe = phase.recipe
         micro, train = recipe.batch // recipe.accumulate, image_source(phase.data, "train")
         draw_images(picture, train, phase.data, recipe, micro, phase.seed, phase.views)
@@ -83,7 +96,7 @@ def total_steps(phase: Phase, updates: int) -> int:
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:
     """metrics -> whether the hybrid is near enough to its reference; None: never stop early."""
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
-    if not phase.recipe.stop_within or target is None:
+    if target is None or not phase.recipe.stop_within:
         return None
     return lambda metrics: metrics["eval_accuracy"] >= target - phase.recipe.stop_within
 
@@ -132,6 +145,7 @@ class Training:
         self._records: dict[str, _Record] = {}
         self._states: dict[str, dict] = {}
         self._counters: dict[tuple[str, ...], Callable] = {}
+        self._detections: DetectionEvaluator | None = None
         self._start = 0
 
     def begin(self, origins: dict[str, dict], references: dict[str, dict]) -> list[str]:
@@ -148,7 +162,8 @@ class Training:
         for name, setup in self._setup.setups.items():
             directory = self._run.directory(name)
             _describe_inputs(setup, directory)
-            checkpoints = RunCheckpoints(directory / "checkpoints")
+            best = BEST if isinstance(setup.phase, DetectionPhase) else "eval_accuracy"
+            checkpoints = RunCheckpoints(directory / "checkpoints", best)
             start, earlier = 0, 0.0
             restored = checkpoints.restore_latest(setup.abstract_state)
             if restored:
@@ -241,6 +256,8 @@ class Training:
     def _open_stream(self, phase: Phase, done: int) -> BatchIterator:
         """The batches after `done` steps, on the host, of what the jobs need that are left."""
         total = max(record.total for record in self._records.values())
+        if isinstance(phase, DetectionPhase):
+            return scene_stream(phase, max(total, done + 1), done)
         kept = self._kept and KeptBatches({job: self._kept.jobs[job] for job in self._records})
         return train_batches(
             image_source(phase.data, "train"),
@@ -310,14 +327,28 @@ class Training:
     def _evaluate(self, states: dict[str, dict]) -> dict[str, dict]:
         """Metrics by job, from one pass over the test images."""
         names, setup = tuple(states), self._setup.only(states)
+        phase = next(iter(setup.setups.values())).phase
+        if isinstance(phase, DetectionPhase):
+            return self._detected(phase, states)
         if names not in self._counters:
-            data = next(iter(setup.setups.values())).phase.data
-            self._counters = {names: evaluator(self._run, setup.program, data)}
+            self._counters = {names: evaluator(self._run, setup.program, phase.data)}
         frozen = setup.frozen
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {name: evaluated_params(state) for name, state in states.items()}
         return self._counters[names](params, frozen)
+
+    def _detected(self, phase: DetectionPhase, states: dict[str, dict]) -> dict[str, dict]:
+        """COCO's numbers of the one detector, with pictures in its directory."""
+        ((name, state),) = states.items()
+        if self._detections is None:
+            program = self._setup.setups[name].program
+            assert isinstance(program, DetectionProgram)
+            self._detections = DetectionEvaluator(self._run, phase, program)
+        metrics = self._detections(evaluated_params(state)[STAGE])
+        if is_main():
+            self._detections.save_pictures(self._run.directory(name))
+        return {name: metrics}
 
     def _finish(self, name: str, state: dict, metrics: dict, steps: int) -> None:
         """Leaves a job's weights and result."""
@@ -336,11 +367,14 @@ class Training:
             "metrics": metrics,
             "origin": record.origin,
         }
+        if self._detections is not None:
+            result["per_class"] = self._detections.per_class
         if is_main():
             write_record(record.directory / "done.json", result)
             shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
         barrier(f"{name} done")
-        say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
+        shown = said(metrics) if BEST in metrics else f"accuracy {metrics['eval_accuracy']:.4f}"
+        say(f"[{name}] done in {result['seconds']:.1f} s, {shown}")
 
 
 def _save_finite(

@@ -104,10 +104,10 @@ def make_optimizer(recipe: Any, steps_per_epoch: int, params: Any) -> optax.Grad
     if recipe.accumulate > 1:
         steps = optax.MultiSteps(transformation, recipe.accumulate)
         transformation = steps.gradient_transformation()
-    return _with_implicit_promotion(transformation)
+    return with_implicit_promotion(transformation)
 
 
-def _with_implicit_promotion(
+def with_implicit_promotion(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """The same transformation, also under strict dtype promotion.
