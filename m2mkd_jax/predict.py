@@ -49,7 +49,7 @@ from m2mkd_jax.detection.inference import (
 from m2mkd_jax.detection.pictures import detect_in_image, drawn, whole_masks
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.evaluate.coco import coco_results
-from m2mkd_jax.inference import Model, load
+from m2mkd_jax.inference import Model, load_network
 
 BATCH = 64
 TOP = 5
@@ -162,7 +162,7 @@ def predict(args: argparse.Namespace) -> None:
         return
     if args.draw or args.json:
         raise UserError(f"--draw and --json are for detectors; {args.checkpoint} is none")
-    model = load(args.checkpoint, args.module, arch=args.arch)
+    model = load_network(args.checkpoint, args.module, arch=args.arch)
     if args.images and not model.image_size:
         raise UserError(
             f"{args.checkpoint} is a middle module and takes tokens (B, N, {model.width}); give "

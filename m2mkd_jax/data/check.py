@@ -1,5 +1,7 @@
 """Reports what a directory of images holds: layout, classes, counts, damaged and missing ones.
 
+Of COCO's format, the images, objects and problems of every file of instances.
+
     python -m m2mkd_jax.data.check ROOT [--quick]
 
 Every image is decoded, on all cores (with --quick none is). Exit code 0: no problem found; 2: a
@@ -16,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m2mkd_jax.data import layouts
+from m2mkd_jax.data.check_coco import check_instances, find_instances
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.image_source import ImageSource
@@ -41,6 +44,9 @@ def check(root: str | Path, quick: bool = False, out: Callable[[str], object] = 
     Raises:
         UserError: no known layout, or a directory that cannot be read.
     """
+    if instances := find_instances(Path(root)):
+        out(f"{root}: COCO's format (annotations/instances_*.json)")
+        return all([check_instances(*paths, quick, out) for paths in instances])
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
     out(f"{root}: {layouts.LAYOUTS[layout]}")
     good, found, order = True, 0, ""

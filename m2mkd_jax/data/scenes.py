@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,9 @@ class GeneratedScenes:
 
     def truth(self) -> dict[str, Any]:
         """All annotations, masks run-length coded."""
-        coding, annotations, images = library("pycocotools.mask"), [], []
+        coding = library("pycocotools.mask")
+        annotations: list[dict[str, Any]] = []
+        images: list[dict[str, int]] = []
         for index in range(self.count):
             scene = self.read(index)
             height, width = scene.size
@@ -214,4 +217,7 @@ def load_scenes(data: Any, split: str) -> SceneSource:
 
 @functools.lru_cache(maxsize=2)
 def _coco(path: Path, folder: Path, train: bool) -> CocoData:
-    return read_coco(path, folder, train=train)
+    data = read_coco(path, folder, train=train)
+    for line in data.problem_lines():
+        print(f"warning: {path}: {line}", file=sys.stderr)
+    return data

@@ -81,6 +81,23 @@ def normalised(
     return jnp.where(inside(sizes, *images.shape[1:3])[..., None], images, 0.0)
 
 
+def batch_shapes(data: Any, images: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a training batch; `data`: fields image_size and objects."""
+    side, objects = data.image_size, data.objects
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((side, side, 3), jnp.uint8),
+        "size": ((2,), jnp.float32),
+        "boxes": ((objects, 4), jnp.float32),
+        "classes": ((objects,), jnp.int32),
+        "valid": ((objects,), jnp.bool_),
+        "masks": ((objects, side, side // 8), jnp.uint8),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((images, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def inside(sizes: jax.Array, height: int, width: int) -> jax.Array:
     """Which pixels of a padded batch are in the image: sizes (B, 2) -> (B, H, W) bool."""
     rows = jnp.arange(height, dtype=jnp.float32)[None] < sizes[:, :1]

@@ -106,11 +106,16 @@ class JointSetup:
     kept: Mapping[str, jax.ShapeDtypeStruct] | None = None
 
     @property
-    def program(self) -> JointProgram | SingleProgram:
-        """The losses and logits of all jobs; a detector's has losses only."""
+    def loss(self) -> Callable:
+        """Of a batch, with parameters and metrics by job; a detector trains alone."""
         if isinstance(self._first.program, DetectionProgram):
             ((job, setup),) = self.setups.items()
-            return SingleProgram(job, setup.program)
+            return SingleProgram(job, setup.program).loss
+        return self.program.loss
+
+    @property
+    def program(self) -> JointProgram:
+        """The losses and logits of all jobs, none of them a detector's."""
         return JointProgram({job: setup.program for job, setup in self.setups.items()})
 
     @property
@@ -202,7 +207,7 @@ class JointSetup:
                 out_shardings=where,
             )
 
-        return FittingStep(", ".join(self.setups), make, self.program.loss)
+        return FittingStep(", ".join(self.setups), make, self.loss)
 
 
 def joint_setup(

@@ -73,11 +73,6 @@ class SingleProgram:
     job: str
     program: Program
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Compute type of activations."""
-        return self.program.dtype
-
     def loss(
         self, trainable: dict, frozen: dict, batch: dict, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
@@ -198,10 +193,11 @@ def detector_spec(config: ConfigDict) -> DetectorSpec:
     if isinstance(found, ViTSpec):
         found = VMoESpec(found, moe_pos=(), experts=1, top_k=1)
     assert isinstance(found, VMoESpec)
-    fields = {
+    fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, tuple | list) else value
         for key, value in section.model.items()
     }
+    own: dict[str, Any] = {key: fields.pop(key) for key in BACKBONE_FIELDS}
     with located("config.detection.model"):
         backbone = BackboneSpec(
             dataclasses.replace(found, vit=dataclasses.replace(found.vit, classes=0)),
@@ -211,7 +207,7 @@ def detector_spec(config: ConfigDict) -> DetectorSpec:
             table_image_size=section.data.image_size,
             drop_path=section.recipe.drop_path,
             square=section.data.image_size,
-            **{key: fields.pop(key) for key in BACKBONE_FIELDS},
+            **own,
         )
         return DetectorSpec(backbone, section.data.classes, **fields)
 
