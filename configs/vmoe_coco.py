@@ -10,8 +10,8 @@ The published recipe, its faults corrected: the checkpoint is loaded; images are
 scale at 1024 px and padded to that square, not cropped to 224; the position embedding is the
 checkpoint's, resized; learning rates fall by true block numbers (layer_rule="published": within
 stages); the rate of 1e-4 belongs to 64 images, and follows the batch; objects that overlap no
-anchor make none positive; blocks attend in windows of 14 with relative positions, but for 2, 5, 8 and 11,
-and drop-path is 0.1, as in ViTDet. Runs see 100 epochs, as published.
+anchor make none positive; blocks attend in windows of 14 with relative positions, but for 2, 5, 8
+and 11, and drop-path is 0.1, as in ViTDet. Runs see 100 epochs, as published.
 
 The backbone is config.init.network, or e2e of vmoe_imnet in the same directory.
 Source: docs/detection.md#optimizer, docs/detection.md#data, docs/detection.md#faults.
