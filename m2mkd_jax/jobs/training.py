@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.checksums import saved_metrics
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
-from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
-from m2mkd_jax.data.preview import caption, draw_grid
+from m2mkd_jax.data.pipeline import BatchIterator, train_batches
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.detection import (
     BEST,
     DetectionEvaluator,
-    draw_scenes,
     said,
     scene_stream,
 )
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
+from m2mkd_jax.jobs.inputs import describe_inputs
 from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
@@ -46,46 +42,9 @@ from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, i
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
-from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
+from m2mkd_jax.train.step import evaluated_params, with_fixed
 
 SECONDS = "seconds"  # the metric of a checkpoint that says how long the job has taken
-
-
-def draw_images(
-    path: Path,
-    train: Any,
-    data: ConfigDict,
-    recipe: ConfigDict,
-    micro: int,
-    seed: int,
-    views: int = 0,
-) -> None:
-    """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
-    batch = first_images(train, data, batch_size=micro, seed=seed, views=views)
-    keys = tuple(jax.random.split(jax.random.key(seed)))
-    images, targets = jax.jit(lambda keys, batch: prepare(keys, batch, recipe, data))(keys, batch)
-    pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
-    shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
-    captions = [caption(share, train.class_names) for share in shares]
-    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
-
-
-def _describe_inputs(setup: Setup, directory: Path) -> None:
-    """Leaves the list of trained parameters and a picture of the first images."""
-    if not is_main():
-        return
-    shapes = jax.eval_shape(setup.joined.split, setup.params)
-    overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    (directory / "parameters.txt").write_text(overview + "\n")
-    phase, picture = setup.phase, directory / "images.png"
-    if picture.is_file():
-        return
-    if isinstance(phase, DetectionPhase):
-        draw_scenes(picture, phase)
-    else:
-        recipe = phase.recipe
-        micro, train = recipe.batch // recipe.accumulate, image_source(phase.data, "train")
-        draw_images(picture, train, phase.data, recipe, micro, phase.seed, phase.views)
 
 
 def total_steps(phase: Phase, updates: int) -> int:
@@ -161,7 +120,7 @@ class Training:
         put_off = []
         for name, setup in self._setup.setups.items():
             directory = self._run.directory(name)
-            _describe_inputs(setup, directory)
+            describe_inputs(setup, directory)
             best = BEST if isinstance(setup.phase, DetectionPhase) else "eval_accuracy"
             checkpoints = RunCheckpoints(directory / "checkpoints", best)
             start, earlier = 0, 0.0

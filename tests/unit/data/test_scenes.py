@@ -123,7 +123,9 @@ class Rare:
 def test_images_of_rare_classes_are_drawn_more_often():
     indices = RepeatedIndices(Rare(), 4, seed=1, threshold=0.4)
     assert indices.steps_per_epoch == 10
-    epochs = [np.concatenate([indices[step + 10 * epoch] for step in range(10)]) for epoch in (0, 1)]
+    epochs = [
+        np.concatenate([indices[step + 10 * epoch] for step in range(10)]) for epoch in (0, 1)
+    ]
     # sqrt(0.4 * 40) = 4 times as often as each of the others: 40 * 4 / 43 draws.
     for drawn in epochs:
         assert len(drawn) == 40 and (drawn == 39).sum() in (3, 4)
