@@ -14,7 +14,7 @@ def get_config():
     data.train_images, data.test_images = 32, 20
     vmoe = config.vmoe
     vmoe.patch, vmoe.width, vmoe.heads = 16, 16, 2
-    vmoe.depths, vmoe.moe_pos, vmoe.experts = (1, 1), (1,), 2
+    vmoe.depths, vmoe.experts = (1, 1), 2  # all blocks alike: a scan of one body
     recipe = config.recipes.e2e
     recipe.epochs, recipe.batch, recipe.lr_per, recipe.lr = 1, 16, 0, 1e-3
     recipe.mixup = recipe.cutmix = 0.0  # drawing from Beta takes long to compile
@@ -30,7 +30,7 @@ def get_config():
     scenes.augment.resize, scenes.augment.scale = "jitter", (0.7, 1.3)
     scenes.augment.flip = False
     model = detection.model
-    model.window, model.global_blocks, model.relative_positions = 2, (1,), True
+    model.window, model.relative_positions = 2, True
     model.channels, model.anchor_sizes = 8, (8, 16, 32, 64, 128)
     model.rpn_budget, model.roi_budget, model.fc_width = 16, 16, 16
     model.pre_nms, model.post_nms, model.detections = (16, 16), (16, 16), 5
@@ -39,5 +39,5 @@ def get_config():
     train.epochs, train.batch, train.lr, train.lr_per = 3, 4, 1e-3, 0
     train.accumulate, train.clip, train.drop_path = 2, 1.0, 0.1
     train.warmup_epochs, train.milestones = 0.5, (2.0,)
-    config.log_every = 2
+    config.log_every, config.evaluation.every = 2, 2.0
     return config

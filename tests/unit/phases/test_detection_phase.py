@@ -173,7 +173,7 @@ REFUSED = [
     ({"recipe.layer_rule": "stage"}, 'layer_rule: "stage" is unknown'),
     ({"recipe.decay_rule": "most"}, 'decay_rule: "most" is unknown'),
     ({"recipe.drop_path": 1.0}, "must be below 1"),
-    ({"model.window": 0}, "global_blocks is (1,) and window is 0"),
+    ({"model.window": 0, "model.global_blocks": (1,)}, "global_blocks is (1,) and window is 0"),
     ({"model.global_blocks": (7,)}, "there are 2 blocks"),
 ]
 
