@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from m2mkd_jax.checkpoint.trees import match_tree
 from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
+from m2mkd_jax.detection.inference import DetectionModel, open_detection
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, inspection, registry
 from m2mkd_jax.parallel import backend
@@ -152,8 +153,10 @@ class Model:
         return {name: {**stage, "fixed": {**stage["fixed"], **arrays}}}
 
 
-def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0) -> Model:
-    """Loads a network with its weights.
+def load(
+    path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0
+) -> Model | DetectionModel:
+    """Loads a network with its weights; of a detector, or the backbone of one, a `DetectionModel`.
 
     Args:
         path: converted or trained weights (a directory, a job's, a run's), a torch or safetensors
@@ -166,6 +169,18 @@ def load(path: str | Path, module: int | None = None, *, arch: str = "", seed: i
         UserError: there are no weights, they cannot be read, or they are several NAC students and
             `module` is None.
     """
+    detection = open_detection(path, arch, seed)
+    if detection is None:
+        return load_network(path, module, arch=arch, seed=seed)
+    if module is not None:
+        raise UserError(f"{path} is a detector, which is not in modules")
+    return detection
+
+
+def load_network(
+    path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0
+) -> Model:
+    """`load` of a network that gives logits, or of a module; arguments and errors as there."""
     weights = open_weights(path, arch, seed=seed)
     with description_errors(path):
         return Model(weights, _chosen_trees(weights, path, module))

@@ -46,10 +46,10 @@ from m2mkd_jax.detection.inference import (
     open_detection,
     read_images,
 )
-from m2mkd_jax.detection.pictures import detect_in_image, draw, whole_masks
+from m2mkd_jax.detection.pictures import detect_in_image, drawn, whole_masks
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.evaluate.coco import coco_results
-from m2mkd_jax.inference import Model, load
+from m2mkd_jax.inference import Model, load_network
 
 BATCH = 64
 TOP = 5
@@ -162,7 +162,7 @@ def predict(args: argparse.Namespace) -> None:
         return
     if args.draw or args.json:
         raise UserError(f"--draw and --json are for detectors; {args.checkpoint} is none")
-    model = load(args.checkpoint, args.module, arch=args.arch)
+    model = load_network(args.checkpoint, args.module, arch=args.arch)
     if args.images and not model.image_size:
         raise UserError(
             f"{args.checkpoint} is a middle module and takes tokens (B, N, {model.width}); give "
@@ -248,7 +248,8 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
             continue
         masks = whole_masks(found, *image.shape[:2])
         if folder:
-            draw(folder / f"{i}_{Path(path).stem}.png", image, found, masks, labels)
+            picture = drawn(image, found, masks, labels)
+            picture.save(folder / f"{i}_{Path(path).stem}.png")
         if args.json:
             results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
     if args.json:

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.data_section import DATA
+from m2mkd_jax.config.detection_section import DETECTION
 from m2mkd_jax.config.evaluation_section import EVALUATION
 from m2mkd_jax.config.family_sections import SECTIONS, own_section
 from m2mkd_jax.config.keys import (
@@ -37,9 +38,12 @@ PHASES = (
     "e2e_scratch",
     "e2e_kd",
     "e2e_upcycled",
+    "detect",
+    "detect_scratch",
     "fewshot",
     "eval",
 )
+DETECTION_PHASES = ("detect", "detect_scratch")
 MODULE_PHASES = ("mt", "m2mkd")  # one job per module
 RECIPES = ("pt", "mt", "ft", "m2mkd", "e2e", "fewshot")
 
@@ -177,6 +181,7 @@ def all_keys(family: str = "nac") -> Keys:
         "regulariser": REGULARISER,
         "recipes": dict.fromkeys(RECIPES, RECIPE),
         "few_shot": FEW_SHOT,
+        "detection": DETECTION,
         "init": INIT,
         "evaluation": EVALUATION,
         **RUN,
@@ -199,6 +204,12 @@ GROUPS = {
     "few_shot": "The phase fewshot: heads for classes that the network has not seen.",
     "few_shot.data": "The images of the episodes; image_size 0: the network's. mean and std must "
     "be those of the network.",
+    "detection": "The phases detect, whose backbone is a trained network, and detect_scratch, the "
+    "same detector from fresh weights; docs/detection.md.",
+    "detection.data": "The scenes. mean and std must be those of the network.",
+    "detection.data.augment": "How scenes are resized and flipped, and test scenes resized.",
+    "detection.model": "The detector beside its transformer.",
+    "detection.recipe": "How detectors train.",
     "init": "Directories or files of weights, converted or torch's, in place of phases.",
     "evaluation": "How accuracies are measured.",
     "mesh": "How the devices are arranged; data x expert is their number.",

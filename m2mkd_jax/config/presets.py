@@ -190,3 +190,34 @@ def small_vmoe(config: ConfigDict) -> None:
         recipe.batch, recipe.lr_per = 48, 0  # a multiple of 1, 2, 4 and 8 devices
         recipe.mixup = recipe.cutmix = 0.0
         recipe.min_lr, recipe.warmup_lr = 1e-5, 1e-5
+
+
+def small_detector(config: ConfigDict) -> None:
+    """A Mask R-CNN for scenes of 128 px on a small V-MoE; the epochs are left to the config."""
+    model, recipe = config.detection.model, config.detection.recipe
+    model.channels, model.fc_width = 32, 128
+    model.anchor_sizes = (24, 40, 56, 96, 128)
+    model.rpn_budget, model.roi_budget = 64, 32
+    model.pre_nms, model.post_nms, model.detections = (200, 200), (100, 100), 20
+    config.detection.evaluation_batch = 20
+    recipe.batch, recipe.lr, recipe.lr_per, recipe.clip = 16, 2e-3, 0, 1.0
+    recipe.layer_decay, recipe.weight_decay = 0.9, 0.05
+
+
+def large_scale_jitter(config: ConfigDict) -> None:
+    """COCO 2017 at 1024 px with large-scale jitter; windows, relative positions; batch 64.
+
+    Source: Li et al. 2022 (arXiv 2203.16527), appendix; docs/detection.md#optimizer.
+    """
+    detection = config.detection
+    data, model, recipe = detection.data, detection.model, detection.recipe
+    data.name, data.classes, data.image_size = "coco", 80, 1024
+    model.window, model.relative_positions = 14, True
+    model.global_blocks = (2, 5, 8, 11)
+    # 117,266 training images have objects: 1832 batches of 64.
+    updates = 117_266 // 64
+    recipe.batch, recipe.lr, recipe.lr_per = 64, 1e-4, 64
+    recipe.epochs, recipe.warmup_epochs = 184_375 / updates, 250 / updates
+    recipe.milestones = (163_889 / updates, 177_546 / updates)
+    recipe.layer_decay, recipe.weight_decay, recipe.drop_path = 0.7, 0.1, 0.1
+    config.evaluation.every = 5000 / updates

@@ -41,9 +41,7 @@ def check_value(name: str, value: Any, key: Key) -> None:
         if not all(allows(entry) for entry in value):
             raise UserError(f"config.{name} is {value}; its entries must be {words}")
         if key.length and len(value) != key.length:
-            raise UserError(
-                f"config.{name} is {value}; it needs {key.length} numbers, one for each channel"
-            )
+            raise UserError(f"config.{name} is {value}; it needs {key.length} numbers")
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

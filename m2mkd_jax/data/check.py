@@ -2,6 +2,8 @@
 
     python -m m2mkd_jax.data.check ROOT [--quick] [--validation=SHARE] [--numeric_order] ...
 
+Of COCO's format, the images, objects and problems of every file of instances.
+
 Every image is decoded, on all cores (with --quick none is). With the options that are keys of
 config.data, what a run with these values gets. Exit code 0: no problem found; 2: a problem, or no
 images.
@@ -18,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m2mkd_jax.data import layouts
+from m2mkd_jax.data.check_coco import check_instances, find_instances
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.formats.tables import FOUND, Columns
@@ -68,6 +71,9 @@ def check(
         UserError: no known layout, or a directory that cannot be read.
     """
     options = options or Options()
+    if instances := find_instances(Path(root)):
+        out(f"{root}: COCO's format (annotations/instances_*.json)")
+        return all([check_instances(*paths, quick, out) for paths in instances])
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
     out(f"{root}: {layouts.LAYOUTS[layout]}")
     good, found, order = True, 0, ""

@@ -22,6 +22,8 @@ from m2mkd_jax.errors import UserError
 
 # As many examples of each problem are named.
 NAMED = 3
+# Problem of an object that is kept with its other polygons.
+UNSOUND = "polygons of fewer than 3 points"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def read_coco(path: Path, folder: Path, *, train: bool) -> CocoData:
         if what:
             problems.setdefault(what, []).append(f"annotation {annotation['id']}")
         elif not annotation.get("iscrowd"):
+            if _has_unsound_polygon(annotation["segmentation"]):
+                problems.setdefault(UNSOUND, []).append(f"annotation {annotation['id']}")
             objects[annotation["image_id"]].append(annotation)
     found = []
     for id, image in sorted(images.items()):
@@ -155,6 +159,10 @@ def _problem(
     if not isinstance(segmentation, list) or not sound_polygons(segmentation):
         return "no polygon of 3 points or more"
     return ""
+
+
+def _has_unsound_polygon(segmentation: Any) -> bool:
+    return isinstance(segmentation, list) and len(sound_polygons(segmentation)) < len(segmentation)
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:

@@ -42,7 +42,7 @@ def batch_indices(source: ImageSource, config: Any, batch_size: int, seed: int) 
 
     Args:
         source: the images.
-        config: fields repeated_augmentation and, if there, sampler ('shuffle' or 'balanced').
+        config: where they are there, repeated_augmentation and sampler ('shuffle' or 'balanced').
         batch_size: B.
         seed: 0 or larger.
 
@@ -51,7 +51,9 @@ def batch_indices(source: ImageSource, config: Any, batch_size: int, seed: int) 
     """
     balanced = config.get("sampler", "shuffle") == "balanced"
     labels = np.asarray(source.labels) if balanced else None
-    return BatchIndices(len(source), batch_size, seed, config.repeated_augmentation, labels)
+    return BatchIndices(
+        len(source), batch_size, seed, config.get("repeated_augmentation", 1), labels
+    )
 
 
 def train_batches(
@@ -102,14 +104,14 @@ def train_batches(
     """
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"cannot start at step {start_step} of {total_steps}")
-    share = _share(batch_size, process_index, process_count)
+    share = local_share(batch_size, process_index, process_count)
     indices = batch_indices(source, config, batch_size, seed)
     steps = range(start_step, total_steps)
     if kept is not None:
-        return _iterate(source, KeptBatch(kept, indices, share, views), steps, config, share, 0)
+        return iterate(source, KeptBatch(kept, indices, share, views), steps, config, share, 0)
     augmentation = augment.Augmentation.from_config(config)
     load = TrainBatch(source, indices, augmentation, seed, share, config.image_size, views)
-    return _iterate(source, load, steps, config, share)
+    return iterate(source, load, steps, config, share)
 
 
 def view_batches(
@@ -137,7 +139,7 @@ def view_batches(
     augmentation = augment.Augmentation.from_config(config)
     load = ViewBatch(source, augmentation, seed, view, config.image_size, start, batch_size)
     steps = range(math.ceil((len(source) - start) / batch_size))
-    return _iterate(source, load, steps, config, slice(0, batch_size))
+    return iterate(source, load, steps, config, slice(0, batch_size))
 
 
 def first_images(
@@ -198,12 +200,12 @@ def eval_batches(
         UserError: as in `train_batches`.
         ValueError: a process out of range.
     """
-    share = _share(batch_size, process_index, process_count)
+    share = local_share(batch_size, process_index, process_count)
     load = EvalBatch(source, batch_size, share, config.image_size)
-    return _iterate(source, load, range(math.ceil(len(source) / batch_size)), config, share)
+    return iterate(source, load, range(math.ceil(len(source) / batch_size)), config, share)
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def local_share(batch_size: int, process_index: int, process_count: int) -> slice:
     """The slice of the global batch that a process loads."""
     if not 0 <= process_index < process_count:
         raise ValueError(f"no process {process_index} of {process_count}")
@@ -216,25 +218,36 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _iterate(
-    source: ImageSource,
+def iterate(
+    source: Any,
     load: Callable[[int], Batch],
     steps: range,
     config: Any,
     share: slice,
     workers: int | None = None,
 ) -> "BatchIterator":
-    """The batches of `load` for `steps`, from threads or worker processes (None: the config's)."""
+    """The batches of `load` for `steps`, from threads or worker processes.
+
+    Args:
+        source: the images or scenes.
+        load: number of a batch -> the batch, this process's share of it.
+        steps: numbers of the batches.
+        config: fields image_size and workers; of images also damaged_share.
+        share: which rows of the global batch are this process's.
+        workers: None: the config's.
+    """
     end_in_worker()
     if config.workers < -1:
         raise UserError(
             f"data.workers is {config.workers}: use -1 (as fits the machine), 0 (threads) or more"
         )
-    damaged = DamagedImageCounter(source, config.damaged_share)
+    damaged = DamagedImageCounter(source, getattr(config, "damaged_share", 0.0))
     if not len(steps):
         return BatchIterator(iter(()), damaged)
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
-    batch_bytes = (share.stop - share.start) * config.image_size**2 * 3
+    # Masks have a bit for every pixel of an object.
+    pixel_bytes = 3 + getattr(config, "objects", 0) // 8
+    batch_bytes = (share.stop - share.start) * config.image_size**2 * pixel_bytes
     workers = config.workers if workers is None else workers
     if workers < 0:
         workers = 0 if source.in_memory else automatic_workers(batch_bytes)

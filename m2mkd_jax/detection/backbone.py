@@ -157,4 +157,5 @@ class Backbone(nnx.Module):
             The maps by name, and the auxiliary outputs of `Net`.
         """
         last, aux = self.net(images, key)
+        last = last.astype(jnp.float32)  # whatever type the transformer computes in
         return {"last_feat": last} | self.pyramid(last), aux

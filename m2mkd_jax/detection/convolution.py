@@ -93,7 +93,12 @@ class Upsample(nnx.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maxima of 2 x 2 positions; an odd last row or column is left out."""
+    """Maxima of 2 x 2 positions; an odd last row or column is left out.
+
+    The gradient goes to the one that is chosen. That of jnp.max divides by the number of entries
+    that equal the maximum, which is 0 where XLA computes the entries once more, rounded otherwise.
+    """
     h, w = x.shape[1] // 2, x.shape[2] // 2
-    x = rearrange(x[:, : 2 * h, : 2 * w], "b (h p) (w q) c -> b h w (p q) c", p=2, q=2)
-    return jnp.max(x, axis=3)
+    x = rearrange(x[:, : 2 * h, : 2 * w], "b (h p) (w q) c -> (p q) b h w c", p=2, q=2)
+    top, bottom = (jnp.where(x[i] >= x[i + 1], x[i], x[i + 1]) for i in (0, 2))
+    return jnp.where(top >= bottom, top, bottom)

@@ -6,6 +6,7 @@ Source: Li et al. 2022 (arXiv 2203.16527), appendix; docs/detection.md#optimizer
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ import optax
 
 from m2mkd_jax import tree_paths
 from m2mkd_jax.detection.spec import BackboneSpec
+from m2mkd_jax.detection.training import STAGE, multi_step_rate
 from m2mkd_jax.errors import require
+from m2mkd_jax.train.optimizer import with_implicit_promotion
 
 LAYER_RULES = ("block", "published")
+DECAY_RULES = ("published", "all", "none")
 
 
 def layer_scales(params: Any, spec: BackboneSpec, decay: float, rule: str = "block") -> Any:
@@ -61,16 +65,23 @@ def layer_scales(params: Any, spec: BackboneSpec, decay: float, rule: str = "blo
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def decay_mask(params: Any) -> Any:
-    """The parameters on which weight decay acts: all but the transformer's norms and positions.
-
-    The norms of pyramid and heads are decayed, and so are biases.
+def decay_mask(params: Any, rule: str = "published") -> Any:
+    """The parameters on which weight decay acts.
 
     Args:
         params: of a detector or backbone.
+        rule: 'published': all but the transformer's norms and positions, so that the norms of
+            pyramid and heads are decayed, and biases; 'all', 'none'.
+
+    Raises:
+        UserError: an unknown rule.
 
     Source: docs/detection.md#optimizer.
     """
+    known = ", ".join(DECAY_RULES)
+    require(rule in DECAY_RULES, f"decay_rule {rule!r} is unknown: use one of {known}")
+    if rule != "published":
+        return jax.tree.map(lambda leaf: rule == "all", params)
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         names = tree_paths.names(path)
@@ -104,3 +115,45 @@ def adamw(rate: Any, weight_decay: float, scales: Any, mask: Any) -> optax.Gradi
 
 def _scaled(update: jax.Array, scale: np.ndarray) -> jax.Array:
     return update * jax.numpy.broadcast_to(scale, update.shape)
+
+
+def learning_rate(recipe: Any, updates_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """The schedule of a recipe: number of the update, from 0 -> learning rate.
+
+    Args:
+        recipe: fields lr (scaled to the batch), warmup_epochs, warmup_factor and milestones.
+        updates_per_epoch: optimizer updates in an epoch.
+
+    Raises:
+        UserError: milestones that do not rise, or lie in the warmup.
+    """
+    milestones = [round(epoch * updates_per_epoch) for epoch in recipe.milestones]
+    warmup = round(recipe.warmup_epochs * updates_per_epoch)
+    return multi_step_rate(recipe.lr, warmup, milestones, recipe.warmup_factor)
+
+
+def make_optimizer(
+    recipe: Any, updates_per_epoch: int, params: Any, spec: BackboneSpec
+) -> optax.GradientTransformation:
+    """Clipping, AdamW by layer, accumulation.
+
+    Args:
+        recipe: fields of `learning_rate`, and weight_decay, decay_rule, layer_decay, layer_rule,
+            clip and accumulate.
+        updates_per_epoch: optimizer updates in an epoch.
+        params: {STAGE: of the detector, or their shapes}.
+        spec: of its backbone.
+
+    Raises:
+        UserError: an unknown rule, or as for `learning_rate`.
+
+    Source: docs/detection.md#optimizer.
+    """
+    scales = {STAGE: layer_scales(params[STAGE], spec, recipe.layer_decay, recipe.layer_rule)}
+    mask = {STAGE: decay_mask(params[STAGE], recipe.decay_rule)}
+    step = adamw(learning_rate(recipe, updates_per_epoch), recipe.weight_decay, scales, mask)
+    if recipe.clip:
+        step = optax.chain(optax.clip_by_global_norm(recipe.clip), step)
+    if recipe.accumulate > 1:
+        step = optax.MultiSteps(step, recipe.accumulate).gradient_transformation()
+    return with_implicit_promotion(step)

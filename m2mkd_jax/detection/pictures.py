@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,18 +57,16 @@ def whole_masks(found: ImageDetections, height: int, width: int) -> np.ndarray:
 _paste = jax.jit(paste_masks, static_argnums=(2, 3))
 
 
-def draw(
-    path: Path,
+def drawn(
     image: np.ndarray,
     found: ImageDetections,
     masks: np.ndarray,
     labels: Sequence[str],
     least: float = DRAWN_SCORE,
-) -> None:
-    """Writes a picture of an image with boxes, masks, classes and scores.
+) -> Image.Image:
+    """A picture of an image with boxes, masks, classes and scores.
 
     Args:
-        path: of the PNG file.
         image: (H, W, 3) uint8.
         found: its detections.
         masks: (N, H, W) bool.
@@ -92,4 +89,4 @@ def draw(
         # The built-in font has Latin letters only.
         text = f"{name} {found.scores[i]:.2f}".encode("latin-1", "replace").decode("latin-1")
         pen.text((x0 + 2, y0 + 1), text, fill=colour)
-    picture.save(path)
+    return picture

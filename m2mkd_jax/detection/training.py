@@ -1,6 +1,6 @@
-"""Batches of annotated images, the loss of a detector as a step takes it, and its schedule.
+"""The loss of a detector as a step takes it, and its schedule.
 
-Axes: B images, H height, W width, G objects of an image (padded).
+Axes: B images, H height, W width.
 
 Source: docs/detection.md#optimizer, docs/detection.md#batching.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2mkd_jax.data.annotations import Scene, bitmap
+from m2mkd_jax.detection.detector import Detections
 from m2mkd_jax.detection.rpn import Objects
 from m2mkd_jax.errors import require
 from m2mkd_jax.models import chain
@@ -23,69 +23,79 @@ from m2mkd_jax.models import chain
 STAGE = "detector"
 
 
-def collate(scenes: Sequence[Scene], size: tuple[int, int], limit: int) -> dict[str, np.ndarray]:
-    """A batch of one size: images padded with zeros after normalisation, objects padded to G.
-
-    Args:
-        scenes: annotated images, none larger than `size`.
-        size: height and width of the batch (`BackboneSpec.padded`).
-        limit: G; of an image with more objects the largest boxes are kept.
-
-    Returns:
-        'image' (B, H, W, 3) uint8, 'size' (B, 2) float32, 'boxes' (B, G, 4) float32, 'classes'
-        (B, G) int32, 'valid' (B, G) bool and 'masks' (B, G, H, W) bool.
-    """
-    count, (height, width) = len(scenes), size
-    batch: dict[str, np.ndarray] = {
-        "image": np.zeros((count, height, width, 3), np.uint8),
-        "size": np.array([scene.size for scene in scenes], np.float32),
-        "boxes": np.zeros((count, limit, 4), np.float32),
-        "classes": np.zeros((count, limit), np.int32),
-        "valid": np.zeros((count, limit), bool),
-        "masks": np.zeros((count, limit, height, width), bool),
-    }
-    for i, scene in enumerate(scenes):
-        h, w = scene.size
-        batch["image"][i, :h, :w] = scene.image
-        sides = scene.boxes[:, 2:] - scene.boxes[:, :2]
-        largest = np.argsort(-sides.prod(1), kind="stable")[:limit]
-        for j, number in enumerate(sorted(largest)):
-            batch["boxes"][i, j] = scene.boxes[number]
-            batch["classes"][i, j] = scene.classes[number]
-            batch["valid"][i, j] = True
-            batch["masks"][i, j, :h, :w] = bitmap(scene.masks[number], h, w)
-    return batch
-
-
-def make_loss(graph: Any, mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
+def make_loss(
+    graph: Any, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+) -> Callable[..., Any]:
     """The loss as train/step.py takes it.
 
     Args:
         graph: structure of the detector.
         mean, std: of the pixels, 0 to 1.
+        dtype: compute type of the transformer; pyramid and heads are float32.
 
     Returns:
         (trainable, frozen, batch, key) -> (scalar, metrics): `trainable` is {STAGE: params}, the
-        batch is `collate`'s, and the metrics are 'loss' and its five parts.
+        batch is that of `data.scene_batches.collate`, and the metrics are 'loss' and its five
+        parts.
     """
-    scale = np.asarray(std, np.float32) * 255
-    shift = np.asarray(mean, np.float32) * 255
 
     def loss(
         trainable: Mapping[str, Any], frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del frozen
-        network = chain.merge(graph, trainable[STAGE], {})
-        images = (batch["image"].astype(jnp.float32) - shift[None, None, None]) / scale[
-            None, None, None
-        ]
-        images = jnp.where(inside(batch["size"], *images.shape[1:3])[..., None], images, 0.0)
-        objects = Objects(*(batch[name] for name in ("boxes", "classes", "valid", "masks")))
+        network = chain.merge(graph, in_compute_type(trainable[STAGE], dtype), {})
+        images = normalised(batch["image"], batch["size"], mean, std).astype(dtype)
+        masks = jnp.unpackbits(batch["masks"], axis=-1).astype(bool)
+        objects = Objects(batch["boxes"], batch["classes"], batch["valid"], masks)
         found, _ = network.losses(images, batch["size"], objects, key)
         total = sum(found.values(), jnp.zeros(()))
         return total, {"loss": total, **found}
 
     return loss
+
+
+def make_detection(
+    graph: Any, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+) -> Callable[[Mapping[str, Any], Mapping[str, jax.Array]], Detections]:
+    """(params, {'image', 'size'}) -> the detections of a batch; arguments as for `make_loss`."""
+
+    def detect(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Detections:
+        network = chain.merge(graph, in_compute_type(params, dtype), {})
+        images = normalised(batch["image"], batch["size"], mean, std).astype(dtype)
+        return network.detect(images, batch["size"])
+
+    return detect
+
+
+def in_compute_type(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The parameters with the transformer's in the compute type."""
+    return {**params, "net": chain.cast_compute(params["net"], dtype)}
+
+
+def normalised(
+    pixels: jax.Array, sizes: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+    """uint8 (B, H, W, 3) -> float32, normalised, zero outside the images of sizes (B, 2)."""
+    shift, scale = (np.asarray(v, np.float32)[None, None, None] * 255 for v in (mean, std))
+    images = (pixels.astype(jnp.float32) - shift) / scale
+    return jnp.where(inside(sizes, *images.shape[1:3])[..., None], images, 0.0)
+
+
+def batch_shapes(data: Any, images: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a training batch; `data`: fields image_size and objects."""
+    side, objects = data.image_size, data.objects
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((side, side, 3), jnp.uint8),
+        "size": ((2,), jnp.float32),
+        "boxes": ((objects, 4), jnp.float32),
+        "classes": ((objects,), jnp.int32),
+        "valid": ((objects,), jnp.bool_),
+        "masks": ((objects, side, side // 8), jnp.uint8),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((images, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def inside(sizes: jax.Array, height: int, width: int) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import (
+    DETECTION_PHASES,
     MODULE_PHASES,
     PHASES,
     RECIPE,
@@ -24,11 +25,14 @@ from m2mkd_jax.config.values import check_value, check_values
 from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
+from m2mkd_jax.data.scenes import describe_missing as missing_scenes
+from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require, require_known
 from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
 from m2mkd_jax.jobs.changes import check_same_config
 from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
+from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
@@ -40,6 +44,7 @@ from m2mkd_jax.jobs.trackers import tracker_class
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
+from m2mkd_jax.phases.detection import DENSE
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
 from m2mkd_jax.phases.initial_weights import check_given, check_measured, weights_directory
 from m2mkd_jax.phases.phase import FRESH, StageSpec
@@ -140,6 +145,7 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
     )
     _check_networks(config, devices)
     check_distillation(config)
+    check_detection(config, devices)
 
 
 def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
@@ -257,6 +263,8 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
     phases = set(config.phases)
     # A network is assembled from students that this run teaches, or one before it has taught.
     teaching = bool(TAUGHT & phases) or (_assembles(config) and not config.init.students)
+    detects = bool(phases & set(DETECTION_PHASES))
+    teaching |= detects and config.detection.network == DENSE
     for key in ("data", "teaching_data") if teaching else ("data",):
         data = teaching_data(config) if key == "teaching_data" else config.data
         sized = data.image_size > 0 and data.classes > 1
@@ -331,8 +339,12 @@ def missing_data(plan: Plan, names: Iterable[str]) -> list[str]:
         if job.kind is Kind.EVALUATION:
             renditions = plan.config.evaluation.renditions
             wanted += [(renditions_data(plan.config, name), "$M2MKD_DATA") for name in renditions]
-    lines = [(describe_missing(data), where) for data, where in wanted]
+    lines = [(_missing(data), where) for data, where in wanted]
     return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
+
+
+def _missing(data: ConfigDict) -> str | None:
+    return missing_scenes(data) if is_scenes(data) else describe_missing(data)
 
 
 def _check_images(plan: Plan, todo: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.jobs.plan import Kind, Plan
 from m2mkd_jax.jobs.setup import image_source
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import read_recorded
 from m2mkd_jax.phases.phase import Phase
@@ -84,7 +85,9 @@ def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
         UserError: one line with the first class that differs.
     """
     for use in _uses(plan, todo):
-        if plan.job(use.phase.job).kind is Kind.FEW_SHOT:  # its head is a fresh one
+        fresh_head = plan.job(use.phase.job).kind is Kind.FEW_SHOT
+        fresh_head |= isinstance(use.phase, DetectionPhase) and use.job != use.phase.job
+        if fresh_head:
             continue
         if plan.config.init.fresh_head and (use.initial or use.job.startswith("mt/")):
             continue

@@ -14,6 +14,7 @@ import numpy as np
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.pipeline import batch_indices, train_batches
 from m2mkd_jax.jobs.setup import Setup, image_source
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.train.step import prepared, step_keys
 
 SHOWN = 8  # images of a batch
@@ -36,6 +37,8 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
     indices = batch_indices(source, data, micro, phase.seed)
     images = [int(i) for i in indices[step - 1][:SHOWN]]
     where = f" (images {', '.join(map(str, images))}{', ...' if micro > SHOWN else ''}"
+    if isinstance(phase, DetectionPhase):
+        return f"{where})"
     batches = train_batches(
         source,
         data,

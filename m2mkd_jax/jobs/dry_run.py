@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from m2mkd_jax.detection.training import STAGE, batch_shapes
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.checks import check_weights, missing_data, validate
@@ -28,12 +29,14 @@ from m2mkd_jax.jobs.plan import (
     open_jobs,
     stale_after,
 )
+from m2mkd_jax.jobs.progress import detection_flops
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
 from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.mesh import AXES, mesh_shape, with_mesh
 from m2mkd_jax.parallel.process import say
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.step import with_fixed
 
@@ -96,10 +99,13 @@ def describe_job(config: ConfigDict, job: Job, mesh: AbstractMesh) -> Iterator[s
         f"{recipe.epochs} epochs of batch {recipe.batch}{parts}, {recipe.optimizer} "
         f"{recipe.lr:g}, decay {recipe.weight_decay:g}"
     )
-    setup = set_up(config, phase, abstract_stages(phase))
-    group, x = _group_images(phase, mesh)
-    yield from describe_stages(setup, x)
-    yield describe_costs(count_costs(setup, x, group, _held(config, mesh)))
+    if isinstance(phase, DetectionPhase):
+        yield from describe_detector(phase)
+    else:
+        setup = set_up(config, phase, abstract_stages(phase))
+        _, x = _group_images(phase, mesh)
+        yield from describe_stages(setup, x)
+    yield describe_costs(job_costs(config, phase, mesh))
     shares = ", ".join(describe_sharding(mesh, config.mesh.fsdp, phase))
     yield (
         f"sharding: batch over {mesh.size} device(s) (data {mesh.shape['data']} x expert "
@@ -153,6 +159,8 @@ def job_costs(config: ConfigDict, phase: Phase, mesh: AbstractMesh) -> Costs:
     """What a step of a phase takes on the devices of a mesh, counted without computing it."""
     setup = set_up(config, phase, abstract_stages(phase))
     group, x = _group_images(phase, mesh)
+    if isinstance(phase, DetectionPhase):
+        return detector_costs(phase, setup, len(x), group, _held(config, mesh))
     return count_costs(setup, x, group, _held(config, mesh))
 
 
@@ -203,6 +211,52 @@ def count_costs(
         frozen=sum(held(tree) for tree in still),
         activations=kept_bytes(loss, params, frozen, x) // group.size,
         images=len(x) // group.size,
+    )
+
+
+# Parts of a detector by their paths in its parameters.
+PARTS = {
+    "transformer": ("net",),
+    "pyramid": ("pyramid",),
+    "proposals": ("rpn",),
+    "box head": ("heads", "box_head"),
+    "box predictor": ("heads", "box_predictor"),
+    "mask head": ("heads", "mask_head"),
+}
+
+
+def describe_detector(phase: DetectionPhase) -> Iterator[str]:
+    """A line for every part of a detector, with its parameters."""
+    stage = phase.stages[STAGE]
+    params = chain.abstract(stage.build).params
+    yield f"{stage.title}, images padded to {phase.data.image_size} px"
+    for title, path in PARTS.items():
+        yield f"{title:<15}{chain.count_parameters(chain.subtree(params, path)):>13,} parameters"
+    yield f"parameters: {chain.count_parameters(params):,}, all trained"
+
+
+def detector_costs(
+    phase: DetectionPhase,
+    setup: Setup,
+    images: int,
+    group: AbstractMesh,
+    held: Callable[[Any], int],
+) -> Costs:
+    """`count_costs` of a detector; `images`: of the devices of `group`."""
+    shapes = batch_shapes(phase.data, images)
+
+    def loss(params: dict, batch: dict) -> jax.Array:
+        return with_mesh(group, setup.program.loss)(params, {}, batch, jax.random.key(0))[0]
+
+    weights = held(setup.params)
+    return Costs(
+        forward=detection_flops(phase),
+        training=count_flops(jax.value_and_grad(loss), setup.params, shapes) // images,
+        weights=weights,
+        optimizer=weights * ADAM_COPIES,
+        frozen=0,
+        activations=kept_bytes(loss, setup.params, shapes) // group.size,
+        images=images // group.size,
     )
 
 

@@ -21,13 +21,15 @@ from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
+from m2mkd_jax.jobs.detection import measure_detector, said
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, frozen_program, image_source
+from m2mkd_jax.jobs.setup import Run, frozen_program, image_source, make_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import barrier, interrupted, is_main, reached, say
 from m2mkd_jax.phases.build import END_TO_END
+from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
@@ -137,6 +139,12 @@ def load_network(run: Run, phase: Phase) -> dict[str, dict]:
 def _measure(run: Run, phase: Phase) -> dict:
     """Metrics of the network that a phase trained, and of whatever config.evaluation adds."""
     config, stages = run.config, load_network(run, phase)
+    if isinstance(phase, DetectionPhase):
+        program = make_program(config, phase)
+        assert isinstance(program, DetectionProgram)
+        metrics = measure_detector(run, phase, program, stages)
+        say(f"[eval] {phase.job}: {said(metrics)}")
+        return metrics
     program, frozen = frozen_program(config, phase, phase.student, stages)
     reduce = config.evaluation.reductions and phase.job in END_TO_END
     stages = stages if reduce else {}

@@ -24,9 +24,9 @@ from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.jobs.evaluation import evaluation_batch
+from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import Job, write_inputs
 from m2mkd_jax.jobs.setup import Run, image_source, set_up
-from m2mkd_jax.jobs.training import draw_images
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes

@@ -21,6 +21,7 @@ from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.setup import Run, Setup, abstract_stages, frozen_program, set_up
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, say
+from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
@@ -105,8 +106,16 @@ class JointSetup:
     kept: Mapping[str, jax.ShapeDtypeStruct] | None = None
 
     @property
+    def loss(self) -> Callable:
+        """Of a batch, with parameters and metrics by job; a detector trains alone."""
+        if isinstance(self._first.program, DetectionProgram):
+            ((job, setup),) = self.setups.items()
+            return SingleProgram(job, setup.program).loss
+        return self.program.loss
+
+    @property
     def program(self) -> JointProgram:
-        """The losses and logits of all jobs."""
+        """The losses and logits of all jobs, none of them a detector's."""
         return JointProgram({job: setup.program for job, setup in self.setups.items()})
 
     @property
@@ -198,7 +207,7 @@ class JointSetup:
                 out_shardings=where,
             )
 
-        return FittingStep(", ".join(self.setups), make, self.program.loss)
+        return FittingStep(", ".join(self.setups), make, self.loss)
 
 
 def joint_setup(

@@ -16,7 +16,10 @@ from m2mkd_jax.jobs.trackers import Tracker
 from m2mkd_jax.parallel.process import is_main
 
 BAR = "{desc} |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
-SHOWN = ("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss")
+SHOWN = (
+    *("loss", "accuracy", "teacher_agreement", "eval_accuracy", "eval_loss"),
+    *("eval_box_AP", "eval_box_AP50", "eval_mask_AP", "eval_mask_AP50"),
+)
 
 
 class Log:
@@ -51,7 +54,7 @@ class Log:
             return
         kept = _entries_until(path, start) if start else []
         for entry in kept:
-            self.evaluated = entry["step"] if "eval_loss" in entry else self.evaluated
+            self.evaluated = entry["step"] if is_evaluation(entry) else self.evaluated
         path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self.file = path.open("a", buffering=1)
         for tracker in trackers:
@@ -81,7 +84,7 @@ class Log:
             self.bar.set_postfix_str(shown(entry))
             return
         now = time.monotonic()
-        last = entry["step"] >= self.total or "eval_accuracy" in entry
+        last = entry["step"] >= self.total or is_evaluation(entry)
         if last or now - self._said >= self.every:
             self._said = now
             where = f"  ({self.place})" if self.place else ""
@@ -111,6 +114,11 @@ def _entries_until(path: Path, start: int) -> list[dict[str, Any]]:
         if step <= start:
             kept.append(entry)
     return kept
+
+
+def is_evaluation(entry: dict[str, Any]) -> bool:
+    """Whether an entry is of an evaluation, not of training steps."""
+    return any(name.startswith("eval_") for name in entry)
 
 
 def shown(entry: dict[str, Any]) -> str:

@@ -138,8 +138,8 @@ class Plan:
     def _measured(self) -> tuple[str, ...]:
         """Jobs whose networks the job 'eval' measures.
 
-        They are those of `config.evaluation.networks`, or the end-to-end ones, or where the run
-        has none all networks that `config.init` names.
+        They are those of `config.evaluation.networks`, or the end-to-end ones and detectors, or
+        where the run has none all networks that `config.init` names.
 
         Raises:
             UserError: there is no such job.
@@ -147,7 +147,8 @@ class Plan:
         if wanted := self.config.evaluation.networks:
             chosen = self.select(",".join(wanted), "config.evaluation.networks")
             return tuple(n for n in chosen if n.partition("/")[0] not in ("fewshot", "eval"))
-        networks = tuple(n for n in self.names if n.partition("/")[0] in END_TO_END)
+        measured = (*END_TO_END, *defaults.DETECTION_PHASES)
+        networks = tuple(n for n in self.names if n.partition("/")[0] in measured)
         given = (("pt", "meta"), ("ft", "teacher"), ("e2e", "network"))
         return networks or tuple(name for name, field in given if self.config.init[field])
 
@@ -212,6 +213,8 @@ def _job_names(config: ConfigDict) -> list[str]:
             names += [f"{phase}/{i}" for i in range(teacher(config).modules)]
         elif phase in END_TO_END:
             names += [phase] + [f"{phase}/{seed}" for seed in range(1, config.e2e_seeds)]
+        elif phase in defaults.DETECTION_PHASES:
+            names += [phase] + [f"{phase}/{seed}" for seed in range(1, config.detection.seeds)]
         else:
             names.append(phase)
     return names

@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.config.defaults import MODULE_PHASES
+from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs.joint import can_join
@@ -23,6 +24,7 @@ from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
 from m2mkd_jax.jobs.setup import count_updates
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.initial_weights import job_directory
 from m2mkd_jax.phases.phase import Phase
 
@@ -81,6 +83,8 @@ def job_steps(phase: Phase) -> int:
 def work_per_image(phase: Phase) -> float:
     """FLOPs per image of a training step, about: stage by stage, without tracing the step."""
     work, size = 0.0, phase.data.image_size
+    if isinstance(phase, DetectionPhase):
+        return TRAINED * detection_flops(phase)
     first = min(phase.student.index(name) for name in phase.trainable)
     shape: tuple[int, ...] = (1, size, size, 3)
     for place, name in enumerate(phase.student):
@@ -92,6 +96,18 @@ def work_per_image(phase: Phase) -> float:
         flops, shape = _stage_work(phase.stages[name].build, shape)
         work += flops if name not in phase.student[:first] else 0
     return work
+
+
+def detection_flops(phase: DetectionPhase) -> int:
+    """FLOPs of a detector for one image, forward."""
+    side = phase.data.image_size
+    program = phase.program(None, jnp.dtype(jnp.float32), False)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((1, 2), jnp.float32),
+    }
+    params = chain.abstract(phase.stages[STAGE].build).params
+    return flops_of(jax.make_jaxpr(program.detect)(params, batch).jaxpr)
 
 
 @functools.cache  # most stages are the same in most jobs

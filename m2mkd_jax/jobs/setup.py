@@ -24,13 +24,16 @@ from ml_collections import ConfigDict
 from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import balanced_weights
 from m2mkd_jax.data.pipeline import batch_indices
+from m2mkd_jax.data.scenes import is_scenes, load_scenes
 from m2mkd_jax.data.sources import describe_missing, load_source
+from m2mkd_jax.detection import optimizer as detection_optimizer
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
 from m2mkd_jax.phases.joined import Joined, join_neighbours
 from m2mkd_jax.phases.phase import Phase
@@ -70,12 +73,13 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def image_source(data: ConfigDict, split: str) -> Any:
-    """A data set's images, decoded once per process however many jobs read them."""
+    """A data set's images or scenes, opened once per process however many jobs read them."""
     if split == "validation" and not data.get("validation"):
         split = "test"
     key = f"{split} {data.to_json()}"
     if key not in _IMAGES:
-        _IMAGES[key] = load_source(data, split)
+        load = load_scenes if is_scenes(data) else load_source
+        _IMAGES[key] = load(data, split)
     return _IMAGES[key]
 
 
@@ -338,17 +342,31 @@ def set_up(
     reused, own = split_shared(joined, stages, shared)
     trained, fixed, still = jax.eval_shape(separate, own) if abstract else separate(own)
     trained = joined.join(trained, place) if params is None else params
+    optimizer, rate = _optimizer(phase, updates_per_epoch, trained)
     return Setup(
         phase=phase,
         joined=joined,
         params=trained,
         fixed=joined.fixed(fixed),
         frozen=reused | joined.stages(still, place),
-        optimizer=make_optimizer(phase.recipe, updates_per_epoch, trained, phase.trainable),
-        rate=learning_rate(phase.recipe, updates_per_epoch),
+        optimizer=optimizer,
+        rate=rate,
         mesh=mesh,
         fsdp=config.mesh.fsdp,
     )
+
+
+def _optimizer(
+    phase: Phase, updates: int, params: dict
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of a phase's recipe, and optimizer update -> learning rate."""
+    recipe = phase.recipe
+    if isinstance(phase, DetectionPhase):
+        backbone = phase.detector.backbone
+        rate = detection_optimizer.learning_rate(recipe, updates)
+        return detection_optimizer.make_optimizer(recipe, updates, params, backbone), rate
+    optimizer = make_optimizer(recipe, updates, params, phase.trainable)
+    return optimizer, learning_rate(recipe, updates)
 
 
 def abstract_stages(phase: Phase) -> dict[str, dict]:

@@ -21,6 +21,7 @@ from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.build import TEACHER_STAGES
+from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
 
@@ -49,6 +50,8 @@ def check_job(config: ConfigDict, job: Job) -> None:
         UserError: one line that names the job and the stage that does not fit.
     """
     phase = job.phase
+    if isinstance(phase, DetectionPhase):  # built by its spec, whose fields are checked
+        return
     classes = config.few_shot.ways if job.kind is Kind.FEW_SHOT else phase.data.classes
     rates = phase.rates or (None,) * len(phase.student)
     require(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_jax.checkpoint.files import read_record, write_json
+from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
@@ -67,9 +68,9 @@ def results(jobs: list[dict], held_out: bool = False) -> dict:
     """
     accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
     measured = {n: m for j in jobs for n, m in j.get("networks", {}).items()}  # given, not trained
-    tested = {n: m["eval_accuracy"] for n, m in measured.items()}
+    tested = {n: m["eval_accuracy"] for n, m in measured.items() if "eval_accuracy" in m}
     accuracy = accuracy | tested if held_out else tested | accuracy
-    found: dict = {}
+    found = _detection(jobs)
     for name, title in (("pt", "meta"), ("ft", "teacher")):
         if name in accuracy:
             found[title] = accuracy[name]
@@ -94,6 +95,19 @@ def results(jobs: list[dict], held_out: bool = False) -> dict:
             for j in hybrids
         ]
     return found
+
+
+DETECTION = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")
+
+
+def _detection(jobs: list[dict]) -> dict:
+    """The main numbers of detectors over seeds, such as detect_box_AP."""
+    values: dict[str, list[float]] = {}
+    for job in jobs:
+        phase = job["name"].partition("/")[0]
+        for name in DETECTION if phase in DETECTION_PHASES and job["metrics"] else ():
+            values.setdefault(f"{phase}_{name}", []).append(job["metrics"][f"eval_{name}"])
+    return {name: interval(own) for name, own in values.items()}
 
 
 def table(summary: dict) -> Iterator[str]:

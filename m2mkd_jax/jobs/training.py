@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.checksums import saved_metrics
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
-from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
-from m2mkd_jax.data.preview import caption, draw_grid
+from m2mkd_jax.data.pipeline import BatchIterator, train_batches
+from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.detection import (
+    BEST,
+    DetectionEvaluator,
+    said,
+    scene_stream,
+)
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
+from m2mkd_jax.jobs.inputs import describe_inputs
 from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
@@ -35,44 +39,12 @@ from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
+from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
-from m2mkd_jax.train.step import evaluated_params, prepare, with_fixed
+from m2mkd_jax.train.step import evaluated_params, with_fixed
 
 SECONDS = "seconds"  # the metric of a checkpoint that says how long the job has taken
-
-
-def draw_images(
-    path: Path,
-    train: Any,
-    data: ConfigDict,
-    recipe: ConfigDict,
-    micro: int,
-    seed: int,
-    views: int = 0,
-) -> None:
-    """Draws 16 images as the first step sees them, erased and mixed (among the 16), with labels."""
-    batch = first_images(train, data, batch_size=micro, seed=seed, views=views)
-    keys = tuple(jax.random.split(jax.random.key(seed)))
-    images, targets = jax.jit(lambda keys, batch: prepare(keys, batch, recipe, data))(keys, batch)
-    pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
-    shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
-    captions = [caption(share, train.class_names) for share in shares]
-    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
-
-
-def _describe_inputs(setup: Setup, directory: Path) -> None:
-    """Leaves the list of trained parameters and a picture of the first images."""
-    if not is_main():
-        return
-    shapes = jax.eval_shape(setup.joined.split, setup.params)
-    overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    (directory / "parameters.txt").write_text(overview + "\n")
-    phase, picture = setup.phase, directory / "images.png"
-    if not picture.is_file():
-        recipe = phase.recipe
-        micro, train = recipe.batch // recipe.accumulate, image_source(phase.data, "train")
-        draw_images(picture, train, phase.data, recipe, micro, phase.seed, phase.views)
 
 
 def total_steps(phase: Phase, updates: int) -> int:
@@ -83,7 +55,7 @@ def total_steps(phase: Phase, updates: int) -> int:
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:
     """metrics -> whether the hybrid is near enough to its reference; None: never stop early."""
     target = reference.get("teacher_accuracy", reference.get("meta_accuracy"))
-    if not phase.recipe.stop_within or target is None:
+    if target is None or not phase.recipe.stop_within:
         return None
     return lambda metrics: metrics["eval_accuracy"] >= target - phase.recipe.stop_within
 
@@ -132,6 +104,7 @@ class Training:
         self._records: dict[str, _Record] = {}
         self._states: dict[str, dict] = {}
         self._counters: dict[tuple[str, ...], Callable] = {}
+        self._detections: DetectionEvaluator | None = None
         self._start = 0
 
     def begin(self, origins: dict[str, dict], references: dict[str, dict]) -> list[str]:
@@ -147,8 +120,9 @@ class Training:
         put_off = []
         for name, setup in self._setup.setups.items():
             directory = self._run.directory(name)
-            _describe_inputs(setup, directory)
-            checkpoints = RunCheckpoints(directory / "checkpoints")
+            describe_inputs(setup, directory)
+            best = BEST if isinstance(setup.phase, DetectionPhase) else "eval_accuracy"
+            checkpoints = RunCheckpoints(directory / "checkpoints", best)
             start, earlier = 0, 0.0
             restored = checkpoints.restore_latest(setup.abstract_state)
             if restored:
@@ -241,6 +215,8 @@ class Training:
     def _open_stream(self, phase: Phase, done: int) -> BatchIterator:
         """The batches after `done` steps, on the host, of what the jobs need that are left."""
         total = max(record.total for record in self._records.values())
+        if isinstance(phase, DetectionPhase):
+            return scene_stream(phase, max(total, done + 1), done)
         kept = self._kept and KeptBatches({job: self._kept.jobs[job] for job in self._records})
         return train_batches(
             image_source(phase.data, "train"),
@@ -310,14 +286,28 @@ class Training:
     def _evaluate(self, states: dict[str, dict]) -> dict[str, dict]:
         """Metrics by job, from one pass over the validation images."""
         names, setup = tuple(states), self._setup.only(states)
+        phase = next(iter(setup.setups.values())).phase
+        if isinstance(phase, DetectionPhase):
+            return self._detected(phase, states)
         if names not in self._counters:
-            data = next(iter(setup.setups.values())).phase.data
-            self._counters = {names: evaluator(self._run, setup.program, data, "validation")}
+            self._counters = {names: evaluator(self._run, setup.program, phase.data, "validation")}
         frozen = setup.frozen
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {name: evaluated_params(state) for name, state in states.items()}
         return self._counters[names](params, frozen)
+
+    def _detected(self, phase: DetectionPhase, states: dict[str, dict]) -> dict[str, dict]:
+        """COCO's numbers of the one detector, with pictures in its directory."""
+        ((name, state),) = states.items()
+        if self._detections is None:
+            program = self._setup.setups[name].program
+            assert isinstance(program, DetectionProgram)
+            self._detections = DetectionEvaluator(self._run, phase, program)
+        metrics = self._detections(evaluated_params(state)[STAGE])
+        if is_main():
+            self._detections.save_pictures(self._run.directory(name))
+        return {name: metrics}
 
     def _finish(self, name: str, state: dict, metrics: dict, steps: int) -> None:
         """Leaves a job's weights and result."""
@@ -336,11 +326,14 @@ class Training:
             "metrics": metrics,
             "origin": record.origin,
         }
+        if self._detections is not None:
+            result["per_class"] = self._detections.per_class
         if is_main():
             write_record(record.directory / "done.json", result)
             shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
         barrier(f"{name} done")
-        say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
+        shown = said(metrics) if BEST in metrics else f"accuracy {metrics['eval_accuracy']:.4f}"
+        say(f"[{name}] done in {result['seconds']:.1f} s, {shown}")
 
 
 def _save_finite(

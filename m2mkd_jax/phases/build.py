@@ -12,6 +12,8 @@ The phases, in the order of the paper (section 3):
     e2e_scratch  the same network, fresh                all, likewise
     e2e_kd       the same network, fresh                all, likewise, and the teacher's logits
     e2e_upcycled the same network, from the teacher     all, likewise (sparse upcycling, V-MoE)
+    detect       a detector on the network of e2e       all, the five losses of Mask R-CNN
+    detect_scratch  the same detector, fresh            all, likewise
     fewshot      a trained network                      its head, labels of a few images
 """
 
@@ -25,6 +27,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config import defaults
 from m2mkd_jax.models import chain
+from m2mkd_jax.phases.detection import detection_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
 
@@ -44,6 +47,8 @@ def build_phase(config: ConfigDict, job: str) -> Phase:
         UserError: the config describes no such networks.
     """
     name, _, index = job.partition("/")
+    if name in defaults.DETECTION_PHASES:
+        return detection_phase(config, job)
     if name in END_TO_END:
         return _end_to_end(config, job, name, int(index or 0))
     if name in defaults.MODULE_PHASES:

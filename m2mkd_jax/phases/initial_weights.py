@@ -31,6 +31,7 @@ from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import say
+from m2mkd_jax.phases.detection import DetectionPhase, backbone_network, with_backbone
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.other_shapes import fitted, other_positions, without
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
@@ -287,6 +288,18 @@ def _upcycled(
     return students(config).upcycle(network, dense)
 
 
+def _backbone(
+    config: ConfigDict, workdir: Path, phase: DetectionPhase, params: dict[str, Any]
+) -> dict[str, Any]:
+    """The parameters of a fresh detector with the transformer of config.detection.network."""
+    network, description = backbone_network(config)
+    trees = {}
+    for name, spec in network.items():
+        weights = WeightsFrom("job", config.detection.network, name)
+        trees[name] = load_stage(config, workdir, weights, chain.abstract(spec.build))["params"]
+    return with_backbone(phase.detector.backbone, params, description, trees)
+
+
 def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> None:
     """Reads all that `config.init` names for some phases, each weight once, and lets it go.
 
@@ -295,6 +308,8 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
     """
     read, assembled = set(), not config.init.students or config.init.network
     for phase in phases:
+        if isinstance(phase, DetectionPhase) and phase.needs:
+            check_measured(config, workdir, config.detection.network, backbone_network(config)[0])
         for spec in phase.stages.values():
             weights = spec.weights
             if is_given(config, weights) and weights not in read:
@@ -377,6 +392,12 @@ def load_stages(
         dense = _upcycled(config, workdir, job, network)
         stages |= {n: {**stages[n], "params": params} for n, params in dense.items()}
         origin |= dict.fromkeys(upcycled, f"{job}, experts from its MLPs, routers fresh")
+    if isinstance(phase, DetectionPhase):
+        for name, job in ((n, s.weights.job) for n, s in phase.stages.items()):
+            if job:
+                params = _backbone(config, workdir, phase, stages[name]["params"])
+                stages[name] = {**stages[name], "params": params}
+                origin[name] = f"{job}, pyramid and heads fresh"
     if shardings is not None:
         stages = partition.put(stages, shardings(stages))
     return stages, origin

@@ -25,7 +25,8 @@ class WeightsFrom:
     Attributes:
         kind: 'fresh'; 'job' (tree `tree` of the finished job `job`); 'init' (tree `tree` of what
             config.init.network names); 'assembled' (a fresh network with the weights of all jobs
-            `m2mkd/i`); 'upcycled' (a fresh network with those of the dense `job`).
+            `m2mkd/i`); 'upcycled' (a fresh network with those of the dense `job`); 'backbone' (a
+            fresh detector with the transformer of the network that `job` trained).
     """
 
     kind: str

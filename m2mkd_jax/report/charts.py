@@ -147,8 +147,15 @@ def legend_below(axes: Any, columns: int = 3) -> None:
         axes.figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
-def image_tag(pixels: np.ndarray, alt: str, side: int = 96) -> str:
-    """An image inside the page, at most `side` pixels wide: uint8 (H, W, 3)."""
+def image_tag(pixels: np.ndarray, alt: str, side: int = 96, shown: int = 72) -> str:
+    """An image inside the page.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        alt: what it shows.
+        side: pixels of its longer side at the most.
+        shown: width and height on the page.
+    """
     picture = Image.fromarray(pixels)
     if max(picture.size) > side:
         picture.thumbnail((side, side))
@@ -157,5 +164,5 @@ def image_tag(pixels: np.ndarray, alt: str, side: int = 96) -> str:
     data = base64.b64encode(out.getvalue()).decode()
     return (
         f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt, quote=True)}" '
-        'width="72" height="72">'
+        f'width="{shown}" height="{shown}">'
     )

@@ -30,6 +30,8 @@ PHASE_TITLES = {
     "e2e_scratch": "e2e_scratch: the same network from fresh weights",
     "e2e_kd": "e2e_kd: the same network, fresh, imitating the whole teacher's logits",
     "e2e_upcycled": "e2e_upcycled: the same network, its experts copied from the teacher",
+    "detect": "detect: a detector is trained with the network of e2e as backbone",
+    "detect_scratch": "detect_scratch: the same detector from fresh weights",
     "fewshot": "fewshot: fresh heads for classes that the network has not seen",
     "eval": "eval: finished networks measured again",
 }
@@ -72,6 +74,8 @@ def _card(job: JobRecord) -> str:
     accuracy = "" if job.accuracy is None else f"{job.accuracy:.3f}"
     if job.reference is not None:
         accuracy += f" / {job.reference:.3f}"
+    if "eval_box_AP50" in job.metrics:
+        accuracy = f"box AP50 {job.metrics['eval_box_AP50']:.3f}"
     lines = [f"{job.steps} steps"] if job.steps else []
     lines += [shown_duration(job.seconds)] if job.seconds else []
     if job.status != "done":

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 
 from m2mkd_jax import __version__
-from m2mkd_jax.report import curves, modules, overview, predictions, robustness
+from m2mkd_jax.report import curves, detection, modules, overview, predictions, robustness
 from m2mkd_jax.report.analysis import Analysis
 from m2mkd_jax.report.charts import Figure
 from m2mkd_jax.report.records import RunRecord
@@ -72,6 +72,7 @@ def _run(run: RunRecord, found: Analysis, number: int) -> str:
         ("Experts", [*curves.routers(run), *modules.experts(found)]),
         ("Predictions", predictions.prediction_figures(found)),
         ("Robustness", robustness.figures(run)),
+        ("Detection", detection.figures(run)),
         ("Costs", [overview.costs(run, found.costs)]),
     ]
     shown = [(title, parts) for title, parts in sections if parts]

@@ -22,6 +22,7 @@ from m2mkd_jax.config.keys import flatten
 from m2mkd_jax.config.values import check_value, leaves
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.locks import is_held
+from m2mkd_jax.jobs.log import is_evaluation
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.phases.build import END_TO_END
 
@@ -63,7 +64,7 @@ class JobRecord:
         """Of the last evaluation; of a job under way what its log has."""
         if found := self.result.get("metrics"):
             return dict(found)
-        evaluated = [entry for entry in self.entries if "eval_accuracy" in entry]
+        evaluated = [entry for entry in self.entries if is_evaluation(entry)]
         return {k: v for k, v in evaluated[-1].items() if k != "step"} if evaluated else {}
 
     @property

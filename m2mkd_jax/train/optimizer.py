@@ -117,7 +117,7 @@ def make_optimizer(
     if recipe.accumulate > 1:
         steps = optax.MultiSteps(transformation, recipe.accumulate)
         transformation = steps.gradient_transformation()
-    return _with_implicit_promotion(transformation)
+    return with_implicit_promotion(transformation)
 
 
 def _update_rule(recipe: Any, rate: Callable, params: Any) -> list[optax.GradientTransformation]:
@@ -186,7 +186,7 @@ def _times(update: jax.Array, factor: np.ndarray) -> jax.Array:
     return update * jax.numpy.broadcast_to(factor, update.shape)
 
 
-def _with_implicit_promotion(
+def with_implicit_promotion(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """The same transformation, also under strict dtype promotion.

@@ -223,8 +223,11 @@ def prepared(
 ) -> dict[str, jax.Array]:
     """A batch as the loss takes it: "target", "image" where there are images, and all others.
 
-    Without images there is nothing to erase or mix.
+    Without images there is nothing to erase or mix; a batch without labels goes to the loss as it
+    is.
     """
+    if "label" not in batch:
+        return batch
     batch = dict(batch)
     label = batch.pop("label")
     if "image" not in batch:

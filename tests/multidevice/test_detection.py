@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2mkd_jax.data.digits_scene import digits_scene
+from m2mkd_jax.data.scene_batches import collate
 from m2mkd_jax.detection.detector import builder
 from m2mkd_jax.detection.spec import BackboneSpec, DetectorSpec
-from m2mkd_jax.detection.training import STAGE, collate, make_loss
+from m2mkd_jax.detection.training import STAGE, make_loss
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.vit_spec import ViTSpec

@@ -9,7 +9,7 @@ from PIL import Image
 from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.pipeline import first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
-from m2mkd_jax.jobs.training import draw_images
+from m2mkd_jax.jobs.inputs import draw_images
 
 SIZE = 28
 

@@ -6,7 +6,8 @@ import pytest
 
 from m2mkd_jax.data.annotations import Scene
 from m2mkd_jax.data.digits_scene import digits_scene
-from m2mkd_jax.detection.training import collate, inside, multi_step_rate
+from m2mkd_jax.data.scene_batches import collate
+from m2mkd_jax.detection.training import inside, multi_step_rate
 from m2mkd_jax.errors import UserError
 
 
@@ -23,7 +24,8 @@ def test_batches_hold_the_scenes():
         for j in range(count):
             number = (scene.boxes == batch["boxes"][i, j]).all(1).argmax()
             assert batch["classes"][i, j] == scene.classes[number]
-            np.testing.assert_array_equal(batch["masks"][i, j, :h, :w], scene.masks[number])
+            masks = np.unpackbits(batch["masks"][i, j], axis=-1)
+            np.testing.assert_array_equal(masks[:h, :w], scene.masks[number])
     pixels = inside(jnp.asarray(batch["size"]), 96, 96)
     assert pixels.sum((1, 2)).tolist() == [64 * 64, 72 * 72, 80 * 80, 30 * 70]
 
