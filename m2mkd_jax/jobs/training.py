@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, first_images, train_batches
 from m2mkd_jax.data.preview import caption, draw_grid
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import local_directory, remove_tree, write_bytes
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.fitting import FittingStep
@@ -58,7 +59,9 @@ def draw_images(
     pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
     shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
     captions = [caption(share, train.class_names) for share in shares]
-    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
+    content = io.BytesIO()
+    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(content, "png")
+    write_bytes(path, content.getvalue())
 
 
 def _describe_inputs(setup: Setup, directory: Path) -> None:
@@ -67,7 +70,7 @@ def _describe_inputs(setup: Setup, directory: Path) -> None:
         return
     shapes = jax.eval_shape(setup.joined.split, setup.params)
     overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    (directory / "parameters.txt").write_text(overview + "\n")
+    write_bytes(directory / "parameters.txt", f"{overview}\n".encode())
     phase, picture = setup.phase, directory / "images.png"
     if not picture.is_file():
         recipe = phase.recipe
@@ -272,7 +275,7 @@ class Training:
             total_steps=record.total,
             log=functools.partial(self._log, name),
             save=functools.partial(
-                _save_finite, name, record.checkpoints, functools.partial(self._seconds, record)
+                _save_finite, name, record, functools.partial(self._seconds, record)
             ),
             stop=_stop_rule(setup.phase, record.reference),
             learning_rate=setup.rate,
@@ -338,27 +341,28 @@ class Training:
         }
         if is_main():
             write_record(record.directory / "done.json", result)
-            shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
+            remove_tree(local_directory(record.directory / FOLDER))
         barrier(f"{name} done")
         say(f"[{name}] done in {result['seconds']:.1f} s, accuracy {metrics['eval_accuracy']:.4f}")
 
 
 def _save_finite(
     name: str,
-    checkpoints: RunCheckpoints,
+    record: _Record,
     seconds: Callable[[], float],
     step: int,
     state: dict,
     metrics: dict,
 ) -> None:
-    """Saves a state, and the seconds that it took.
+    """Saves a state, and the seconds that it took, after the log of the steps before it.
 
     Raises NotFinite, in all processes, where its weights are not finite.
     """
     wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
     if any_process(bool(wrong)):
         raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
-    checkpoints.save(step, state, metrics | {SECONDS: seconds()})
+    record.log.upload()
+    record.checkpoints.save(step, state, metrics | {SECONDS: seconds()})
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:
