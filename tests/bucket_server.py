@@ -9,8 +9,10 @@ exist.
 """
 
 import base64
+import functools
 import hashlib
 import json
+import os
 import re
 import sys
 import threading
@@ -270,6 +272,15 @@ class Server(ThreadingHTTPServer):
             "GOOGLE_CLOUD_PROJECT": "project",
             "FSSPEC_GCS_TOKEN": "anon",
         }
+
+
+@functools.cache
+def server_of_this_process() -> Server:
+    """A server that lives as long as this process, whose clients read their environment once."""
+    server = Server(0, "bucket")
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    os.environ.update(server.environment)
+    return server
 
 
 @contextmanager

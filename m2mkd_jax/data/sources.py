@@ -17,6 +17,7 @@ from m2mkd_jax.data.formats import idx
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import class_balanced_order
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.files.paths import as_path
 
 SPLITS = ("train", "test")
 _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -104,7 +105,7 @@ def data_root(config: Any) -> Path | None:
     if config.name == "digits":
         return None
     if config.root:
-        return Path(config.root).expanduser()
+        return as_path(config.root).expanduser()
     if config.name == "fashion_mnist":
         return Path(_FASHION_ROOT)
     data_set = DATA_SETS[config.name]

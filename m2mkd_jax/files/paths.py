@@ -87,16 +87,21 @@ def check_bucket(path: Path) -> None:
     Raises:
         UserError: it does not exist, refuses, or does not answer.
     """
-    if not in_bucket(path):
-        return
-    bucket = os.fspath(path).removeprefix(SCHEME).partition("/")[0]
+    if in_bucket(path):
+        _check_bucket(os.fspath(path).removeprefix(SCHEME).partition("/")[0])
+
+
+@functools.cache
+def _check_bucket(bucket: str) -> None:
+    """Does what `check_bucket` does, once for a bucket that answers."""
+    path = SCHEME + bucket
     try:
         file_system(path).info(bucket)
         tensorstore: Any = importlib.import_module("tensorstore")  # which Orbax writes by
         store = tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
         store.read("m2mkd_jax").result()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no bucket {bucket}; make it first") from None
+        raise UserError(f"{path}: there is no such bucket; make it first") from None
     except Exception as error:
         reason = storage_failure(error) or " ".join(str(error).split())[:300]
         raise UserError(
@@ -152,6 +157,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_text(path: Path) -> str:
     """The text of a file, with marks in place of bytes that are not UTF-8."""
     return path.read_bytes().decode(errors="replace")
+
+
+def read_part(path: str | os.PathLike, start: int, size: int) -> bytes:
+    """Some bytes of a file; in a bucket one request."""
+    if in_bucket(path):
+        name = os.fspath(path)
+        return file_system(name).cat_file(name, start=int(start), end=int(start + size))
+    # Opened on each read: a thousand open files would exceed the limit.
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def file_names(directory: Path) -> list[str]:
