@@ -69,6 +69,10 @@ def prepare() -> None:
     config: Any = importlib.import_module("fsspec.config")
     # Another process may have changed what was listed a moment ago.
     config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    fsspec: Any = importlib.import_module("fsspec")
+    core: Any = importlib.import_module("gcsfs.core")
+    for name in ("gcs", "gs"):  # whatever class was chosen where gcsfs had been imported before
+        fsspec.register_implementation(name, core.GCSFileSystem, clobber=True)
     for name in ("gcsfs", "google.auth"):  # they log stacks of what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
