@@ -169,7 +169,8 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def served(self, path: str, asked: dict[str, str], body: bytes) -> tuple[int, str, bytes, dict]:
-        objects: Objects = self.server.objects  # type: ignore[attr-defined]
+        server: Any = self.server
+        objects: Objects = server.objects
         if path.startswith("/upload/"):
             return self.upload(path, asked, body)
         path = path.removeprefix("/download")

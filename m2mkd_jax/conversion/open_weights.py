@@ -16,7 +16,7 @@ from m2mkd_jax.conversion.from_torch import convert_from_torch, convert_torch_we
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
 from m2mkd_jax.conversion.torch_weights import read_torch_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.files.paths import as_path, file_names
+from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
 HUB = "hf://"
 
@@ -57,7 +57,7 @@ def find_weights(path: Path) -> Path | None:
         The directory; None if `path` has no weights that this program wrote.
 
     Raises:
-        UserError: it is a run without a finished network.
+        UserError: it is a run without a finished network, or lies in a bucket and has none.
     """
     for directory in (path, path / "weights", path / "jobs" / "e2e" / "weights"):
         if (directory / "description.json").is_file():
@@ -67,6 +67,10 @@ def find_weights(path: Path) -> Path | None:
         jobs = [(root / name).parent for name in file_names(root) if name.endswith(end)]
         names = ", ".join(str(p.parent.relative_to(path)) for p in jobs) or "none is finished"
         raise UserError(f"{path} is a run without a finished e2e; give one of its jobs: {names}")
+    if in_bucket(path):
+        raise UserError(
+            f"{path} has no weights of this program; torch files are read from local paths: copy it"
+        )
     return None
 
 

@@ -3,11 +3,13 @@
 Importing takes most of the time of a tiny run, and a run that is killed is to be a process.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,12 +59,11 @@ class Forks:
 
 def serve(log: str) -> None:
     """The process that forks: a run for every line of arguments on stdin."""
-    import sklearn.datasets  # noqa: F401, PLC0415 - for the runs
-    import tensorstore  # noqa: F401, PLC0415
-
-    from m2mkd_jax.files.paths import prepare  # noqa: PLC0415
-    from m2mkd_jax.main import start  # noqa: PLC0415
-
+    for name in ("sklearn.datasets", "tensorstore"):  # of which the runs will ask
+        importlib.import_module(name)
+    sys.path.insert(0, str(ROOT))
+    prepare: Any = importlib.import_module("m2mkd_jax.files.paths").prepare
+    start: Any = importlib.import_module("m2mkd_jax.main").start
     prepare()
     for line in sys.stdin:
         child = os.fork()
@@ -78,5 +79,4 @@ def serve(log: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     serve(sys.argv[1])

@@ -121,7 +121,7 @@ def abstract() -> dict:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), state(0))
 
 
-def test_a_damaged_or_unfinished_checkpoint_is_not_used(root, capsys):
+def test_a_damaged_or_unfinished_checkpoint_is_not_used(root, tmp_path, capsys):
     checkpoints = RunCheckpoints(root / "checkpoints")
     for step in (1, 2, 3):
         checkpoints.save(step, state(step), {"eval_accuracy": 1 / step})
@@ -139,6 +139,11 @@ def test_a_damaged_or_unfinished_checkpoint_is_not_used(root, capsys):
     assert checkpoints.save(2, state(2))  # the damaged one is out of the way
     checkpoints.close()
     assert not any(name.startswith(f"{where}/3/") for name in objects())
+    for name, (content, _) in objects().items():  # copied out of the bucket, the run goes on
+        paths.write_bytes(tmp_path / name, content)
+    copied = RunCheckpoints(tmp_path / where)
+    assert copied.restore_latest(abstract())[0] == 2
+    copied.close()
 
 
 def test_weights_are_there_whole_or_not_at_all(root):
