@@ -105,4 +105,5 @@ def test_killed_twice_and_resumed_it_ends_as_in_a_directory(forks, tmp_path):
             json.loads(c)["trees"] for c in (remote[weights], (tmp_path / weights).read_bytes())
         ]
         assert trees[0] == trees[1] and trees[0]
-    assert {j.status for j in read_run(paths.as_path("gs://bucket/run")).jobs.values()} == {"done"}
+    shown = read_run(paths.as_path("gs://bucket/run")).jobs
+    assert {shown[job].status for job in JOBS} == {"done"}
