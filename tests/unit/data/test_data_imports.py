@@ -1,4 +1,4 @@
-"""The arrows of the design: `data` knows no jax.Array, nor more of the program than errors and files."""
+"""`data` knows no jax.Array, nor more of the program than its errors and files."""
 
 import ast
 import subprocess
