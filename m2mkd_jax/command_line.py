@@ -12,6 +12,7 @@ from absl import logging
 
 from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable, show_any_name
+from m2mkd_jax.files.paths import storage_failure
 
 WRONG_INPUT = 2
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
@@ -65,6 +66,9 @@ def run(name: str, command: Callable[[], None]) -> int:
     except OSError as error:  # a path that is too long or not readable; a full disk
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}"
+    except Exception as error:
+        if not (reason := storage_failure(error)):
+            raise
     line = printable(" ".join(reason.split()))
     if len(line) > LONGEST:  # names in a hostile file may have any length
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

@@ -43,7 +43,9 @@ from m2mkd_jax.errors import UserError
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("convert", __doc__)
     parser.add_argument("source", metavar="SRC", help="a path, or hf://OWNER/REPOSITORY/FILE")
-    parser.add_argument("target", metavar="DST", type=Path, help="the file or directory to write")
+    parser.add_argument(
+        "target", metavar="DST", type=_target, help="the file or directory to write"
+    )
     parser.add_argument(
         "--arch",
         default="",
@@ -90,6 +92,13 @@ def _three_numbers(text: str) -> list[float]:
     if len(numbers) != 3 or not all(0 <= n <= 1 for n in numbers):
         raise argparse.ArgumentTypeError(f"{text} is not three numbers from 0 to 1")
     return numbers
+
+
+def _target(text: str) -> Path:
+    """The path to write to, which is a local one."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no local path; write to one, and copy it")
+    return Path(text)
 
 
 def convert(args: argparse.Namespace) -> None:

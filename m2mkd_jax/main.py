@@ -35,6 +35,7 @@ from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config, shipped_configs
 from m2mkd_jax.config.values import check_values
 from m2mkd_jax.errors import UserError, printable, show_any_name
+from m2mkd_jax.files.paths import as_path, storage_failure
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
@@ -61,7 +62,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "a shipped config by name, or the path of a config file; :ARGUMENT where it takes one",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the run: checkpoints, logs, results; what is done stays done"
+    "workdir",
+    None,
+    "directory of the run, or gs://BUCKET/...: checkpoints, logs, results; what is done stays done",
 )
 _ONLY = flags.DEFINE_string(
     "only", "", "run these jobs alone, such as m2mkd/3,e2e; a phase's name means all of its jobs"
@@ -162,14 +165,18 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _workdir(given: str) -> Path:
-    """The directory of the run. Raises UserError where its name is not UTF-8: Orbax needs that."""
+    """The directory of the run.
+
+    Raises:
+        UserError: its name is not UTF-8, which Orbax needs, or it lies where no run can be.
+    """
     try:
         os.fsencode(given).decode()
     except UnicodeDecodeError:
         raise UserError(
             f"--workdir={printable(given)}: its name is not UTF-8; use another"
         ) from None
-    return Path(given).expanduser()
+    return as_path(given).expanduser()
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
@@ -181,6 +188,13 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         dry_run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value)
     else:
         print_summary(run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value))
+
+
+def _storage_failed(reason: str) -> int:
+    """Says what a bucket answered; the exit code: another start may help, but for who may not."""
+    code = WRONG_INPUT if "Forbidden" in reason else watchdog.LOST
+    hint = "may it be written?" if code == WRONG_INPUT else "run the same command again"
+    return process.fail(f"m2mkd_jax: {_WORKDIR.value}: {printable(reason)}; {hint}", code)
 
 
 def main(argv: list[str]) -> int:
@@ -206,6 +220,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         # A failed write to an open file names no file; a full disk is that of the run.
         where = error.filename or (_WORKDIR.value if error.errno in DISK_FULL else "")
+        if line := storage_failure(error):
+            return _storage_failed(line)
         if error.errno not in USER_ERRORS or not where:
             raise
         return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
@@ -216,6 +232,8 @@ def main(argv: list[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if line := memory.exhausted(error):
             return process.fail(f"m2mkd_jax: {line}", WRONG_INPUT)
+        if line := storage_failure(error):
+            return _storage_failed(line)
         if process.alone():
             raise
         if line := watchdog.blame():

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import as_path, in_bucket, write_bytes
 
 CHECKSUM = "sha256"  # the key of a record's checksum
 
@@ -34,20 +36,9 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
         TypeError: JSON cannot hold `obj`.
         OSError: the file system refuses.
     """
-    path = Path(path)
     # Before any file is touched.
     text = json.dumps(plain(obj), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps apart two processes that write the same file at once.
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may keep the rename and lose the bytes
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_bytes(as_path(path), text.encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -56,13 +47,13 @@ def read_json(path: str | os.PathLike) -> Any:
     Raises:
         UserError: the file is missing, unreadable, or not JSON (empty, cut off).
     """
-    path = Path(path)
+    path = as_path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     # JSONDecodeError and UnicodeDecodeError; lists nested too deeply.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, not JSON ({error}); delete it or restore it") from None
@@ -126,6 +117,11 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: the file system refuses.
     """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / path.name)
+            write_bytes(path, (Path(folder) / path.name).read_bytes())
+        return
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

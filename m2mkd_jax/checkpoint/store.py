@@ -3,7 +3,8 @@
 Training checkpoints (`RunCheckpoints`) are saved in the background, and only some are kept; a
 damaged one is skipped. Finished weights (`save_weights`, `load_weights`) are read by other jobs and
 by people, and a damaged one is an error. Both carry checksums, which are compared before anything
-is used. Paths are local (or mounted).
+is used. In a bucket a checkpoint is whole once Orbax has left its commit file, and weights are once
+description.json is there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import functools
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +39,15 @@ from m2mkd_jax.checkpoint.orbax_tree import (
 )
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import (
+    absolute,
+    as_path,
+    file_names,
+    in_bucket,
+    make_directory,
+    move_tree,
+    remove_tree,
+)
 from m2mkd_jax.parallel.process import barrier, from_main, is_main
 
 __all__ = [
@@ -52,6 +61,7 @@ __all__ = [
 
 _STATE = "state"
 _FORMAT = 1
+_COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint in a bucket that is whole
 
 
 class RunCheckpoints:
@@ -70,9 +80,9 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, best_metric: str | None = "eval_accuracy"):
-        self.directory = Path(directory).absolute()
+        self.directory = absolute(directory)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be made: {error.strerror}") from None
         if is_main():
@@ -119,7 +129,7 @@ class RunCheckpoints:
             UserError: the directory has vanished; Orbax would make another in its place.
             OSError: the file system refuses, in this save or in the previous one.
         """
-        if is_main():
+        if is_main() and not in_bucket(self.directory):
             self._check_writable()
         arrays = nested({path: _array(leaf) for path, leaf in flatten(state).items()})
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
@@ -208,16 +218,20 @@ class RunCheckpoints:
         if is_main():
             for step in steps:
                 aside = self.directory / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                remove_tree(aside)
+                move_tree(self.directory / str(step), aside)
         barrier("damaged checkpoints aside")
         self._manager.reload()
 
 
 def latest_step(directory: str | os.PathLike) -> int:
     """Steps taken before the newest checkpoint in a directory of `RunCheckpoints`; 0: none."""
-    path = Path(directory)
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    path = as_path(directory)
+    if in_bucket(path):  # where a directory has its name before all is in it
+        whole = [name.split("/") for name in file_names(path) if name.endswith(f"/{_COMMITTED}")]
+        names = [parts[0] for parts in whole if len(parts) == 2]
+    else:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
@@ -245,11 +259,14 @@ def save_weights(
     for name in trees:
         if not re.fullmatch(r"\w[\w.-]*", name) or name == "description.json":
             raise ValueError(f"{name!r} cannot name a tree of weights")
-    target = Path(directory).absolute()
-    tmp = target.with_name(f".{target.name}.writing")
+    target = absolute(directory)
+    # Nothing is renamed in a bucket: there the description, written last, makes weights of it.
+    tmp = target if in_bucket(target) else target.with_name(f".{target.name}.writing")
     if is_main():
-        shutil.rmtree(tmp, ignore_errors=True)  # the remains of a killed process
-        tmp.mkdir(parents=True)
+        if in_bucket(target):
+            (target / "description.json").unlink(missing_ok=True)
+        remove_tree(tmp)  # the remains of a killed process
+        make_directory(tmp)
     barrier(f"weights begin {target}")
     try:
         sums = {name: _save_tree(tmp / name, trees[name]) for name in trees}
@@ -257,16 +274,22 @@ def save_weights(
             described = description() if callable(description) else description
             content = {"format": _FORMAT, "description": dict(described), "trees": sums}
             write_record(tmp / "description.json", content)
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():  # a directory cannot be renamed onto a full one
-                target.rename(old)
-            tmp.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            if tmp != target:
+                _replace_directory(tmp, target)
     except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
+        remove_tree(tmp)
         raise
     barrier(f"weights end {target}")
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    """Renames a local directory, in place of another."""
+    old = target.with_name(f".{target.name}.old")
+    remove_tree(old)
+    if target.exists():  # a directory cannot be renamed onto a full one
+        target.rename(old)
+    new.rename(target)
+    remove_tree(old)
 
 
 def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:
@@ -303,7 +326,7 @@ def load_weights(
         UserError: it is not a directory of weights, there is no such name, or a tree cannot be read
             or has another checksum.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     if not (directory / "description.json").is_file():
         raise UserError(f"{directory} holds no finished weights (it has no description.json)")
     content = read_record(directory / "description.json")

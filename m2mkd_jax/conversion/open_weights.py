@@ -16,6 +16,7 @@ from m2mkd_jax.conversion.from_torch import convert_from_torch, convert_torch_we
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
 from m2mkd_jax.conversion.torch_weights import read_torch_weights
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
 HUB = "hf://"
 
@@ -56,15 +57,20 @@ def find_weights(path: Path) -> Path | None:
         The directory; None if `path` has no weights that this program wrote.
 
     Raises:
-        UserError: it is a run without a finished network.
+        UserError: it is a run without a finished network, or lies in a bucket and has none.
     """
     for directory in (path, path / "weights", path / "jobs" / "e2e" / "weights"):
         if (directory / "description.json").is_file():
             return directory
     if (path / "jobs").is_dir():
-        jobs = sorted(p.parent for p in (path / "jobs").glob("**/weights/description.json"))
+        root, end = path / "jobs", "weights/description.json"
+        jobs = [(root / name).parent for name in file_names(root) if name.endswith(end)]
         names = ", ".join(str(p.parent.relative_to(path)) for p in jobs) or "none is finished"
         raise UserError(f"{path} is a run without a finished e2e; give one of its jobs: {names}")
+    if in_bucket(path):
+        raise UserError(
+            f"{path} has no weights of this program; torch files are read from local paths: copy it"
+        )
     return None
 
 
@@ -119,7 +125,7 @@ def description_errors(path: str | Path) -> Iterator[None]:
 
 
 def local_path(path: str | Path) -> Path:
-    """A path on this machine; a path on the hub is downloaded first, with progress.
+    """A path on this machine or in a bucket; one on the hub is downloaded first, with progress.
 
     Raises:
         UserError: it does not exist, huggingface_hub is missing, or the download fails.
@@ -127,7 +133,7 @@ def local_path(path: str | Path) -> Path:
     text = str(path)
     if text.startswith(HUB):
         return _download(text)
-    local = Path(text).expanduser()
+    local = as_path(text).expanduser()
     if not local.exists():
         raise UserError(f"{local} does not exist")
     return local

@@ -14,6 +14,7 @@ from m2mkd_jax.data.formats.tables import FOUND, Columns
 from m2mkd_jax.data.formats.text import readable
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.files.paths import as_path, check_bucket, in_bucket
 
 LAYOUTS = {
     "huggingface": huggingface.EXPECTED,
@@ -31,7 +32,10 @@ IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
 def detect(root: str | Path) -> str | None:
     """The layout of a directory, a key of LAYOUTS; None if it has no known layout."""
-    root = Path(root)
+    root = as_path(root)
+    if in_bucket(root):  # where members of shards alone can be read in place
+        found = root.is_dir() and (tar.shards(root, "train") or tar.shards(root, "test"))
+        return "shards" if found else None
     if tables.find(root):
         return "tables"
     if not root.is_dir():
@@ -62,9 +66,15 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
     Raises:
         UserError: another layout; names what is expected, and a nearby folder that has it.
     """
+    check_bucket(as_path(root))
     found = detect(root)
     if found is not None and found in wanted:
         return found
+    if in_bucket(root):
+        raise UserError(
+            f"no data in {root} (data.root says where to look): from a bucket {LAYOUTS['shards']} "
+            "are read; pack the images so"
+        )
     expected = " or ".join(LAYOUTS[name] for name in wanted)
     near = next((place for place in _nearby(root) if detect(place) in wanted), None)
     hint = f"; did you mean {near}?" if near else f"; expected: {expected}"

@@ -20,6 +20,7 @@ from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import class_balanced_order, held_out
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.files.paths import as_path
 
 SPLITS = ("train", "validation", "test")
 _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -110,7 +111,7 @@ def data_root(config: Any) -> Path | None:
     if config.name == "digits":
         return None
     if config.root:
-        return Path(config.root).expanduser()
+        return as_path(config.root).expanduser()
     if config.name == "fashion_mnist":
         return Path(_FASHION_ROOT)
     data_set = DATA_SETS[config.name]

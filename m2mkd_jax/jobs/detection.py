@@ -7,6 +7,7 @@ Source: docs/detection.md#evaluation, docs/detection.md#inference.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from m2mkd_jax.detection.inference import ImageDetections
 from m2mkd_jax.detection.pictures import drawn, whole_masks
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.evaluate.coco import KINDS, coco_results, evaluate_coco
+from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.setup import Run, image_source
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
@@ -77,7 +79,7 @@ def draw_scenes(path: Path, phase: DetectionPhase) -> None:
     grid = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side))
     for i, tile in enumerate(tiles):
         grid.paste(tile, (i % columns * side, i // columns * side))
-    grid.save(path)
+    _save(path, grid)
 
 
 class DetectionEvaluator:
@@ -173,9 +175,15 @@ class DetectionEvaluator:
     def save_pictures(self, directory: Path) -> None:
         """Writes the pictures of the last call to a job's directory."""
         folder = directory / PICTURES
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         for number, picture in self.pictures.items():
-            picture.save(folder / f"{number}.png")
+            _save(folder / f"{number}.png", picture)
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    content = io.BytesIO()
+    picture.save(content, "png")
+    write_bytes(path, content.getvalue())
 
 
 def _of_all(arrays: Any) -> Any:

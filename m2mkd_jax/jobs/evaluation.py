@@ -21,6 +21,7 @@ from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
+from m2mkd_jax.files.paths import make_directory
 from m2mkd_jax.jobs.detection import measure_detector, said
 from m2mkd_jax.jobs.plan import Job, write_inputs
 from m2mkd_jax.jobs.setup import Run, frozen_program, image_source, make_program
@@ -105,7 +106,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
     began = time.monotonic()
     if is_main():
         directory = run.directory(job.name)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         write_inputs(run.workdir, job)
     metrics = {phase.job: _measure(run, phase) for phase in job.phases}
     first = metrics.get("e2e", next(iter(metrics.values()), {}))

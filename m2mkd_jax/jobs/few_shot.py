@@ -23,6 +23,7 @@ from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
+from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import Job, write_inputs
@@ -66,7 +67,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     """
     began, config, phase = time.monotonic(), run.config, job.phase
     directory = run.directory(job.name)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     if is_main():
         write_inputs(run.workdir, job)
     train, test = (image_source(phase.data, split) for split in ("train", "test"))
@@ -81,7 +82,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
             episode.draw(directory / "images.png", seed, support)
         done.append({"episode": number, "seed": seed, **episode.run(seed, support, query)})
         if is_main():
-            path.write_text("".join(json.dumps(line) + "\n" for line in done))
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in done).encode())
         say(
             f"[{job.name}] episode {number + 1}/{config.few_shot.episodes}  "
             f"accuracy {done[-1]['eval_accuracy']:.4f}"
@@ -139,7 +140,7 @@ def check_episodes(config: ConfigDict, phase: Phase) -> None:
 
 
 def _finished(path: Path) -> list[dict]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().decode().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 

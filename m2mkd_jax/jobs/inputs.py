@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.data.pipeline import first_images
 from m2mkd_jax.data.preview import caption, draw_grid
+from m2mkd_jax.files.paths import write_bytes
 from m2mkd_jax.jobs.detection import draw_scenes
 from m2mkd_jax.jobs.setup import Setup, image_source
 from m2mkd_jax.parallel.process import is_main
@@ -35,7 +37,9 @@ def draw_images(
     pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
     shares = (np.asarray(targets) - recipe.smoothing / data.classes) / (1 - recipe.smoothing)
     captions = [caption(share, train.class_names) for share in shares]
-    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(path)
+    content = io.BytesIO()
+    draw_grid(pixels.round().clip(0, 255).astype(np.uint8), captions).save(content, "png")
+    write_bytes(path, content.getvalue())
 
 
 def describe_inputs(setup: Setup, directory: Path) -> None:
@@ -44,7 +48,7 @@ def describe_inputs(setup: Setup, directory: Path) -> None:
         return
     shapes = jax.eval_shape(setup.joined.split, setup.params)
     overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    (directory / "parameters.txt").write_text(overview + "\n")
+    write_bytes(directory / "parameters.txt", f"{overview}\n".encode())
     phase, picture = setup.phase, directory / "images.png"
     if picture.is_file():
         return

@@ -21,6 +21,7 @@ from m2mkd_jax.checkpoint.trees import checksum
 from m2mkd_jax.data.kept import KeptBatches, KeptViews, Row, ViewWriter
 from m2mkd_jax.data.pipeline import view_batches
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import local_directory
 from m2mkd_jax.jobs.joint import JointSetup, joint_setup, keeps_targets
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
@@ -97,7 +98,8 @@ def kept_views(run: Run, setup: JointSetup, images: int) -> dict[str, KeptViews]
         if "tokens" not in arrays:
             arrays["image"] = _row(shapes["image"])
     return {
-        job: KeptViews(run.directory(job) / FOLDER, images, arrays) for job, arrays in rows.items()
+        job: KeptViews(local_directory(run.directory(job) / FOLDER), images, arrays)
+        for job, arrays in rows.items()
     }
 
 
@@ -123,14 +125,14 @@ def check_disk(run: Run, jobs: Sequence[Job]) -> None:
 
 def check_room(run: Run, needed: int) -> int:
     """The bytes that are free where a run lies. Raises UserError: fewer than are needed."""
-    place = run.workdir
+    directory = place = local_directory(run.workdir)
     while not place.is_dir():
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
             f"config.distillation.views: the targets of all views take {needed / 2**30:.2f} GiB, "
-            f"and {run.workdir} has {free / 2**30:.2f} GiB left; lower views or data.train_images, "
+            f"and {directory} has {free / 2**30:.2f} GiB left; lower views or data.train_images, "
             "or set config.distillation.keep_targets=False"
         )
     return free
@@ -212,9 +214,10 @@ def _announce(
     run: Run, names: list[str], needed: int, seconds: float, batches: int, steps: int
 ) -> None:
     """Says what is computed, in how much time and room, and in place of what."""
-    free = shutil.disk_usage(run.workdir).free
+    directory = local_directory(run.workdir)
+    free = shutil.disk_usage(directory).free
     say(
-        f"[{', '.join(names)}] targets are kept in {run.workdir}: {needed / 2**30:.2f} GiB of "
+        f"[{', '.join(names)}] targets are kept in {directory}: {needed / 2**30:.2f} GiB of "
         f"{free / 2**30:.1f} GiB; about {seconds * batches:.0f} s to compute, in place of "
         f"{seconds * steps:.0f} s in training"
     )

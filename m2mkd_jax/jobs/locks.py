@@ -1,25 +1,48 @@
-"""Locks of jobs: one process trains a job at a time. The system frees a dead process's locks."""
+"""Locks of jobs: one process trains a job at a time.
+
+In a directory the system frees a dead process's lock; a bucket has leases instead.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import sys
 from pathlib import Path
-from typing import IO
+from typing import Protocol
+
+from m2mkd_jax.files.leases import is_leased, lease
+from m2mkd_jax.files.paths import in_bucket
+from m2mkd_jax.parallel import process
+from m2mkd_jax.parallel.watchdog import LOST
 
 # Errors of a lock that another process has; others mean that the file system has no locks.
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
-def acquire(directory: Path) -> IO[str] | None:
-    """Locks a job's directory until the returned file is closed.
+class Lock(Protocol):
+    """A lock that is held until it is closed."""
+
+    def close(self) -> None:
+        """Lets others have it."""
+
+
+def _lost(line: str) -> None:
+    """Ends the run at once: another process may train the job already."""
+    os._exit(process.fail(f"m2mkd_jax: {line}; run the same command again", LOST))
+
+
+def acquire(directory: Path) -> Lock | None:
+    """Locks a job's directory until what is returned is closed.
 
     Where the file system has no locks it says so, and goes on without.
 
     Returns:
-        The file; None: another process has the lock.
+        The lock; None: another process has it.
     """
+    if in_bucket(directory):
+        return lease(directory, _lost)
     directory.mkdir(parents=True, exist_ok=True)
     lock = (directory / "lock").open("w")
     try:
@@ -38,6 +61,8 @@ def acquire(directory: Path) -> IO[str] | None:
 
 def is_held(directory: Path) -> bool:
     """Whether another process has the lock of a job's directory."""
+    if in_bucket(directory):
+        return is_leased(directory)
     path = directory / "lock"
     if not path.is_file():
         return False

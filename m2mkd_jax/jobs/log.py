@@ -12,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from m2mkd_jax.checkpoint.files import plain
+from m2mkd_jax.files.lines import Lines
+from m2mkd_jax.files.paths import read_text
 from m2mkd_jax.jobs.trackers import Tracker
 from m2mkd_jax.parallel.process import is_main
 
@@ -48,15 +50,15 @@ class Log:
     ):
         self.job, self.total, self.place, self.every = job, total, place, every
         self.evaluated = 0  # steps before the last evaluation in the file
-        self.file, self.bar, self.trackers = None, None, trackers
+        self.file: Lines | None = None
+        self.bar, self.trackers = None, trackers
         self._said = -every
         if not is_main():
             return
         kept = _entries_until(path, start) if start else []
         for entry in kept:
             self.evaluated = entry["step"] if is_evaluation(entry) else self.evaluated
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        self.file = path.open("a", buffering=1)
+        self.file = Lines(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         for tracker in trackers:
             tracker.begin(kept)
         if sys.stdout.isatty():
@@ -76,7 +78,7 @@ class Log:
         if self.file is None:
             return
         entry = plain(entry)
-        self.file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self.file.add(json.dumps(entry, allow_nan=False))
         for tracker in self.trackers:
             tracker.log(entry)
         if self.bar is not None:
@@ -90,10 +92,18 @@ class Log:
             where = f"  ({self.place})" if self.place else ""
             print(f"[{self.job}] {entry['step']}/{self.total}  {shown(entry)}{where}", flush=True)
 
+    def upload(self) -> None:
+        """Brings what is in a bucket up to date, before a state is saved there."""
+        if self.file is not None:
+            self.file.upload()
+            for tracker in self.trackers:
+                tracker.upload()
+
     def close(self) -> None:
         """Closes file, line and trackers."""
-        if self.file is not None and not self.file.closed:
+        if self.file is not None:
             self.file.close()
+            self.file = None
             for tracker in self.trackers:
                 tracker.close()
         if self.bar is not None:
@@ -104,7 +114,7 @@ class Log:
 def _entries_until(path: Path, start: int) -> list[dict[str, Any]]:
     """What a file has of the first steps: a restart repeats those after its checkpoint."""
     kept = []
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = read_text(path) if path.is_file() else ""
     for line in text.splitlines():
         try:
             entry = json.loads(line)

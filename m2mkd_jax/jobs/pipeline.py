@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,13 @@ from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import (
+    as_path,
+    check_bucket,
+    local_directory,
+    make_directory,
+    remove_tree,
+)
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.agreement import check_same_data, check_same_start
 from m2mkd_jax.jobs.changes import jobs_to_extend, raised_epochs
@@ -62,7 +68,8 @@ def run(
         Preempted: a signal arrived; the same command goes on from there.
     """
     end_in_worker()
-    workdir = Path(workdir).expanduser()
+    workdir = as_path(workdir).expanduser()
+    check_bucket(workdir)
     check_same_start(config, {"--only": only, "--redo": redo, "--extend": extend})
     watchdog.start(config.watchdog_seconds)
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
@@ -122,12 +129,13 @@ def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -
     """
     if is_main():
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            make_directory(workdir)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: {error.strerror}") from None
         # What stands on others goes first: a kill in between leaves no job on a base that is gone.
         for name in reversed(stale):
-            shutil.rmtree(job_directory(workdir, name), ignore_errors=True)
+            remove_tree(job_directory(workdir, name))
+            remove_tree(local_directory(job_directory(workdir, name)))
         for name in extended:
             old, new = raised_epochs(plan, workdir, name) or (0.0, 0.0)
             step = latest_step(job_directory(workdir, name) / "checkpoints")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import IO
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.errors import UserError
@@ -23,7 +22,7 @@ from m2mkd_jax.jobs.joint import (
     teacher_program,
 )
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
-from m2mkd_jax.jobs.locks import acquire
+from m2mkd_jax.jobs.locks import Lock, acquire
 from m2mkd_jax.jobs.plan import Job, is_done, write_inputs
 from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.setup import Run, count_updates
@@ -51,7 +50,7 @@ def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None
     while left:
         candidates = alike(run, left)
         left = [job for job in left if job not in candidates]
-        locks: dict[str, IO[str]] = {}
+        locks: dict[str, Lock] = {}
         try:
             free = [job for job in candidates if _lock(run, job, locks, several)]
             if free:
@@ -61,13 +60,13 @@ def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None
                 lock.close()
 
 
-def _lock(run: Run, job: Job, locks: dict[str, IO[str]], several: bool) -> bool:
+def _lock(run: Run, job: Job, locks: dict[str, Lock], several: bool) -> bool:
     """Whether this process may train a job: no other one trains it, or has since.
 
     Args:
         run: the run.
         job: the job.
-        locks: open files by job; closing one lets others train the job.
+        locks: by job; closing one lets others train the job.
         several: leave a job that another process trains to it.
 
     Raises:
@@ -91,7 +90,7 @@ def _lock(run: Run, job: Job, locks: dict[str, IO[str]], several: bool) -> bool:
 
 
 def _train_round(
-    run: Run, jobs: list[Job], locks: dict[str, IO[str]], schedule: Schedule | None
+    run: Run, jobs: list[Job], locks: dict[str, Lock], schedule: Schedule | None
 ) -> list[Job]:
     """Trains as many of some jobs as fit into memory in one program; returns the others.
 

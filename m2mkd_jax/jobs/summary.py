@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_jax.checkpoint.files import read_record, write_json
+from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.locks import is_held
@@ -34,12 +35,11 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
             status = "not needed"
         elif is_held(directory):
             status = "running"
-        saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
         jobs.append(
             {
                 "name": name,
                 "status": status,
-                "steps": max(saved, default=0),
+                "steps": latest_step(checkpoints),
                 "seconds": 0.0,
                 "metrics": {},
             }

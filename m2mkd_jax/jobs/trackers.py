@@ -8,7 +8,6 @@ can forget starts from that, one that cannot (wandb, trackio) leaves out the ste
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from PIL import Image
 from m2mkd_jax.checkpoint.files import read_json, write_json
 from m2mkd_jax.config.family_sections import import_class
 from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.files.paths import in_bucket, local_directory, remove_tree, upload_tree
 
 Entry = Mapping[str, Any]
 
@@ -41,6 +41,10 @@ class Tracker(Protocol):
     def log(self, entry: Entry) -> None:
         """Takes an entry: numbers and lists of numbers by name, and `step`."""
 
+    def upload(self) -> None:
+        """Brings files that belong into a bucket there; called before a state is saved."""
+        return
+
     def close(self) -> None:
         """Writes what waits, and ends."""
 
@@ -54,14 +58,16 @@ class TensorBoard(Tracker):
 
     def begin(self, entries: Sequence[Entry]) -> None:
         """Starts a new event file with the kept entries in place of the old ones."""
-        folder = self._directory / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = local_directory(self._directory / "tensorboard")
+        remove_tree(folder)
+        remove_tree(self._directory / "tensorboard")
         self._writer = _imported("tensorboardX", "tensorboard").SummaryWriter(str(folder))
         text = "\n".join(f"    {line}" for line in self._config.to_json(indent=1).splitlines())
         self._writer.add_text("config", text, 0)
         picture = self._directory / "images.png"
         if picture.is_file():
-            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            with picture.open("rb") as file:
+                pixels = np.asarray(Image.open(file).convert("RGB"))
             self._writer.add_image("first images", pixels, 0, dataformats="HWC")
         for entry in entries:
             self.log(entry)
@@ -76,10 +82,18 @@ class TensorBoard(Tracker):
                 for layer, own in enumerate(value):
                     self._writer.add_histogram(f"{name}/{layer}", np.asarray(own), step)
 
+    def upload(self) -> None:
+        """Copies the event file of a run in a bucket there."""
+        if self._writer is not None and in_bucket(self._directory):
+            self._writer.flush()
+            folder = self._directory / "tensorboard"
+            upload_tree(local_directory(folder), folder)
+
     def close(self) -> None:
         """Closes the event file."""
         if self._writer is not None:
             self._writer.close()
+            self.upload()
 
 
 class _Appending(Tracker):
@@ -132,7 +146,7 @@ class Wandb(_Appending):
     def _open(self, known: str) -> Any:
         wandb = _imported("wandb", "wandb")
         return wandb.init(
-            dir=str(self._directory),
+            dir=str(local_directory(self._directory)),
             id=known or None,
             resume="allow",
             reinit="create_new",

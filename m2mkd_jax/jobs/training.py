@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, train_batches
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import local_directory, remove_tree
 from m2mkd_jax.jobs.detection import (
     BEST,
     DetectionEvaluator,
@@ -248,7 +248,7 @@ class Training:
             total_steps=record.total,
             log=functools.partial(self._log, name),
             save=functools.partial(
-                _save_finite, name, record.checkpoints, functools.partial(self._seconds, record)
+                _save_finite, name, record, functools.partial(self._seconds, record)
             ),
             stop=_stop_rule(setup.phase, record.reference),
             learning_rate=setup.rate,
@@ -330,7 +330,7 @@ class Training:
             result["per_class"] = self._detections.per_class
         if is_main():
             write_record(record.directory / "done.json", result)
-            shutil.rmtree(record.directory / FOLDER, ignore_errors=True)
+            remove_tree(local_directory(record.directory / FOLDER))
         barrier(f"{name} done")
         shown = said(metrics) if BEST in metrics else f"accuracy {metrics['eval_accuracy']:.4f}"
         say(f"[{name}] done in {result['seconds']:.1f} s, {shown}")
@@ -338,20 +338,21 @@ class Training:
 
 def _save_finite(
     name: str,
-    checkpoints: RunCheckpoints,
+    record: _Record,
     seconds: Callable[[], float],
     step: int,
     state: dict,
     metrics: dict,
 ) -> None:
-    """Saves a state, and the seconds that it took.
+    """Saves a state, and the seconds that it took, after the log of the steps before it.
 
     Raises NotFinite, in all processes, where its weights are not finite.
     """
     wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
     if any_process(bool(wrong)):
         raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
-    checkpoints.save(step, state, metrics | {SECONDS: seconds()})
+    record.log.upload()
+    record.checkpoints.save(step, state, metrics | {SECONDS: seconds()})
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:

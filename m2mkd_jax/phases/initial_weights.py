@@ -27,6 +27,7 @@ from m2mkd_jax.conversion.open_weights import (
 )
 from m2mkd_jax.conversion.torch_layouts import has_weights
 from m2mkd_jax.errors import UserError, located
+from m2mkd_jax.files.paths import as_path, in_bucket
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.parallel import partition
@@ -67,9 +68,9 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     """
     field, given = init_path(config, job)
     path = job_directory(workdir, job) / "weights"
-    if given and not (job == "e2e" and path.is_dir()):
+    if given and not (job == "e2e" and _is_whole(path)):
         return _given_weights(job, field, given)
-    if not path.is_dir():
+    if not _is_whole(path):
         phase = job.partition("/")[0]
         listed = "" if phase in config.phases else f' ("{phase}" in config.phases)'
         hint = listed + (f", or set config.init.{field}" if field else "")
@@ -77,10 +78,15 @@ def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     return path
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a job's weights are there; in a bucket half of them may be, without description."""
+    return (path / "description.json").is_file() if in_bucket(path) else path.is_dir()
+
+
 def _given_weights(job: str, field: str, given: str) -> Path:
     """Weights of `job` in what config.init.`field` names: another run's directory, one
     subdirectory a student, a directory of weights, or torch files."""
-    root = local_path(given) if given.startswith(HUB) else Path(given).expanduser()
+    root = local_path(given) if given.startswith(HUB) else as_path(given).expanduser()
     index = job.partition("/")[2]
     inside = [root / "jobs" / job / "weights"]
     inside += [root / index / "weights", root / index] if index else []

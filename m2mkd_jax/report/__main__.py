@@ -20,6 +20,7 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.files.paths import as_path
 from m2mkd_jax.report.analysis import FOLDER, IMAGES, Analysis, analyse, read_kept
 from m2mkd_jax.report.charts import require_matplotlib
 from m2mkd_jax.report.page import page
@@ -53,9 +54,9 @@ def make_report(args: argparse.Namespace) -> Path:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; it must be above 0")
     require_matplotlib()
-    runs = [read_run(Path(given).expanduser()) for given in args.directories]
+    runs = [read_run(as_path(given).expanduser()) for given in args.directories]
     found = [_analysis(record, args) for record in runs]
-    out = Path(args.out).expanduser() if args.out else runs[0].path / FOLDER / "index.html"
+    out = as_path(args.out).expanduser() if args.out else runs[0].path / FOLDER / "index.html"
     text = page(runs, found)
     replace_file(out, lambda tmp: _write(tmp, text))
     return out

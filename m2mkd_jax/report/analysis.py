@@ -113,7 +113,8 @@ def read_kept(path: Path, key: str | None = None) -> Analysis | None:
     folder = path / FOLDER
     try:
         numbers = read_record(folder / "analysis.json")
-        with np.load(folder / "analysis.npz", allow_pickle=False) as file:
+        content = io.BytesIO((folder / "analysis.npz").read_bytes())
+        with np.load(content, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception:  # damaged files raise anything in zipfile, zlib and numpy
         return None

@@ -21,6 +21,7 @@ from m2mkd_jax.config.defaults import PHASES, all_keys, base
 from m2mkd_jax.config.keys import flatten
 from m2mkd_jax.config.values import check_value, leaves
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import file_names, read_text
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.log import is_evaluation
 from m2mkd_jax.jobs.plan import Plan
@@ -222,7 +223,10 @@ def _job_names(
     root = path / "jobs"
     kept = ("done.json", "metrics.jsonl", "inputs.json", "checkpoints", "weights")
     on_disk = {
-        found.parent.relative_to(root).as_posix() for name in kept for found in root.rglob(name)
+        "/".join(parts[:i])
+        for parts in (name.split("/") for name in file_names(root))
+        for i, part in enumerate(parts)
+        if part in kept
     }
     known = [n for n in on_disk if n.partition("/")[0] in PHASES and n.count("/") < 2]
     extra = {*listed, *known} - {*planned}
@@ -268,7 +272,7 @@ def _entries(path: Path) -> tuple[dict[str, Any], ...]:
     if not path.is_file():
         return ()
     found = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_text(path).splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

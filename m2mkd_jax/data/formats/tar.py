@@ -9,6 +9,7 @@ WebDataset key, which ends at the first dot of a name (name.image.jpg, name.cls)
 root/classes.txt, if it exists, names class n. Axes: N images.
 """
 
+import functools
 import os
 import posixpath
 import re
@@ -20,8 +21,10 @@ import numpy as np
 
 from m2mkd_jax.data.decode import SUFFIXES
 from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.member_index import Member, indexed
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import as_path, read_part
 
 _EXPECTED = {"train": ("*train*.tar",), "test": ("*val*.tar", "*test*.tar")}
 _WORDS = {
@@ -31,8 +34,6 @@ _WORDS = {
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512  # bytes
 _CLASS_BYTES = 1024  # read of a .cls file
-# (class, path, shard number, first byte, bytes)
-_Member = tuple[str, str, int, int, int]
 
 
 class TarFiles:
@@ -65,10 +66,7 @@ class TarFiles:
 
     def content(self, index: int) -> bytes:
         """A member's bytes."""
-        # Opened on each read: a thousand open shards would exceed the limit of open files.
-        with open(self.shards[self.shard[index]], "rb") as file:
-            file.seek(self.start[index])
-            return file.read(self.size[index])
+        return read_part(self.shards[self.shard[index]], self.start[index], self.size[index])
 
     def take(self, indices: np.ndarray) -> "TarFiles":
         """The members at `indices`, in this order."""
@@ -81,7 +79,7 @@ def shards(root: str | Path, split: str) -> list[Path]:
     Raises:
         UserError: a name that tells no split, or two.
     """
-    root = Path(root)
+    root = as_path(root)
     found = [path for path in root.glob("*.tar") if _split_of(path) == split]
     for folder in root.iterdir():
         if folder.is_dir() and folder.name.lower() in _WORDS[split]:
@@ -139,18 +137,25 @@ def list_images(
     return TarFiles(shards(root, split), shard, start, size), labels, _titles(root, names)
 
 
-def _members(root: str | Path, split: str, field: str) -> tuple[list[_Member], set[str]]:
+def _members(root: str | Path, split: str, field: str) -> tuple[list[Member], set[str]]:
     """The members of a split and the set of their classes."""
-    members: list[_Member] = []
+    members: list[Member] = []
     for number, path in enumerate(shards(root, split)):
         try:
-            _check_uncompressed(path)
-            with tarfile.open(path, "r:") as tar:
-                members += _shard_members(tar, number, path, field)
-                _check_end(tar, path)
+            read = functools.partial(_read_members, path, number, field)
+            members += indexed(path, number, field, read)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"cannot read the shard {path} ({error}): copy it again") from error
     return members, {member[0] for member in members}
+
+
+def _read_members(path: Path, number: int, field: str) -> list[Member]:
+    """The members of one tar file, from its headers."""
+    _check_uncompressed(path)
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        members = list(_shard_members(tar, number, path, field))
+        _check_end(tar, path)
+    return members
 
 
 def _check_uncompressed(path: Path) -> None:
@@ -205,7 +210,7 @@ def _key(name: str) -> tuple[str, str]:
     return posixpath.join(folder, key), field
 
 
-def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) -> Iterator[_Member]:
+def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) -> Iterator[Member]:
     """The images of one tar file."""
     classes: dict[str, str] = {}
     found: dict[str, tuple[str, str, tarfile.TarInfo]] = {}
@@ -247,7 +252,7 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) ->
 
 def _titles(root: str | Path, names: Sequence[str]) -> tuple[str, ...]:
     """The class names: for numbered classes the lines of classes.txt, if it exists."""
-    titles = Path(root) / "classes.txt"
+    titles = as_path(root) / "classes.txt"
     if titles.is_file() and all(name.isdecimal() for name in names):
         lines = read_text(titles).splitlines()
         if len(lines) < int(names[-1]) + 1:

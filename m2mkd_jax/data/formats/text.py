@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import as_path
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -14,7 +14,7 @@ def read_text(path: str | os.PathLike) -> str:
     Raises:
         UserError: it is in another encoding.
     """
-    content = Path(path).read_bytes()
+    content = as_path(path).read_bytes()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

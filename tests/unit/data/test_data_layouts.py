@@ -299,7 +299,7 @@ def test_the_check_command(tmp_path, capsys):
 def test_the_check_command_shows_the_order_of_many_classes(tmp_path, capsys):
     write_folders(tmp_path, [str(i) for i in range(12)], per_class=1)
     assert check.main([str(tmp_path), "--quick"]) == 0
-    assert "labels: 0, 1, 10, 11, 2, 3, 4, 5, 6, ..., 9\n" in capsys.readouterr().out
+    assert "labels: 0, 1, 10, 11, 2, 3, 4, 5, 6, ..., 9" in capsys.readouterr().out
 
 
 def test_the_check_command_names_the_classes_it_knows(tmp_path, capsys):

@@ -28,6 +28,7 @@ FLOORS = (
     ("checkpoint", "evaluate"),
     ("train", "models"),
     ("losses", "data", "parallel"),
+    ("files",),
     ("errors", "tree_paths"),
 )
 # What config may import of models: modules without jax.
