@@ -6,7 +6,7 @@ latents, S channels of a code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,19 @@ class Model:
         x = self._checked(x)
         weights = self._weights if not fixed else self._with_fixed(fixed)
         return self._run(weights, x)
+
+    def portable(self) -> Callable[[jax.Array], jax.Array]:
+        """The network as a function of its input alone, for any platform and any size of batch.
+
+        Its weights are constants in it, and it consists of plain operations, so that it can be
+        exported; the forms that are fast on one platform are not in it.
+        """
+
+        def run(x: jax.Array) -> jax.Array:
+            with backend.tracing_for(backend.ANY):
+                return self._forward(self._weights, x)
+
+        return run
 
     def _checked(self, x: ArrayLike) -> jax.Array:
         """The input as float32. Raises UserError if its shape is not the network's."""

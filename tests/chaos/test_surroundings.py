@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 from absl import logging
 
-from m2mkd_jax import main
+from m2mkd_jax.main import command as main
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
 from m2mkd_jax.errors import UserError

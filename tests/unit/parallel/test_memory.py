@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from m2mkd_jax import main
+from m2mkd_jax.main import command as main
 from m2mkd_jax.parallel import memory
 
 ALLOCATION = (

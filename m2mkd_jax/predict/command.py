@@ -1,33 +1,9 @@
-"""Prints the five likeliest classes of each image, with their probabilities.
-
-A class is called what the training data called it, or as the file of --labels says; in weights
-without names of classes it has its number.
-
-CKPT is a directory of weights (converted, a job's or a run's), a torch or safetensors file, or
-hf://OWNER/REPOSITORY/FILE. Images are resized, cropped and normalised as in evaluation.
-
-Arrays instead of images: the file of --npz_in holds `images` (B, H, W, 3), float32 and normalised;
-for a middle module its `tokens` (B, N, D); for a NAC student optionally its `codes` and `states`.
-The file of --npz gets `outputs`, and the same as `logits` if the network gives logits.
-
-A detector takes with --npz_in `image_0`, `image_1`, ... (H, W, 3) uint8 RGB of any sizes, and
-gives for image i `boxes_i` in its pixels, `scores_i`, `classes_i` and `masks_i`; the backbone of a
-detector gives `last_feat` and `p2` to `p6` for `images`. Of image files, --draw=DIR writes pictures
-with boxes and masks, --json=FILE the results in COCO's format (image_id: its number from 0).
-
-examples:
-  python -m m2mkd_jax.predict runs/nac cat.jpg dog.png --labels=imagenet.json
-  python -m m2mkd_jax.predict weights --npz_in=in.npz --npz=out.npz --module=1
-  python -m m2mkd_jax.predict detector street.jpg --draw=pictures --json=found.json
-
-exit codes: 0 done; 2 the input is wrong (one line on stderr)
-"""
+"""The work of `python -m m2mkd_jax.predict`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.checkpoint.files import replace_file
-from m2mkd_jax.command_line import Parser, run
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.data.coco import read_upright
 from m2mkd_jax.data.decode import decode
@@ -53,28 +28,6 @@ from m2mkd_jax.inference import Model, load
 
 BATCH = 64
 TOP = 5
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("predict", __doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="the weights")
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
-    parser.add_argument(
-        "--labels", default="", metavar="FILE", help="names of the classes: a line each, or JSON"
-    )
-    parser.add_argument("--npz", default="", metavar="OUT", help="file for the outputs")
-    parser.add_argument("--npz_in", default="", metavar="IN", help="file of inputs, not images")
-    parser.add_argument(
-        "--draw", default="", metavar="DIR", help="pictures of a detector's results"
-    )
-    parser.add_argument("--json", default="", metavar="FILE", help="the results in COCO's format")
-    parser.add_argument(
-        "--module", type=int, metavar="I", help="only this stage of the network, counted from 0"
-    )
-    parser.add_argument(
-        "--arch", default="", help="the network of torch weights; see m2mkd_jax.convert"
-    )
-    return parser
 
 
 def read_image(path: str, model: Model) -> np.ndarray:
@@ -152,7 +105,7 @@ def read_labels(path: str, classes: int) -> list[str]:
     return [str(name[-1] if isinstance(name, list) else name) for name in names]
 
 
-def predict(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Predicts and prints. Raises UserError if the input is wrong."""
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
@@ -274,12 +227,3 @@ def _print_top(names: Sequence[str], logits: np.ndarray, labels: Sequence[str]) 
         best = np.argsort(-row)[:TOP]
         shown = "  ".join(f"{labels[i] if labels else i} {row[i]:.4f}" for i in best)
         print(printable(f"{name}: {shown}"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. `argv`: arguments, by default those of the process."""
-    return run("predict", lambda: predict(_parser().parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
