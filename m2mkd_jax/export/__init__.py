@@ -1,11 +1,11 @@
 """Writes a network for other programs to run: as a StableHLO program of jax.export, or as ONNX.
 
 CKPT is a directory of weights (converted, a job's or a run's), a torch or safetensors file, or
-hf://OWNER/REPOSITORY. The program takes images (B, S, S, 3), float32 and normalised (--pixels: uint8,
-which it normalises itself), or a middle module's tokens (B, N, D), and gives logits or tokens. B is
-free unless --batch fixes it. OUT.json says what it takes and gives, the normalisation, and the names
-of the classes. Before OUT appears, what was written is run beside the network, and refused where the
-outputs differ by more than 1e-4 of the largest.
+hf://OWNER/REPOSITORY. The program takes images (B, S, S, 3), float32 and normalised (--pixels:
+uint8, which it normalises itself), or a middle module's tokens (B, N, D), and gives logits or
+tokens. B is free unless --batch fixes it. OUT.json says what it takes and gives, the normalisation,
+and the names of the classes. Before OUT appears, what was written is run beside the network, and
+refused where the outputs differ by more than 1e-4 of the largest.
 
 A StableHLO program is read with jax.export.deserialize(bytes).call(images), by any jax of the next
 six months at least, on the platforms of --platforms. ONNX needs the extra `onnx`.

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
         raise
     taken = f"{facts['input']['type']} {facts['input']['shape']}"
     print(
-        f"{args.checkpoint} -> {args.target}: {args.format}, {len(content):,} bytes, takes {taken}, "
-        f"gives {facts['output']['shape']}; equal within {error:.1e} of the largest output"
+        f"{args.checkpoint} -> {args.target}: {args.format}, {len(content):,} bytes, takes "
+        f"{taken}, gives {facts['output']['shape']}; equal within {error:.1e} of the largest output"
     )
 
 

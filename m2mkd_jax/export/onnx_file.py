@@ -43,7 +43,7 @@ class OnnxProgram:
         jax2onnx, self._runtime = _package("jax2onnx"), _package("onnxruntime")
         self._version = importlib.metadata.version("jax2onnx")
         taken = jax.ShapeDtypeStruct((shape[0] or "B", *shape[1:]), dtype)  # type: ignore[arg-type]  # jax2onnx's free axis
-        # It raises whatever a conversion of one operation raises, and onnxruntime errors of its own.
+        # It raises whatever the conversion of an operation raises, onnxruntime errors of its own.
         try:
             with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 model = jax2onnx.to_onnx(function, [taken])

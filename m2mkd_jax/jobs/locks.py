@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import sys
 from pathlib import Path
 from typing import IO
+
+from m2mkd_jax.parallel import file_lock
 
 # Errors of a lock that another process has; others mean that the file system has no locks.
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -23,7 +24,7 @@ def acquire(directory: Path) -> IO[str] | None:
     directory.mkdir(parents=True, exist_ok=True)
     lock = (directory / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file_lock.lock(lock)
     except OSError as error:
         if error.errno in TAKEN:
             lock.close()
@@ -43,7 +44,7 @@ def is_held(directory: Path) -> bool:
         return False
     with path.open() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            file_lock.lock(lock, shared=True)
         except OSError as error:
             return error.errno in TAKEN
     return False

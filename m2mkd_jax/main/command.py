@@ -30,7 +30,8 @@ from m2mkd_jax.parallel import cluster, memory, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
+# A full disk; a quota, which Windows calls otherwise; a file beyond `ulimit -f`.
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
     *DISK_FULL,
@@ -145,7 +146,9 @@ def main(argv: list[str]) -> int:
     for number in process.SIGNALS if process.alone() else ():
         signal.signal(number, _terminated)
     if not process.alone():  # jax catches SIGTERM, and asks all processes at their next step
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        if process.USER_SIGNAL:
+            again = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(process.USER_SIGNAL, again)
     try:
         _run(CONFIG.value, _workdir(WORKDIR.value or "."))
     except UserError as error:

@@ -28,8 +28,8 @@ def tracing_for(platform: str, compute_capability: str = "") -> Iterator[None]:
     What `jax.jit` has traced before with the same shapes is taken from its cache.
 
     Args:
-        platform: 'cpu', 'gpu', 'tpu', or ANY: forms of plain operations alone, which also take a batch
-            whose size is not known (jax.export).
+        platform: 'cpu', 'gpu', 'tpu', or ANY: forms of plain operations alone, which also take a
+            batch whose size is not known (jax.export).
         compute_capability: of an NVIDIA GPU, such as '9.0'.
     """
     token = _TARGET.set((platform, compute_capability))

@@ -1,229 +1,216 @@
-"""The work of `python -m m2mkd_jax.predict`."""
+"""The work of `python -m m2mkd_jax.predict`.
+
+Axes: B images, K classes, D channels.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
+from tqdm import tqdm
 
 from m2mkd_jax.checkpoint.files import replace_file
-from m2mkd_jax.data.augment import evaluation_image
-from m2mkd_jax.data.coco import read_upright
-from m2mkd_jax.data.decode import decode
-from m2mkd_jax.data.formats.text import read_text
-from m2mkd_jax.detection.inference import (
-    DetectionModel,
-    ImageDetections,
-    open_detection,
-    read_images,
-)
-from m2mkd_jax.detection.pictures import detect_in_image, draw, whole_masks
-from m2mkd_jax.errors import UserError, printable
-from m2mkd_jax.evaluate.coco import coco_results
+from m2mkd_jax.detection.inference import open_detection
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.inference import Model, load
+from m2mkd_jax.parallel import backend
+from m2mkd_jax.predict import attention_pictures, results
+from m2mkd_jax.predict.detections import predict_detection
+from m2mkd_jax.predict.images import Batch, batches, image_files
+from m2mkd_jax.predict.inputs import read_labels, read_npz, save_npz
 
-BATCH = 64
-TOP = 5
-
-
-def read_image(path: str, model: Model) -> np.ndarray:
-    """Reads an image, resized, cropped and normalised as in evaluation.
-
-    Args:
-        path: of the image file.
-        model: whose image size S, mean and standard deviation are used.
-
-    Returns:
-        (S, S, 3) float32.
-
-    Raises:
-        UserError: it cannot be read or decoded.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    pixels = evaluation_image(decode(content, path), model.image_size)
-    scaled = np.asarray(pixels, np.float32) / 255
-    return (scaled - np.asarray(model.mean, np.float32)) / np.asarray(model.std, np.float32)
-
-
-def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Reads the file of --npz_in.
-
-    Returns:
-        The inputs as float32, and those of `codes` and `states` that the file has.
-
-    Raises:
-        UserError: there is no such file, or it has no array of inputs.
-    """
-    try:
-        # Opened here: np.load leaves a file open that it cannot read.
-        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            arrays = {
-                k: file[k] for k in ("images", "tokens", "codes", "states") if k in file.files
-            }
-    except Exception as error:  # a broken file can cause any error in zipfile, zlib and numpy
-        raise UserError(f"--npz_in: {path} cannot be read: {error}") from None
-    inputs = [arrays.pop(key) for key in ("images", "tokens") if key in arrays]
-    if len(inputs) != 1:
-        raise UserError(
-            f'--npz_in: {path} needs an array "images" (of a middle module, its tokens)'
-        )
-    if inputs[0].dtype.kind != "f" or not len(inputs[0]):
-        raise UserError(f"--npz_in: {path}: the inputs are {inputs[0].dtype}, not some floats")
-    return inputs[0].astype(np.float32), arrays
-
-
-def read_labels(path: str, classes: int) -> list[str]:
-    """Reads the names of the classes.
-
-    Args:
-        path: of a file with one name per line, or of a .json file with a list, or with an object
-            by class number.
-        classes: how many there are.
-
-    Raises:
-        UserError: it cannot be read, or has another number of names.
-    """
-    try:
-        text = read_text(path)
-        names = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        raise UserError(f"--labels: {path} cannot be read: {error}") from None
-    if isinstance(names, dict):
-        names = [names[str(i)] for i in range(len(names)) if str(i) in names]
-    if not isinstance(names, list) or not all(names):
-        raise UserError(f"--labels: {path} is no list of names")
-    if len(names) != classes:
-        raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
-    # The common lists for ImageNet have [id, name].
-    return [str(name[-1] if isinstance(name, list) else name) for name in names]
+FOR_IMAGES = ("csv", "json", "features", "attention")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Predicts and prints. Raises UserError if the input is wrong."""
+    """Predicts, prints and writes.
+
+    Raises:
+        UserError: the input is wrong; nothing is written.
+    """
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
+    for flag in ("top", "batch"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
     detection = open_detection(args.checkpoint, args.arch)
     if detection is not None:
         predict_detection(detection, args)
         return
-    if args.draw or args.json:
-        raise UserError(f"--draw and --json are for detectors; {args.checkpoint} is none")
-    model = load(args.checkpoint, args.module, arch=args.arch)
-    if args.images and not model.image_size:
-        raise UserError(
-            f"{args.checkpoint} is a middle module and takes tokens (B, N, {model.width}); give "
-            "them with --npz_in"
-        )
-    labels: Sequence[str] = model.class_names
-    if args.labels:
-        if not model.classes:
-            raise UserError(f"--labels: {args.checkpoint} gives tokens, no classes")
-        labels = read_labels(args.labels, model.classes)
-    fixed: dict[str, np.ndarray] = {}
-    if args.npz_in:
-        inputs, fixed = read_npz(args.npz_in)
-        names = [f"{args.npz_in}[{i}]" for i in range(len(inputs))]
-    else:
-        names = args.images
-        inputs = np.stack([read_image(path, model) for path in names])
+    if args.draw:
+        raise UserError(f"--draw is for detectors; {args.checkpoint} is none")
+    with _on_device(args.device):
+        model = load(args.checkpoint, args.module, arch=args.arch, precision=args.precision)
+        labels: Sequence[str] = model.class_names
+        if args.labels:
+            if not model.classes:
+                raise UserError(f"--labels: {args.checkpoint} gives tokens, no classes")
+            labels = read_labels(args.labels, model.classes)
+        if args.npz_in:
+            _of_arrays(model, labels, args)
+        else:
+            _of_files(model, labels, args)
+
+
+@contextlib.contextmanager
+def _on_device(name: str | None) -> Iterator[None]:
+    """Runs what is inside on the first device of a platform; None: jax's choice.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        yield
+        return
+    try:
+        device = jax.devices(name)[0]
+    except RuntimeError:
+        raise UserError(f"--device={name}: jax finds none; it has {jax.devices()}") from None
+    with jax.default_device(device), backend.tracing_for(name):
+        yield
+
+
+def _of_arrays(model: Model, labels: Sequence[str], args: argparse.Namespace) -> None:
+    """Predicts for the inputs of --npz_in."""
+    for flag in FOR_IMAGES:
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is for image files; --npz writes what --npz_in gives")
+    inputs, fixed = read_npz(args.npz_in)
     # A student's states are dealt over the batch: all inputs are one.
-    batch = len(inputs) if fixed else BATCH
+    size = len(inputs) if fixed else args.batch
     outputs = np.concatenate(
-        [np.asarray(model(inputs[i : i + batch], fixed)) for i in range(0, len(inputs), batch)]
+        [np.asarray(model(inputs[i : i + size], fixed)) for i in range(0, len(inputs), size)]
     )
     if model.classes:
-        _print_top(names, outputs, labels)
+        names = [f"{args.npz_in}[{i}]" for i in range(len(inputs))]
+        for found in results.likeliest(names, outputs, args.top):
+            print(results.line(found, labels))
     else:
         print(f"{len(outputs)} outputs of shape {outputs.shape[1:]}")
     if args.npz:
         arrays = {"outputs": outputs} | ({"logits": outputs} if model.classes else {})
-        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+        replace_file(Path(args.npz), lambda tmp: save_npz(tmp, arrays))
 
 
-def predict_detection(model: DetectionModel, args: argparse.Namespace) -> None:
-    """`predict` with a detector, or with the backbone of one."""
-    if args.module is not None:
-        raise UserError("--module: a detector is not in modules")
-    if args.images and model.is_detector:
-        detect_in_files(model, args)
-        return
-    if args.images or args.draw or args.json:
-        raise UserError("image files, --draw and --json are for whole detectors; give --npz_in")
-    arrays: dict[str, np.ndarray] = {}
-    if model.is_detector:
-        images = read_images(args.npz_in)
-        if images is None:
-            raise UserError(f'--npz_in: {args.npz_in} needs arrays "image_0", "image_1", ...')
-        for i, found in enumerate(model.detect(images)):
-            arrays |= _detection_arrays(found, i)
-            best = f"{found.scores[0]:.4f}" if len(found.scores) else "none"
-            print(f"{args.npz_in}[{i}]: {len(found.scores)} detections, best score {best}")
-    else:
-        inputs, _ = read_npz(args.npz_in)
-        arrays = model.features(inputs)
-        print(", ".join(f"{name} {value.shape}" for name, value in arrays.items()))
-    if args.npz:
-        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
-
-
-def _detection_arrays(found: ImageDetections, index: int) -> dict[str, np.ndarray]:
-    fields = ("boxes", "scores", "classes", "masks")
-    return {f"{field}_{index}": getattr(found, field) for field in fields}
-
-
-def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
-    """Prints the best detections in image files; writes --draw, --json and --npz."""
-    labels: Sequence[str] = model.class_names
-    if args.labels:
-        labels = read_labels(args.labels, model.classes)
-    folder = Path(args.draw) if args.draw else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    images = [read_upright(Path(path)) for path in args.images]
-    arrays: dict[str, np.ndarray] = {}
-    results: list[dict[str, Any]] = []
-    for i, (path, image) in enumerate(zip(args.images, images, strict=True)):
-        found = detect_in_image(model, image)
-        arrays |= _detection_arrays(found, i)
-        shown = "  ".join(
-            f"{labels[c] if labels else c} {score:.4f} [{', '.join(f'{n:.0f}' for n in box)}]"
-            for c, score, box in zip(found.classes, found.scores, found.boxes[:TOP], strict=False)
+def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> None:
+    """Predicts for image files and folders."""
+    if not model.image_size:
+        raise UserError(
+            f"{args.checkpoint} is a middle module and takes tokens (B, N, {model.width}); give "
+            "them with --npz_in"
         )
-        print(printable(f"{path}: {len(found.scores)} detections  {shown}"))
-        if not (folder or args.json):
-            continue
-        masks = whole_masks(found, *image.shape[:2])
-        if folder:
-            draw(folder / f"{i}_{Path(path).stem}.png", image, found, masks, labels)
-        if args.json:
-            results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
-    if args.json:
-        replace_file(Path(args.json), lambda tmp: _write_text(tmp, json.dumps(results)))
-    if args.npz:
-        replace_file(Path(args.npz), lambda tmp: _save(tmp, arrays))
+    if not model.classes and (args.csv or args.json):
+        raise UserError(f"--csv, --json: {args.checkpoint} gives tokens, no classes")
+    files = image_files(args.images)
+    found = Found(model, labels, args)
+    progress = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2)
+    with progress, _new_directory(args.attention) as pictures:
+        for batch in batches(files, model, args.batch, args.workers):
+            # A single batch is not padded: its program serves no other.
+            size = args.batch if len(files) > args.batch else len(batch.paths)
+            found.add(batch, size, pictures)
+            progress.update(len(batch.paths))
+    found.write()
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def _new_directory(given: str) -> Iterator[Path | None]:
+    """A directory that appears at the end, complete, or not at all; None where none is asked for.
+
+    Raises:
+        UserError: it is there already.
+    """
+    if not given:
+        yield None
+        return
+    target = Path(given).expanduser()
+    if target.exists():
+        raise UserError(f"{given} is there already; choose another directory")
+    tmp = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        tmp.rename(target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    with open(path, "wb") as file:  # numpy appends .npz to a path, but not to an open file
-        np.savez(file, **arrays)
+class Found:
+    """What the network says of all images so far.
+
+    Args:
+        model: the network.
+        labels: names of its classes; (): numbers.
+        args: of the command.
+    """
+
+    def __init__(self, model: Model, labels: Sequence[str], args: argparse.Namespace):
+        self._model, self._labels, self._args = model, labels, args
+        self._names: list[str] = []
+        self._outputs: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
+        self._predictions: list[results.Prediction] = []
+
+    def add(self, batch: Batch, size: int, pictures: Path | None) -> None:
+        """Runs the network on a batch.
+
+        Args:
+            batch: of images.
+            size: that they are padded to.
+            pictures: directory of the pictures of attention; None: none are wanted.
+        """
+        model, args, count, first = self._model, self._args, len(batch.paths), len(self._names)
+        inputs = batch.padded(size)
+        outputs = np.asarray(model(inputs))[:count]
+        if args.npz:
+            self._outputs.append(outputs)
+        if args.features:
+            self._features.append(_features(model, inputs)[:count])
+        if pictures is not None:
+            maps = attention_pictures.attention_over_image(model, inputs)
+            attention_pictures.draw(pictures, batch, maps[:count], first)
+        self._names += batch.paths
+        if not model.classes:
+            print(f"{count} outputs of shape {outputs.shape[1:]}")
+            return
+        new = list(results.likeliest(batch.paths, outputs, args.top))
+        self._predictions += new if args.csv or args.json else []
+        for found in () if args.quiet else new:
+            tqdm.write(results.line(found, self._labels))
+
+    def write(self) -> None:
+        """Writes the files that were asked for."""
+        args, names = self._args, np.asarray(self._names)
+        for path, write in ((args.csv, results.write_csv), (args.json, results.write_json)):
+            if path:
+                replace_file(
+                    Path(path), lambda tmp, write=write: write(tmp, self._predictions, self._labels)
+                )
+        if args.npz:
+            outputs = np.concatenate(self._outputs)
+            arrays = {"outputs": outputs} | ({"logits": outputs} if self._model.classes else {})
+            replace_file(Path(args.npz), lambda tmp: save_npz(tmp, arrays | {"images": names}))
+        if args.features:
+            features = {"features": np.concatenate(self._features), "images": names}
+            replace_file(Path(args.features), lambda tmp: save_npz(tmp, features))
 
 
-def _print_top(names: Sequence[str], logits: np.ndarray, labels: Sequence[str]) -> None:
-    """Prints a line per image; `logits` is (B, K)."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    probabilities = shifted / shifted.sum(-1, keepdims=True)
-    for name, row in zip(names, probabilities, strict=True):
-        best = np.argsort(-row)[:TOP]
-        shown = "  ".join(f"{labels[i] if labels else i} {row[i]:.4f}" for i in best)
-        print(printable(f"{name}: {shown}"))
+def _features(model: Model, inputs: np.ndarray) -> np.ndarray:
+    """What the head sees, (B, D): the class token of a transformer, the mean final states of a NAC.
+
+    Raises:
+        UserError: the network has no head.
+    """
+    found = model.features(inputs)
+    for name in ("class_token", "output"):
+        if name in found and model.classes:
+            array = np.asarray(found[name], np.float32)
+            return array if array.ndim == 2 else array.mean(1)
+    raise UserError("--features: this network has no head; --npz writes its tokens")
