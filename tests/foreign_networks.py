@@ -85,7 +85,7 @@ def run_timm(state: Arrays, images: np.ndarray) -> np.ndarray:
 
 
 def google_npz(seed: int = 0, *, moe: bool = False) -> dict:
-    """The arrays of a checkpoint of Google's ViT, or of its V-MoE with experts in the last block."""
+    """The arrays of a checkpoint of Google's ViT, or of its V-MoE, experts in the last block."""
     draw, d, c = draws(seed), WIDTH, WIDTH // HEADS
     root = "Encoder" if moe else "Transformer"
     attention = "SelfAttention" if moe else "MultiHeadDotProductAttention_1"

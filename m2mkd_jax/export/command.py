@@ -44,8 +44,10 @@ def run(args: argparse.Namespace) -> None:
         )
     shape, function = _shape(model, args), _function(model, args.pixels)
     dtype = np.dtype(np.uint8 if args.pixels else np.float32)
-    maker = {"stablehlo": StableHLOProgram, "onnx": OnnxProgram}[args.format]
-    program = maker(function, (args.batch, *shape), dtype, args.platforms)
+    maker = StableHLOProgram if args.format == "stablehlo" else OnnxProgram
+    program: StableHLOProgram | OnnxProgram = maker(
+        function, (args.batch, *shape), dtype, args.platforms
+    )
     error = _difference(program, model, args.batch, shape, dtype)
     if not error <= TOLERANCE:
         raise UserError(

@@ -42,7 +42,7 @@ class OnnxProgram:
         del platforms
         jax2onnx, self._runtime = _package("jax2onnx"), _package("onnxruntime")
         self._version = importlib.metadata.version("jax2onnx")
-        taken = jax.ShapeDtypeStruct((shape[0] or "B", *shape[1:]), dtype)  # type: ignore[arg-type]  # jax2onnx's free axis
+        taken = jax.ShapeDtypeStruct((shape[0] or "B", *shape[1:]), dtype)
         # It raises whatever the conversion of an operation raises, onnxruntime errors of its own.
         try:
             with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

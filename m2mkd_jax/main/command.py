@@ -145,10 +145,9 @@ def main(argv: list[str]) -> int:
     logging.get_absl_logger().setLevel("CRITICAL")
     for number in process.SIGNALS if process.alone() else ():
         signal.signal(number, _terminated)
-    if not process.alone():  # jax catches SIGTERM, and asks all processes at their next step
-        if process.USER_SIGNAL:
-            again = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-            signal.signal(process.USER_SIGNAL, again)
+    # jax catches SIGTERM, and asks all processes at their next step
+    if process.USER_SIGNAL and not process.alone():
+        signal.signal(process.USER_SIGNAL, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         _run(CONFIG.value, _workdir(WORKDIR.value or "."))
     except UserError as error:

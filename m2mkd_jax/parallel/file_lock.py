@@ -1,8 +1,8 @@
 """Locks of open files that the system frees with the process; POSIX and Windows.
 
 The two calls are the standard library's. The packages for this (portalocker, filelock) would be one
-more requirement of every installation; filelock has no shared locks, by which another process's lock
-is looked at.
+more requirement of every installation; filelock has no shared locks, by which the lock of another
+process is looked at.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, _: Any) -> None:
         arrived.append(number)
-        if len(arrived) - arrived.count(USER_SIGNAL) > 1:
+        if len(arrived) - arrived.count(USER_SIGNAL or 0) > 1:
             os._exit(128 + number)
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)

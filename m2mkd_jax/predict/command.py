@@ -188,11 +188,11 @@ class Found:
     def write(self) -> None:
         """Writes the files that were asked for."""
         args, names = self._args, np.asarray(self._names)
-        for path, write in ((args.csv, results.write_csv), (args.json, results.write_json)):
-            if path:
-                replace_file(
-                    Path(path), lambda tmp, write=write: write(tmp, self._predictions, self._labels)
-                )
+        predicted, labels = self._predictions, self._labels
+        if args.csv:
+            replace_file(Path(args.csv), lambda tmp: results.write_csv(tmp, predicted, labels))
+        if args.json:
+            replace_file(Path(args.json), lambda tmp: results.write_json(tmp, predicted, labels))
         if args.npz:
             outputs = np.concatenate(self._outputs)
             arrays = {"outputs": outputs} | ({"logits": outputs} if self._model.classes else {})

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import pytest
 from absl import logging
 
-from m2mkd_jax.main import command as main
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline, rounds, training
+from m2mkd_jax.main import command as main
 from m2mkd_jax.train.schedule import learning_rate
 from tests.e2e import tiny
 from tests.unit.checkpoint.test_store import abstract, assert_same, make_state

@@ -151,6 +151,13 @@ assert "jax" not in sys.modules  # the package itself is light
 IMPORT_ALL = (
     WITHOUT
     + """
+# As on Windows: no POSIX modules, signals and errors, once the standard library has what it needs.
+import asyncio, errno, multiprocessing, pdb, psutil, signal, subprocess
+for name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+    sys.modules[name] = None
+for module, name in ((signal, "SIGUSR1"), (signal, "SIGHUP"), (errno, "EDQUOT")):
+    delattr(module, name)
+""" + """
 for module in pkgutil.walk_packages(m2mkd_jax.__path__, "m2mkd_jax."):
     importlib.import_module(module.name)
 assert not {"torch", "huggingface_hub", "safetensors"} & sys.modules.keys()

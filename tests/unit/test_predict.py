@@ -163,7 +163,8 @@ def test_folders_give_json_csv_features_and_attention(weights, images, tmp_path,
     assert features["images"].tolist() == names
     pictures = sorted(path.name for path in out["maps"].iterdir())
     assert pictures == ["0_0.png", "1_1.png", "2_2.png"]
-    assert Image.open(out["maps"] / "0_0.png").size == (128, 64)
+    with Image.open(out["maps"] / "0_0.png") as picture:
+        assert picture.size == (128, 64)
 
 
 def test_half_precision_is_near_and_not_equal(weights, images, tmp_path):

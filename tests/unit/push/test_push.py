@@ -86,6 +86,7 @@ def test_refusals_are_one_line(run, hub, tmp_path, capsys, monkeypatch):
     directory = str(run[0])
 
     def refused(*arguments: str, words: str) -> None:
+        capsys.readouterr()
         assert main(list(arguments)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line, line
