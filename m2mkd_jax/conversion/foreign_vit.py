@@ -34,7 +34,7 @@ _REFUSED = {
     r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\.": "gated MLPs (SwiGLU)",
     r"blocks\.\d+\.gamma_[12]$": "BEiT's layer scale, and biases of queries and values alone",
     r"(rope|rotary)": "rotary positions",
-}  # fmt: skip  # one line each
+}
 
 
 def adapt_foreign_vit(

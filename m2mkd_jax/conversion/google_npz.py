@@ -163,9 +163,9 @@ def _add_experts(
     ours = {"Dense_0": "htoh4", "Dense_1": "h4toh"}[layer]
     word = "weight" if leaf == "kernel" else "bias"
     singles = expert_names(f"{start}.moe.experts.{ours}.{word}", shape[0])
+    axes = (0, 2, 1) if leaf == "kernel" else (0, 1)
     for i, target in enumerate(singles):
-        put(target, [name], lambda arrays, i=i: np.swapaxes(arrays[0][i : i + 1], -1, -2)
-            if leaf == "kernel" else arrays[0][i : i + 1])  # fmt: skip  # two short cases
+        put(target, [name], lambda arrays, i=i: arrays[0][i : i + 1].transpose(axes))
 
 
 def _outside(name: str) -> str:

@@ -22,9 +22,7 @@ OPTIONS = {
         *("CKPT", "OUT", "--format", "--batch", "--tokens", "--pixels", "--platforms"),
         *("--module", "--arch", "--overwrite"),
     ),
-    "push": (
-        *("CKPT", "REPOSITORY", "--license", "--private", "--message", "--out", "--arch"),
-    ),
+    "push": (*("CKPT", "REPOSITORY", "--license", "--private", "--message", "--out", "--arch"),),
 }
 
 
