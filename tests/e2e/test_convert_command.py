@@ -157,7 +157,8 @@ for name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
     sys.modules[name] = None
 for module, name in ((signal, "SIGUSR1"), (signal, "SIGHUP"), (errno, "EDQUOT")):
     delattr(module, name)
-""" + """
+"""
+    + """
 for module in pkgutil.walk_packages(m2mkd_jax.__path__, "m2mkd_jax."):
     importlib.import_module(module.name)
 assert not {"torch", "huggingface_hub", "safetensors"} & sys.modules.keys()
