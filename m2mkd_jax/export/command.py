@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _difference(
     return found
 
 
-def _facts(model: Model, args: argparse.Namespace, shape: Sequence[int]) -> Mapping[str, Any]:
+def _facts(model: Model, args: argparse.Namespace, shape: Sequence[int]) -> dict[str, Any]:
     """What OUT.json says."""
     batch: int | str = args.batch or "B"
     given: list[int | str] = [batch, model.classes]
