@@ -189,7 +189,8 @@ def test_everything_imports_without_torch(python, tmp_path):
     (tmp_path / "arch.json").write_text(json.dumps(ARCH["a_meta"]))
     done = python("-c", IMPORT_ALL, source, tmp_path / "vit.safetensors")
     assert done.returncode == 0, done.stderr
-    errors = done.stderr.splitlines()
+    # jax warns that it has no hard locks either.
+    errors = [line for line in done.stderr.splitlines() if line.startswith("m2mkd_jax.")]
     assert len(errors) == 2 and all("pip install 'm2mkd_jax[convert]'" in e for e in errors)
 
 

@@ -30,6 +30,7 @@ TINY = {
     "vmoe.moe_pos": "(1,)",
     "vmoe.experts": 2,
     "evaluation.batch": 5,
+    "evaluation.every": 0.0,
 }
 # Drawing from Beta takes long to compile.
 TINY |= {

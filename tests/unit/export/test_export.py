@@ -16,9 +16,13 @@ from m2mkd_jax.export import main
 from tests.support import assert_close
 
 TOLERANCE = 1e-4
-NAMES = ("vit", "nac", "vmoe", "expert_choice")
+NAMES = ("vit", "nac", "vmoe")
 SMALL_VMOE = {"image_size": 16, "patch": 8, "width": 16, "heads": 2, "moe_pos": (1,)}
 SMALL_VMOE |= {"depths": (1, 1), "experts": 4}
+SMALL_NAC = {"image_size": 16, "state_dim": 16, "code_dim": 16, "heads": 2, "head_dim": 8}
+SMALL_NAC |= {"signature_dim": 8, "input_latents": 4, "mediator_latents": 8, "output_latents": 4}
+SMALL_NAC |= {"iterations": 1, "position_dim": 4, "tokenizer_depths": (1, 1)}
+SMALL_NAC |= {"prior": "barabasi-albert", "options": {"m": 2}}
 
 
 def build(name: str) -> m2mkd_jax.Model:
@@ -26,9 +30,8 @@ def build(name: str) -> m2mkd_jax.Model:
         sizes = {"classes": 5, "image_size": 16, "patch": 8, "width": 16, "heads": 2, "depth": 2}
         return m2mkd_jax.build("vit_large_patch16_224", **sizes)
     if name == "nac":
-        return m2mkd_jax.build("nac_digits", image_size=16, iterations=1)
-    router = "expert_choice" if name == "expert_choice" else "published"
-    return m2mkd_jax.build("vmoe_digits", router=router, **SMALL_VMOE)
+        return m2mkd_jax.build("nac_digits", **SMALL_NAC)
+    return m2mkd_jax.build("vmoe_digits", **SMALL_VMOE)
 
 
 @pytest.fixture(scope="module")
