@@ -160,15 +160,16 @@ def _download(url: str) -> Path:
             f"{url} needs huggingface_hub: pip install 'm2mkd_jax[hub]'; or download the file"
         ) from None
     name = f"{owner}/{repository}"
+    where = {"endpoint": endpoint} if (endpoint := hub_endpoint()) else {}
     # It logs warnings of every retry; the outcome is the file or one error.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     # It raises errors of its own, of requests and of the system: all mean that there is no file.
     try:
         if file.endswith(SUFFIXES):
-            return Path(hub.hf_hub_download(name, file, endpoint=hub_endpoint()))
+            return Path(hub.hf_hub_download(name, file, **where))
         wanted = [f"{file}/*"] if file else [CONFIG, WEIGHTS]
-        folder = hub.snapshot_download(name, allow_patterns=wanted, endpoint=hub_endpoint())
+        folder = hub.snapshot_download(name, allow_patterns=wanted, **where)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{url} cannot be downloaded: {reason[:200]}") from None

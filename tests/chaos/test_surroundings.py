@@ -157,8 +157,8 @@ def test_the_line_on_a_full_disk(monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(main, "_run", run)
-    monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": None}))
-    monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "runs/a"}))
+    monkeypatch.setattr(main, "CONFIG", type("Flag", (), {"value": None}))
+    monkeypatch.setattr(main, "WORKDIR", type("Flag", (), {"value": "runs/a"}))
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
     assert main.main([]) == main.WRONG_INPUT
     assert capsys.readouterr().err == "m2mkd_jax: runs/a: No space left on device\n"
