@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import machine
 from benchmarks import memory as process_memory
 from benchmarks.cases import CASES, make_config
 from m2mkd_jax.evaluate.flops import count_flops
@@ -49,6 +50,10 @@ class Ours:
 
         gradient = jax.value_and_grad(loss, has_aux=True)
         return count_flops(gradient, setup.params, whole, self.pixels)
+
+    def matrix_rate(self) -> float:
+        """FLOP/s of a square product in the compute type, here and now."""
+        return machine.matrix_rate(self.program.dtype)
 
     def compile(self) -> None:
         """Compiles the step. A training step takes over the buffers of the setup."""

@@ -1,11 +1,16 @@
-"""What the commands convert and predict share: arguments, one-line errors and exit codes."""
+"""What the small commands share: arguments, one-line errors and exit codes.
+
+The package of a command has its arguments in __init__.py, which loads no jax, so that --help costs
+little, and its work in command.py, which is imported once the arguments are known to make sense.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from absl import logging
@@ -74,3 +79,22 @@ def run(name: str, command: Callable[[], None]) -> int:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     print(f"m2mkd_jax.{name}: {line}", file=sys.stderr)
     return WRONG_INPUT
+
+
+def run_module(name: str, parser: Parser, argv: Sequence[str] | None) -> int:
+    """Runs `run(arguments)` of m2mkd_jax.NAME.command, which is imported after they are parsed.
+
+    Args:
+        name: of the command.
+        parser: of its arguments.
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit code, as of `run`.
+    """
+
+    def command() -> None:
+        arguments = parser.parse_args(argv)
+        import_module(f"m2mkd_jax.{name}.command").run(arguments)
+
+    return run(name, command)

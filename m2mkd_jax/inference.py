@@ -6,7 +6,7 @@ latents, S channels of a code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from m2mkd_jax.phases import named
 from m2mkd_jax.phases.joined import join_neighbours
 from m2mkd_jax.phases.program import Program
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 class Model:
     """A network, or one module of it, with its weights; made by `m2mkd_jax.load`.
@@ -32,6 +34,7 @@ class Model:
     Args:
         weights: opened weights.
         names: of the trees to use, in the order of the network.
+        precision: compute type of activations and parameters; logits are float32.
 
     Attributes:
         description: of the weights (models/registry.py).
@@ -43,17 +46,23 @@ class Model:
         std: likewise.
     """
 
-    def __init__(self, weights: Weights, names: list[str]):
+    def __init__(self, weights: Weights, names: list[str], precision: str = "float32"):
         self.description = weights.description
         builds = {name: registry.builder(self.description, name) for name in names}
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         single = {name: self._matched(name, weights.trees[name]) for name in names}
-        program = Program({n: part.graph for n, part in self._parts.items()}, tuple(names), ())
+        self._dtype = jnp.dtype(precision)
+        graphs = {n: part.graph for n, part in self._parts.items()}
+        program = Program(graphs, tuple(names), (), dtype=self._dtype)
         self._joined = join_neighbours(program, single, trained=False)
         self._weights = self._joined.stages(single)
         self._run = backend.jit(self._forward)
-        self._features = backend.jit(lambda w, x: inspection.features(self._merged(w), names, x))
-        self._attention = backend.jit(lambda w, x: inspection.attention(self._merged(w), x))
+        self._features = backend.jit(
+            lambda w, x: inspection.features(self._merged(w), names, x.astype(self._dtype))
+        )
+        self._attention = backend.jit(
+            lambda w, x: inspection.attention(self._merged(w), x.astype(self._dtype))
+        )
         interface = registry.interface(self.description, names)
         self.image_size, self.width = interface.image_size, interface.width
         self.classes = interface.classes
@@ -74,13 +83,18 @@ class Model:
         """The single stages."""
         single = self._joined.single_stages(weights)
         return [
-            chain.merge(parts.graph, single[name]["params"], single[name]["fixed"])
+            chain.merge(
+                parts.graph,
+                chain.cast_compute(single[name]["params"], self._dtype),
+                single[name]["fixed"],
+            )
             for name, parts in self._parts.items()
         ]
 
     def _forward(self, weights: dict[str, Any], x: jax.Array) -> jax.Array:
         program = self._joined.program
-        return program.run(program.student, {}, weights, x)
+        y = program.run(program.student, {}, weights, x.astype(self._dtype))
+        return y.astype(jnp.float32)
 
     @property
     def stages(self) -> dict[str, int]:
@@ -123,6 +137,19 @@ class Model:
         weights = self._weights if not fixed else self._with_fixed(fixed)
         return self._run(weights, x)
 
+    def portable(self) -> Callable[[jax.Array], jax.Array]:
+        """The network as a function of its input alone, for any platform and any size of batch.
+
+        Its weights are constants in it, and it consists of plain operations, so that it can be
+        exported; the forms that are fast on one platform are not in it.
+        """
+
+        def run(x: jax.Array) -> jax.Array:
+            with backend.tracing_for(backend.ANY):
+                return self._forward(self._weights, x)
+
+        return run
+
     def _checked(self, x: ArrayLike) -> jax.Array:
         """The input as float32. Raises UserError if its shape is not the network's."""
         side, shape = self.image_size, tuple(jnp.shape(x))
@@ -154,16 +181,22 @@ class Model:
 
 
 def load(
-    path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0
+    path: str | Path,
+    module: int | None = None,
+    *,
+    arch: str = "",
+    seed: int = 0,
+    precision: str = "float32",
 ) -> Model | DetectionModel:
     """Loads a network with its weights; of a detector, or the backbone of one, a `DetectionModel`.
 
     Args:
         path: converted or trained weights (a directory, a job's, a run's), a torch or safetensors
-            file, a directory of module files, or hf://OWNER/REPOSITORY/FILE.
+            file, a directory of module files, or hf://OWNER/REPOSITORY[/FILE].
         module: only this stage of the network, counted from 0; None for all.
         arch: of torch weights, as `python -m m2mkd_jax.convert` takes it.
         seed: likewise.
+        precision: compute type, "float32" or "bfloat16"; logits are float32.
 
     Raises:
         UserError: there are no weights, they cannot be read, or they are several NAC students and
@@ -171,19 +204,26 @@ def load(
     """
     detection = open_detection(path, arch, seed)
     if detection is None:
-        return load_network(path, module, arch=arch, seed=seed)
+        return load_network(path, module, arch=arch, seed=seed, precision=precision)
     if module is not None:
         raise UserError(f"{path} is a detector, which is not in modules")
     return detection
 
 
 def load_network(
-    path: str | Path, module: int | None = None, *, arch: str = "", seed: int = 0
+    path: str | Path,
+    module: int | None = None,
+    *,
+    arch: str = "",
+    seed: int = 0,
+    precision: str = "float32",
 ) -> Model:
     """`load` of a network that gives logits, or of a module; arguments and errors as there."""
+    if precision not in PRECISIONS:
+        raise UserError(f'precision: "{precision}" is none of {", ".join(PRECISIONS)}')
     weights = open_weights(path, arch, seed=seed)
     with description_errors(path):
-        return Model(weights, _chosen_trees(weights, path, module))
+        return Model(weights, _chosen_trees(weights, path, module), precision)
 
 
 def build(name: str, *, seed: int = 0, **fields: Any) -> Model:

@@ -154,7 +154,9 @@ def lines(r: dict[str, Any]) -> list[str]:
         device = memory.get("peak_on_device")
         on_device = f", {device / 2**30:.2f} GiB peak on the device" if device else ""
         text.append(
-            f"  {side:5}{1e3 * r[f'{prefix}seconds_per_step']:10.1f} ms per step, CPU "
+            f"  {side:5}{1e3 * r[f'{prefix}seconds_per_step']:10.1f} ms per step, "
+            f"{r['batch'] / r[f'{prefix}seconds_per_step']:,.1f} images/s, "
+            f"{_share(r, prefix):.1f}% of the matrix rate, CPU "
             f"{1e3 * r[f'{prefix}cpu_seconds_per_step']:.1f} ms, "
             f"{memory['peak_rss'] / 2**30:.2f} GiB peak RSS{on_device} ({note})"
         )
@@ -162,3 +164,8 @@ def lines(r: dict[str, Any]) -> list[str]:
         low, high = r[f"{key}_range"]
         text.append(f"  peer / ours, {kind}: {r[key]:.2f} ({low:.2f} to {high:.2f})")
     return text
+
+
+def _share(r: dict[str, Any], prefix: str) -> float:
+    """Percent of the matrix rate, measured by our side before the rounds, at our count of FLOPs."""
+    return 100 * r["flops_per_step"] / r[f"{prefix}seconds_per_step"] / r["matrix_rate"]

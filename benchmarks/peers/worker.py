@@ -37,6 +37,7 @@ class OurSide:
 
     def prepare(self) -> dict:
         """Compiles, and runs a step."""
+        flops, rate = self.ours.count_flops(), self.ours.matrix_rate()
         self.ours.compile()
         self.ours.steps(1)
         return {
@@ -44,6 +45,8 @@ class OurSide:
             "job": self.ours.case.job,
             "batch": self.ours.batch,
             "dtype": str(self.ours.program.dtype),
+            "flops_per_step": flops,
+            "matrix_rate": rate,
         }
 
     def steps(self, count: int) -> list[float]:

@@ -14,30 +14,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from m2mkd_jax.conversion import google_npz
 from m2mkd_jax.conversion.arch_flag import check_fields, read_arch
 from m2mkd_jax.conversion.assemble_nac import assembled_nac
 from m2mkd_jax.conversion.converted import IMAGENET, Converted, Tree, Trees
+from m2mkd_jax.conversion.foreign_vit import adapt_foreign_vit
 from m2mkd_jax.conversion.infer import infer_description
 from m2mkd_jax.conversion.lazy_tensor import Tensor, same_values
 from m2mkd_jax.conversion.name_tables import name_table
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, read_layout
 from m2mkd_jax.conversion.report import Report
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from m2mkd_jax.conversion.torch_layouts import assembled_name, is_stitch, published_layout
+from m2mkd_jax.conversion.torch_layouts import assembled_name, is_stitch
 from m2mkd_jax.conversion.torch_weights import TorchWeights, read_torch_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, registry
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.nac.spec import NACSpec
 
-_DISTILLED = ("dist_token", "head_dist.weight", "head_dist.bias")
-
 
 def convert_from_torch(path: Path, arch: str = "", image_size: int = 0, seed: int = 0) -> Converted:
     """Converts torch weights. The files are opened; their values are read when trees are made.
 
     Args:
-        path: .pth, .pt or .safetensors file, or a directory of such files.
+        path: .pth, .pt or .safetensors file, a directory of such files, or one of Google's .npz.
         arch: the value of `--arch`; "" infers the network from the weights alone.
         image_size: resize the position embedding for images of this size; 0: the size that `arch`
             states or the weights show.
@@ -49,12 +49,19 @@ def convert_from_torch(path: Path, arch: str = "", image_size: int = 0, seed: in
             sense (`read_arch`) or contradicts them (`infer_description`), or a tensor is missing,
             unknown, or of another shape than the network's.
     """
-    weights = read_torch_weights(path)
+    weights = read_weights(path)
     blocks = sum(weights.depths) if weights.depths else None
     given = read_arch(arch, weights.kind, blocks) if arch else {}
     if image_size:
         given = given | check_fields({"image_size": image_size}, "--image_size")
     return convert_torch_weights(weights, given, path, seed)
+
+
+def read_weights(path: Path) -> TorchWeights:
+    """Opens torch or safetensors files, or one of Google's. Raises UserError as they do."""
+    if path.suffix == google_npz.SUFFIX and path.is_file():
+        return google_npz.read_google_npz(path)
+    return read_torch_weights(path)
 
 
 def convert_torch_weights(
@@ -72,14 +79,19 @@ def convert_torch_weights(
         UserError: see `convert_from_torch`.
     """
     report = Report(str(path), dict(weights.ignored), dict(weights.aliases))
-    if "dist_token" in weights.tensors:
-        _drop_distillation_token(weights, report)
+    if weights.kind == "vit":
+        adapt_foreign_vit(weights, given, seed, report)
+    google = path.suffix == google_npz.SUFFIX
+    if google:
+        given = {"heads": weights.entries["heads"], **given}
     description, notes = infer_description(weights, given, str(path))
     report.notes += notes
     tensors = _network_tensors(weights, description, report)
     if weights.kind in ("vit", "vmoe"):
         _resize_positions(tensors, description, report)
-    description["normalisation"] = dict(IMAGENET)
+    description["normalisation"] = dict(google_npz.NORMALISATION if google else IMAGENET)
+    if google and weights.kind == "vmoe":
+        description["spec"]["router"] = "vmoe"
     # All trees are float32; the types that differ are kept for the conversion back.
     dtypes = {name: t.dtype for name, t in tensors.items() if t.dtype != "float32"}
     description["torch"] = weights.layout | {"dtypes": dtypes}
@@ -87,27 +99,6 @@ def convert_torch_weights(
     if (weights.kind, given.get("kind")) == ("nac_student", "nac"):
         return assembled_nac(Trees(makers), description, given, path, seed, report)
     return Converted(description, Trees(makers), report)
-
-
-def _drop_distillation_token(weights: TorchWeights, report: Report) -> None:
-    """Removes the second token of a distilled DeiT, so that the rest is a plain ViT."""
-    for name in _DISTILLED:
-        if weights.tensors.pop(name, None) is not None:
-            report.ignore(name, "distillation token and its head: no place in a plain ViT")
-    positions = weights.tensors.get("pos_embed")
-    if positions is None or len(positions.shape) != 3:
-        return  # infer_description refuses it
-    before, count = positions, positions.shape[1]
-    keep = [0, *range(2, count)]
-    weights.tensors["pos_embed"] = dataclasses.replace(
-        before,
-        shape=(1, count - 1, before.shape[2]),
-        read=lambda: before.read()[:, keep],
-        mapped=False,
-    )
-    report.notes.append("pos_embed: the distillation token's position is left out")
-    # Converted back, it is a plain ViT.
-    weights.layout = published_layout(list(weights.tensors), None)
 
 
 def _network_tensors(

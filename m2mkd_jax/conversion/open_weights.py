@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import load_weights
-from m2mkd_jax.conversion.from_torch import convert_from_torch, convert_torch_weights
+from m2mkd_jax.conversion.bundle import CONFIG, WEIGHTS, is_bundle, read_bundle
+from m2mkd_jax.conversion.from_torch import (
+    convert_from_torch,
+    convert_torch_weights,
+    read_weights,
+)
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
-from m2mkd_jax.conversion.torch_weights import read_torch_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
@@ -62,6 +67,8 @@ def find_weights(path: Path) -> Path | None:
     for directory in (path, path / "weights", path / "jobs" / "e2e" / "weights"):
         if (directory / "description.json").is_file():
             return directory
+    if is_bundle(path):
+        return path
     if (path / "jobs").is_dir():
         root, end = path / "jobs", "weights/description.json"
         jobs = [(root / name).parent for name in file_names(root) if name.endswith(end)]
@@ -85,7 +92,7 @@ def open_weights(
 
     Args:
         path: a directory of weights, a job's or a run's directory, a torch or safetensors file, a
-            directory of module files, or hf://OWNER/REPOSITORY/FILE.
+            directory of module files, or hf://OWNER/REPOSITORY[/FILE].
         arch: of torch weights, see `from_torch.convert_from_torch`.
         image_size: likewise.
         seed: likewise.
@@ -100,8 +107,10 @@ def open_weights(
         if fields is None:
             converted = convert_from_torch(local, arch, image_size, seed)
         else:
-            converted = convert_torch_weights(read_torch_weights(local), fields, local, seed)
+            converted = convert_torch_weights(read_weights(local), fields, local, seed)
         return Weights(converted.description, converted.trees)
+    if is_bundle(stored):
+        return Weights(*read_bundle(stored))
     _, description = load_weights(stored, [])
     names = list(read_record(stored / "description.json")["trees"])
     return Weights(description, _StoredTrees(stored, names))
@@ -139,32 +148,43 @@ def local_path(path: str | Path) -> Path:
     return local
 
 
+def hub_endpoint() -> str | None:
+    """Where the hub is, if $HF_ENDPOINT says so."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
 def _download(url: str) -> Path:
-    """Downloads a file, or a folder, of hf://OWNER/REPOSITORY/FILE."""
+    """Downloads a file, or a folder, of hf://OWNER/REPOSITORY/FILE; without FILE a bundle."""
     owner, _, rest = url.removeprefix(HUB).partition("/")
     repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
-        raise UserError(f"{url}: give hf://OWNER/REPOSITORY/FILE")
+    if not (owner and repository):
+        raise UserError(f"{url}: give hf://OWNER/REPOSITORY, or a FILE in it after another /")
     try:
         hub: Any = importlib.import_module("huggingface_hub")  # an optional extra
     except ImportError:
         raise UserError(
-            f"{url} needs huggingface_hub: pip install 'm2mkd_jax[convert]'; or download the file"
+            f"{url} needs huggingface_hub: pip install 'm2mkd_jax[hub]'; or download the file"
         ) from None
     name = f"{owner}/{repository}"
+    where = {"endpoint": endpoint} if (endpoint := hub_endpoint()) else {}
     # It logs warnings of every retry; the outcome is the file or one error.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     # It raises errors of its own, of requests and of the system: all mean that there is no file.
     try:
         if file.endswith(SUFFIXES):
-            return Path(hub.hf_hub_download(name, file))
-        folder = hub.snapshot_download(name, allow_patterns=[f"{file}/*"])
+            return Path(hub.hf_hub_download(name, file, **where))
+        wanted = [f"{file}/*"] if file else [CONFIG, WEIGHTS]
+        folder = hub.snapshot_download(name, allow_patterns=wanted, **where)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{url} cannot be downloaded: {reason[:200]}") from None
     finally:
         logging.disable(before)
+    if not file and not is_bundle(Path(folder)):
+        raise UserError(
+            f"{url} holds no weights that m2mkd_jax.push wrote; give a file, {url}/FILE, and --arch"
+        )
     if not (Path(folder) / file).is_dir():
         raise UserError(f"{url}: the repository has no such folder")
     return Path(folder) / file

@@ -6,7 +6,6 @@ In a directory the system frees a dead process's lock; a bucket has leases inste
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Protocol
 
 from m2mkd_jax.files.leases import is_leased, lease
 from m2mkd_jax.files.paths import in_bucket
-from m2mkd_jax.parallel import process
+from m2mkd_jax.parallel import file_lock, process
 from m2mkd_jax.parallel.watchdog import LOST
 
 # Errors of a lock that another process has; others mean that the file system has no locks.
@@ -46,7 +45,7 @@ def acquire(directory: Path) -> Lock | None:
     directory.mkdir(parents=True, exist_ok=True)
     lock = (directory / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file_lock.lock(lock)
     except OSError as error:
         if error.errno in TAKEN:
             lock.close()
@@ -68,7 +67,7 @@ def is_held(directory: Path) -> bool:
         return False
     with path.open() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            file_lock.lock(lock, shared=True)
         except OSError as error:
             return error.errno in TAKEN
     return False

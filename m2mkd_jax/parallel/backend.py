@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+ANY = "any"  # a platform: see tracing_for
 _LEVEL = "xla_backend_optimization_level"
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
     "target", default=None
@@ -27,7 +28,8 @@ def tracing_for(platform: str, compute_capability: str = "") -> Iterator[None]:
     What `jax.jit` has traced before with the same shapes is taken from its cache.
 
     Args:
-        platform: 'cpu', 'gpu' or 'tpu'.
+        platform: 'cpu', 'gpu', 'tpu', or ANY: forms of plain operations alone, which also take a
+            batch whose size is not known (jax.export).
         compute_capability: of an NVIDIA GPU, such as '9.0'.
     """
     token = _TARGET.set((platform, compute_capability))
@@ -38,7 +40,7 @@ def tracing_for(platform: str, compute_capability: str = "") -> Iterator[None]:
 
 
 def platform() -> str:
-    """The platform that programs are traced for: 'cpu', 'gpu' or 'tpu'."""
+    """The platform that programs are traced for: 'cpu', 'gpu', 'tpu' or ANY."""
     target = _TARGET.get()
     return target[0] if target else jax.default_backend()
 

@@ -1,8 +1,12 @@
-"""What to do where a device has no memory left."""
+"""What to do where a device has no memory left, and what this process has taken."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
+
+import psutil
 
 # How jax, XLA's allocators and CUDA say it.
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
@@ -34,3 +38,14 @@ def exhausted(error: BaseException) -> str:
         f"the device has no memory left{asked}; {SHARE}; if not, lower config.recipes.*.batch or "
         'raise config.recipes.*.accumulate, or set remat="always" for the networks'
     )
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    try:
+        usage = importlib.import_module("resource")  # Windows has none
+    except ImportError:
+        now = psutil.Process().memory_info()
+        return int(getattr(now, "peak_wset", now.rss))
+    peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # others count in KiB

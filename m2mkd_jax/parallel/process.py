@@ -23,7 +23,9 @@ from jax._src import distributed  # its key-value store has no public name; Orba
 from jax.experimental import multihost_utils
 
 CONNECT_SECONDS = 300
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of which jax catches the first
+USER_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # of which jax catches the first
+SIGNALS += (USER_SIGNAL,) if USER_SIGNAL else ()
 _END, _LEFT = "m2mkd_jax/end", "m2mkd_jax/left"
 _POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
 _steps = itertools.count()
@@ -139,7 +141,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, _: Any) -> None:
         arrived.append(number)
-        if len(arrived) - arrived.count(signal.SIGUSR1) > 1:
+        if len(arrived) - arrived.count(USER_SIGNAL or 0) > 1:
             os._exit(128 + number)
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)

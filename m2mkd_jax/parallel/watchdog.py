@@ -235,7 +235,7 @@ def _explain_abort(watchdog: Watchdog, address: str) -> None:
     jax calls abort() in a thread of its own as soon as the coordination service is gone, and takes
     no callback from Python for that. A handler of Python's would never run; one of C's does.
     """
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
 
     def on_abort(number: int) -> None:

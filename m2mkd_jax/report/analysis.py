@@ -43,7 +43,6 @@ from m2mkd_jax.report.measure_families import (
 from m2mkd_jax.report.records import RunRecord
 
 FOLDER = "report"
-IMAGES = 500  # test images, unless asked for others
 
 
 @dataclass

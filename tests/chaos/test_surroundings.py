@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import pytest
 from absl import logging
 
-from m2mkd_jax import main
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline, rounds, training
+from m2mkd_jax.main import command as main
 from m2mkd_jax.train.schedule import learning_rate
 from tests.e2e import tiny
 from tests.unit.checkpoint.test_store import abstract, assert_same, make_state
@@ -157,8 +157,8 @@ def test_the_line_on_a_full_disk(monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(main, "_run", run)
-    monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": None}))
-    monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "runs/a"}))
+    monkeypatch.setattr(main, "CONFIG", type("Flag", (), {"value": None}))
+    monkeypatch.setattr(main, "WORKDIR", type("Flag", (), {"value": "runs/a"}))
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
     assert main.main([]) == main.WRONG_INPUT
     assert capsys.readouterr().err == "m2mkd_jax: runs/a: No space left on device\n"

@@ -151,6 +151,14 @@ assert "jax" not in sys.modules  # the package itself is light
 IMPORT_ALL = (
     WITHOUT
     + """
+# As on Windows: no POSIX modules, signals and errors, once the standard library has what it needs.
+import asyncio, errno, multiprocessing, pdb, psutil, signal, subprocess
+for name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+    sys.modules[name] = None
+for module, name in ((signal, "SIGUSR1"), (signal, "SIGHUP"), (errno, "EDQUOT")):
+    delattr(module, name)
+"""
+    + """
 for module in pkgutil.walk_packages(m2mkd_jax.__path__, "m2mkd_jax."):
     importlib.import_module(module.name)
 assert not {"torch", "huggingface_hub", "safetensors"} & sys.modules.keys()
@@ -181,7 +189,8 @@ def test_everything_imports_without_torch(python, tmp_path):
     (tmp_path / "arch.json").write_text(json.dumps(ARCH["a_meta"]))
     done = python("-c", IMPORT_ALL, source, tmp_path / "vit.safetensors")
     assert done.returncode == 0, done.stderr
-    errors = done.stderr.splitlines()
+    # jax warns that it has no hard locks either.
+    errors = [line for line in done.stderr.splitlines() if line.startswith("m2mkd_jax.")]
     assert len(errors) == 2 and all("pip install 'm2mkd_jax[convert]'" in e for e in errors)
 
 

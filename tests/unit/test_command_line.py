@@ -1,17 +1,28 @@
 """--help and --version of the small commands."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import m2mkd_jax
-from m2mkd_jax import convert, predict
+from m2mkd_jax import convert, export, predict, push
 
-COMMANDS = {"convert": convert, "predict": predict}
+ROOT = Path(__file__).parents[2]
+COMMANDS = {"convert": convert, "export": export, "predict": predict, "push": push}
 OPTIONS = {
     "convert": ("SRC", "DST", "--arch", "--image_size", "--seed", "--overwrite"),
     "predict": (
         *("CKPT", "IMAGE", "--labels", "--npz", "--npz_in", "--module", "--arch"),
-        *("--draw", "--json"),
+        *("--draw", "--json", "--csv", "--features", "--attention", "--top", "--batch"),
+        *("--workers", "--device", "--precision", "--quiet"),
     ),
+    "export": (
+        *("CKPT", "OUT", "--format", "--batch", "--tokens", "--pixels", "--platforms"),
+        *("--module", "--arch", "--overwrite"),
+    ),
+    "push": (*("CKPT", "REPOSITORY", "--license", "--private", "--message", "--out", "--arch"),),
 }
 
 
@@ -35,3 +46,22 @@ def test_version(name, capsys):
         COMMANDS[name].main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"m2mkd_jax {m2mkd_jax.__version__}\n"
+
+
+def test_help_and_version_load_no_jax():
+    """jax takes seconds to import."""
+    code = """
+import contextlib, io, sys
+from importlib import import_module
+for name in ("main", "convert", "export", "predict", "push", "report.__main__"):
+    for flag in ("--help", "--version"):
+        module = import_module(f"m2mkd_jax.{name}")
+        command, arguments = (module.start, []) if name == "main" else (module.main, [[flag]])
+        sys.argv = [name, flag]
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            command(*arguments)
+        assert text.getvalue(), name
+        assert "jax" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

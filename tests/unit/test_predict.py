@@ -51,11 +51,11 @@ def test_images_are_treated_as_in_evaluation(weights, images, tmp_path):
     assert lines[0] == f"{images / '0.png'}: {shown}"
 
 
-def test_more_images_than_a_batch(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "BATCH", 2)
+def test_more_images_than_a_batch(weights, tmp_path):
     recorded = arrays("a_vit_large_meta/io.npz")
     np.savez(tmp_path / "in.npz", images=recorded["image"].transpose(0, 2, 3, 1))
-    run(predict, weights, f"--npz_in={tmp_path / 'in.npz'}", f"--npz={tmp_path / 'out.npz'}")
+    files = f"--npz_in={tmp_path / 'in.npz'}", f"--npz={tmp_path / 'out.npz'}"
+    run(predict, weights, *files, "--batch=2")
     assert_close(arrays(tmp_path / "out.npz")["logits"], recorded["logits"], OUTPUT_TOLERANCE)
 
 
@@ -133,3 +133,68 @@ def test_what_it_refuses(weights, images, tmp_path, capsys):
     refused(middle, npz(images=good), flag, words="takes tokens (B, N, 24)")
     tokens = npz(images=np.zeros((1, 17, 24), np.float32))
     refused(middle, tokens, flag, f"--labels={tmp_path / 'labels.txt'}", words="gives tokens")
+
+
+def test_folders_give_json_csv_features_and_attention(weights, images, tmp_path, capsys):
+    folder = tmp_path / "photos" / "more"
+    folder.mkdir(parents=True)
+    for name in ("0.png", "1.png", "2.png"):
+        (folder / name).write_bytes((images / name).read_bytes())
+    (folder / "broken.jpg").write_bytes(b"no image")
+    out = {name: tmp_path / name for name in ("a.json", "a.csv", "a.npz", "f.npz", "maps")}
+    flags = [f"--json={out['a.json']}", f"--csv={out['a.csv']}", f"--npz={out['a.npz']}"]
+    flags += [f"--features={out['f.npz']}", f"--attention={out['maps']}", "--top=2", "--batch=2"]
+    text = run(predict, weights, tmp_path / "photos", *flags, "--device=cpu", "--workers=1")
+    assert "left out: cannot decode the image" in capsys.readouterr().err
+    names = [str(folder / f"{i}.png") for i in range(3)]
+    assert [line.split(": ")[0] for line in text.splitlines()] == names
+    found = json.loads(out["a.json"].read_text())
+    logits, features = arrays(out["a.npz"])["logits"], arrays(out["f.npz"])
+    for entry, name, row in zip(found, names, logits, strict=True):
+        assert entry["image"] == name
+        assert [c["class"] for c in entry["classes"]] == np.argsort(-row)[:2].tolist()
+    lines = out["a.csv"].read_text().splitlines()
+    assert lines[0] == "image,class_1,name_1,probability_1,class_2,name_2,probability_2"
+    assert [line.split(",")[0] for line in lines[1:]] == names
+    # The head's layer of the features is the logits.
+    trees, _ = load_weights(weights)
+    head = next(t["params"]["head"] for t in trees.values() if "head" in t["params"])
+    assert_close(features["features"] @ head["kernel"] + head["bias"], logits, OUTPUT_TOLERANCE)
+    assert features["images"].tolist() == names
+    pictures = sorted(path.name for path in out["maps"].iterdir())
+    assert pictures == ["0_0.png", "1_1.png", "2_2.png"]
+    with Image.open(out["maps"] / "0_0.png") as picture:
+        assert picture.size == (128, 64)
+
+
+def test_half_precision_is_near_and_not_equal(weights, images, tmp_path):
+    logits = {}
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / f"{precision}.npz"
+        run(predict, weights, images, f"--npz={out}", f"--precision={precision}", "--quiet")
+        logits[precision] = arrays(out)["logits"]
+    exact, half = logits["float32"], logits["bfloat16"]
+    assert 0 < np.abs(half - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_what_it_refuses_of_folders(weights, images, tmp_path, capsys):
+    def refused(*arguments, words: str) -> None:
+        assert predict.main([str(a) for a in arguments]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert words in line, line
+
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    refused(weights, empty, words="holds no images")
+    refused(weights, broken, f"--csv={out}", f"--attention={out}.d", words="none of the 1 images")
+    refused(weights, images, "--top=0", words="--top=0")
+    refused(weights, images, "--device=tpu", words="--device=tpu: jax finds none")
+    refused(weights, images, "--precision=int8", words="int8")
+    refused(weights, images, f"--attention={empty}", words="is there already")
+    refused(weights, images, f"--draw={out}", words="--draw is for detectors")
+    np.savez(tmp_path / "in.npz", images=np.zeros((1, 64, 64, 3), np.float32))
+    refused(weights, f"--npz_in={tmp_path / 'in.npz'}", f"--csv={out}", words="--csv is for image")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "in.npz"]

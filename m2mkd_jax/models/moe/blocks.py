@@ -71,7 +71,11 @@ class MoE(nnx.Module):
             slots = spec.router_spec().capacity(tokens.shape[1])
             y, dropped = dispatch.capacity(*arguments, slots)
         load = router.load(routing, spec.experts)
-        aux |= {"load": load, "dead": jnp.sum(load == 0.0, dtype=jnp.float32), "dropped": dropped}
+        aux |= {
+            "load": load,
+            "dead": jnp.sum((load == 0.0).astype(jnp.float32)),
+            "dropped": dropped,
+        }
         return y.reshape(x.shape), aux
 
 

@@ -44,6 +44,7 @@ from m2mkd_jax.models.moe.grouped import (
     tiles,
 )
 from m2mkd_jax.models.moe.router import ExpertChoice, Routing, TokenChoice
+from m2mkd_jax.parallel import backend
 
 # (weights, rows, linear) -> rows, see above.
 Apply = Callable[[Any, jax.Array, Callable[..., jax.Array]], jax.Array]
@@ -108,6 +109,8 @@ def dropless(
     mesh = _mesh()
     if isinstance(routing, ExpertChoice):
         return _chosen_by_experts(x, routing, weights, apply)
+    if backend.platform() == backend.ANY:
+        return _every_expert(x, routing, weights, apply), jnp.zeros(())
     if mesh and mesh.shape["expert"] > 1:
         return capacity(x, routing, weights, apply, slots=x.shape[1])
     local: Callable[..., jax.Array] = functools.partial(_sorted, apply=apply)
@@ -179,6 +182,19 @@ def fill_slots(routing: TokenChoice, experts: int, slots: int) -> tuple[jax.Arra
     )
     filled = (places[None, None] < counts[..., None]).reshape(g, -1)
     return jnp.where(filled, source, s * k), slot
+
+
+def _every_expert(x: jax.Array, routing: TokenChoice, weights: Any, apply: Apply) -> jax.Array:
+    """Dropless by plain products, for any platform: every expert computes every token.
+
+    E/K times the FLOPs of the experts; what a token has not chosen has weight zero.
+    """
+    count = _count(weights)
+    rows = jnp.broadcast_to(x[:, None], (x.shape[0], count, *x.shape[1:]))
+    rows = on_experts(rows, weights, apply).astype(jnp.float32)
+    chosen = routing.experts[..., None] == jnp.arange(count)[None, None, None]
+    shares = jnp.sum(jnp.where(chosen, routing.weights[..., None], 0.0), axis=2)
+    return jnp.einsum("gesd,gse->gsd", rows, shares).astype(x.dtype)
 
 
 def _sorted(

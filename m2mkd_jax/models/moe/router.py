@@ -84,7 +84,7 @@ def best(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     for _ in range(count):
         places.append(jnp.argmax(rest, axis=-1))
         chosen = columns == places[-1][..., None]
-        found.append(jnp.sum(jnp.where(chosen, values, 0), axis=-1))
+        found.append(jnp.sum(jnp.where(chosen, values, 0.0), axis=-1))
         rest = jnp.where(chosen, -jnp.inf, rest)
     return jnp.stack(found, axis=-1), jnp.stack(places, axis=-1)
 
@@ -191,4 +191,4 @@ def load(routing: Routing, experts: int) -> jax.Array:
     if isinstance(routing, ExpertChoice):
         return jnp.full((experts,), 1 / experts)
     chosen = routing.experts[..., None] == jnp.arange(experts)[None, None, None]
-    return jnp.mean(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+    return jnp.mean(chosen.astype(jnp.float32), axis=(0, 1, 2))

@@ -52,23 +52,23 @@ class ReadInAttention(nnx.Module):
 
     def weights(self, receivers: jax.Array, codes: jax.Array, x: jax.Array) -> jax.Array:
         """Receivers (B, U, D), codes (U, S), normalised tokens (B, V, T) -> (B, U, H, V)."""
-        h = self.spec.heads
+        h, count = self.spec.heads, x.shape[0]
         q = rearrange(self.query(self.receiver_norm(receivers), codes), "b u (h c) -> b u h c", h=h)
         k = rearrange(self.key.kernel[...], "t (h c) -> t h c", h=h)
         # All heads share the latent's modulation.
         key_scale = self.key.modulation(codes).astype(x.dtype)[:, None]
-        folded = jnp.einsum("buhc,thc->buht", q, k) * for_each_image(key_scale, len(x))
+        folded = jnp.einsum("buhc,thc->buht", q, k) * for_each_image(key_scale, count)
         scores = jnp.einsum("buht,bvt->buhv", folded, x, preferred_element_type=jnp.float32)
         return jax.nn.softmax(scores / math.sqrt(self.spec.head_dim)).astype(x.dtype)
 
     def __call__(self, receivers: jax.Array, codes: jax.Array, tokens: jax.Array) -> jax.Array:
         """Receivers (B, U, D), codes (U, S), tokens (B, V, T) -> (B, U, D)."""
-        h = self.spec.heads
+        h, count = self.spec.heads, tokens.shape[0]
         x = self.sender_norm(tokens)
         weights = self.weights(receivers, codes, x)
         v = rearrange(self.value.kernel[...], "t (h c) -> t h c", h=h)
         value_scale = self.value.modulation(codes).astype(x.dtype)[:, None]
-        mean_token = jnp.einsum("buhv,bvt->buht", weights, x) * for_each_image(value_scale, len(x))
+        mean_token = jnp.einsum("buhv,bvt->buht", weights, x) * for_each_image(value_scale, count)
         message = jnp.einsum("buht,thc->buhc", mean_token, v)
         message = rearrange(message, "b u h c -> b u (h c)")
         if self.value.bias is not None:

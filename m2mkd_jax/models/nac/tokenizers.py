@@ -91,7 +91,7 @@ class Tokenizer(nnx.Module):
         x = images
         for i in range(self.count):
             x = getattr(self, f"stage_{i}")(x)
-        grid = for_each_image(self.grid[...].astype(x.dtype), len(x))
+        grid = for_each_image(self.grid[...].astype(x.dtype), x.shape[0])
         return rearrange(jnp.concatenate([x, grid], -1), "b h w t -> b (h w) t")
 
 

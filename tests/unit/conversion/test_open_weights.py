@@ -66,6 +66,6 @@ def test_the_hub_fails(monkeypatch, tmp_path, capsys, caplog):
     assert not caplog.records
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert convert.main(arguments) == 2
-    assert "pip install 'm2mkd_jax[convert]'" in capsys.readouterr().err
-    assert convert.main(["hf://owner/repo", str(tmp_path / "weights")]) == 2
-    assert "hf://OWNER/REPOSITORY/FILE" in capsys.readouterr().err
+    assert "pip install 'm2mkd_jax[hub]'" in capsys.readouterr().err
+    assert convert.main(["hf://owner", str(tmp_path / "weights")]) == 2
+    assert "give hf://OWNER/REPOSITORY" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from m2mkd_jax import main
+from m2mkd_jax.main import command as main
 from m2mkd_jax.parallel import memory
 
 ALLOCATION = (
@@ -29,8 +29,8 @@ def test_what_to_set(monkeypatch, capsys, error, says, advice):
         raise error
 
     monkeypatch.setattr(main, "_run", run)
-    monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": None}))
-    monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "x"}))
+    monkeypatch.setattr(main, "CONFIG", type("Flag", (), {"value": None}))
+    monkeypatch.setattr(main, "WORKDIR", type("Flag", (), {"value": "x"}))
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
     assert main.main([]) == main.WRONG_INPUT
     line = capsys.readouterr().err

@@ -16,7 +16,7 @@ PACKAGE = "m2mkd_jax"
 # From the top down. A room (a folder, or a module that lies directly in the package; PACKAGE itself
 # is the package's own __init__.py) imports from lower floors only.
 FLOORS = (
-    ("main", "convert", "predict", "__main__"),
+    ("main", "convert", "predict", "export", "push", "__main__"),
     ("report",),
     ("command_line",),
     (PACKAGE,),
@@ -37,7 +37,7 @@ CONFIG_MAY_IMPORT = {
 }
 # Boxes of the diagram in docs/design.md that stand for several modules; every folder has its own.
 BOXES = {
-    "commands": ("main", "convert", "predict", "__main__", "command_line"),
+    "commands": ("main", "convert", "predict", "export", "push", "__main__", "command_line"),
     "library": (PACKAGE, "inference"),
 }
 NOT_DRAWN = ("errors", "tree_paths")

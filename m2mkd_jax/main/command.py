@@ -1,10 +1,4 @@
-"""m2mkd --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]: the phases of a config, in order.
-
-`python -m m2mkd_jax.main` is the same command.
-
-Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
-same command again; 4 another process of the run is lost; anything else is a bug.
-"""
+"""What m2mkd does once it is neither --help nor --version."""
 
 from __future__ import annotations
 
@@ -12,15 +6,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # jax reads it when it is imported
 
-import signal
-
-if __name__ == "__main__":
-    # Until the command runs, Ctrl-C ends it without a stack of half-done imports.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import errno
+import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,22 +16,23 @@ from types import FrameType
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-import m2mkd_jax
 from m2mkd_jax.config.document import list_keys
-from m2mkd_jax.config.files import check_overrides, find_config, read_config, shipped_configs
+from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import as_path, storage_failure
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
+from m2mkd_jax.main.flags import CONFIG, DRY_RUN, EXTEND, LIST_KEYS, ONLY, REDO, WORKDIR
 from m2mkd_jax.parallel import cluster, memory, process, watchdog
 from m2mkd_jax.train.loop import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
+# A full disk; a quota, which Windows calls otherwise; a file beyond `ulimit -f`.
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
     *DISK_FULL,
@@ -55,49 +44,6 @@ USER_ERRORS = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
 )
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "a shipped config by name, or the path of a config file; :ARGUMENT where it takes one",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "directory of the run, or gs://BUCKET/...: checkpoints, logs, results; what is done stays done",
-)
-_ONLY = flags.DEFINE_string(
-    "only", "", "run these jobs alone, such as m2mkd/3,e2e; a phase's name means all of its jobs"
-)
-_REDO = flags.DEFINE_string(
-    "redo", "", "delete the results of these jobs and of all that depend on them, and start again"
-)
-_EXTEND = flags.DEFINE_string(
-    "extend", "", "go on with these jobs, finished or not, whose recipes' epochs were raised"
-)
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "print jobs, networks, memory and missing data; needs no data, writes nothing"
-)
-_LIST_KEYS = flags.DEFINE_bool(
-    "list_keys", False, "print every key of the config with its value and its meaning"
-)
-FLAGS = (_CONFIG, _WORKDIR, _ONLY, _REDO, _EXTEND, _DRY_RUN, _LIST_KEYS)
-
-
-def _usage() -> str:
-    """What --help prints."""
-    lines = ["usage: m2mkd --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]", ""]
-    texts = {flag.name: flags.FLAGS[flag.name].help for flag in FLAGS}
-    texts["config.KEY"] = "another value for a key; keys are listed in docs/config.md"
-    texts |= {"help": "this text; --helpfull: every flag", "version": "the version"}
-    for name, text in texts.items():
-        lines += textwrap.wrap(
-            text, 98, initial_indent=f"  --{name:14}", subsequent_indent=" " * 18
-        )
-    lines += ["", f"shipped configs: {', '.join(shipped_configs())}"]
-    lines += ["exit codes: 0 done; 2 wrong input; 3 stopped by a signal, run the command again;"]
-    lines += ["            4 another process of the run has died or hangs, run it again"]
-    return "\n".join(lines)
 
 
 def _one_line(error: BaseException) -> str:
@@ -150,9 +96,9 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(_find_configs(argv))
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
-        _require(_CONFIG)
-        if not _LIST_KEYS.value:
-            _require(_WORKDIR)
+        _require(CONFIG)
+        if not LIST_KEYS.value:
+            _require(WORKDIR)
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(_refuse(error))
     except OSError as error:
@@ -182,19 +128,19 @@ def _workdir(given: str) -> Path:
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Does what the flags ask for. Raises UserError, OSError and Preempted."""
     check_values(config)
-    if _LIST_KEYS.value:
+    if LIST_KEYS.value:
         print("\n".join(list_keys(config)))
-    elif _DRY_RUN.value:
-        dry_run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value)
+    elif DRY_RUN.value:
+        dry_run(config, workdir, ONLY.value, REDO.value, EXTEND.value)
     else:
-        print_summary(run(config, workdir, _ONLY.value, _REDO.value, _EXTEND.value))
+        print_summary(run(config, workdir, ONLY.value, REDO.value, EXTEND.value))
 
 
 def _storage_failed(reason: str) -> int:
     """Says what a bucket answered; the exit code: another start may help, but for who may not."""
     code = WRONG_INPUT if "Forbidden" in reason else watchdog.LOST
     hint = "may it be written?" if code == WRONG_INPUT else "run the same command again"
-    return process.fail(f"m2mkd_jax: {_WORKDIR.value}: {printable(reason)}; {hint}", code)
+    return process.fail(f"m2mkd_jax: {WORKDIR.value}: {printable(reason)}; {hint}", code)
 
 
 def main(argv: list[str]) -> int:
@@ -211,15 +157,16 @@ def main(argv: list[str]) -> int:
     logging.get_absl_logger().setLevel("CRITICAL")
     for number in process.SIGNALS if process.alone() else ():
         signal.signal(number, _terminated)
-    if not process.alone():  # jax catches SIGTERM, and asks all processes at their next step
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # jax catches SIGTERM, and asks all processes at their next step
+    if process.USER_SIGNAL and not process.alone():
+        signal.signal(process.USER_SIGNAL, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        _run(_CONFIG.value, _workdir(_WORKDIR.value or "."))
+        _run(CONFIG.value, _workdir(WORKDIR.value or "."))
     except UserError as error:
         return _refuse(error)
     except OSError as error:
         # A failed write to an open file names no file; a full disk is that of the run.
-        where = error.filename or (_WORKDIR.value if error.errno in DISK_FULL else "")
+        where = error.filename or (WORKDIR.value if error.errno in DISK_FULL else "")
         if line := storage_failure(error):
             return _storage_failed(line)
         if error.errno not in USER_ERRORS or not where:
@@ -243,15 +190,8 @@ def main(argv: list[str]) -> int:
 
 
 def start() -> None:
-    """Entry point of the command: joins the other processes of the run, parses flags, runs."""
+    """Joins the other processes of the run, parses flags, runs."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    words = {argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")}
-    if words & {"help", "helpshort", "h", "?"}:
-        print(_usage())
-        return
-    if "version" in words:
-        print(f"m2mkd_jax {m2mkd_jax.__version__}")
-        return
     show_any_name()
     logging.set_verbosity(logging.WARNING)
     try:
@@ -259,7 +199,3 @@ def start() -> None:
     except UserError as error:
         sys.exit(_refuse(error))
     app.run(main, flags_parser=_parse)
-
-
-if __name__ == "__main__":
-    start()

@@ -1,0 +1,72 @@
+"""Files that `predict` reads beside images, and how it writes arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2mkd_jax.data.formats.text import read_text
+from m2mkd_jax.errors import UserError
+
+
+def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Reads the file of --npz_in.
+
+    Returns:
+        The inputs as float32, and those of `codes` and `states` that the file has.
+
+    Raises:
+        UserError: there is no such file, or it has no array of inputs.
+    """
+    try:
+        # Opened here: np.load leaves a file open that it cannot read.
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
+            arrays = {
+                k: file[k] for k in ("images", "tokens", "codes", "states") if k in file.files
+            }
+    except Exception as error:  # a broken file can cause any error in zipfile, zlib and numpy
+        raise UserError(f"--npz_in: {path} cannot be read: {error}") from None
+    inputs = [arrays.pop(key) for key in ("images", "tokens") if key in arrays]
+    if len(inputs) != 1:
+        raise UserError(
+            f'--npz_in: {path} needs an array "images" (of a middle module, its tokens)'
+        )
+    if inputs[0].dtype.kind != "f" or not len(inputs[0]):
+        raise UserError(f"--npz_in: {path}: the inputs are {inputs[0].dtype}, not some floats")
+    return inputs[0].astype(np.float32), arrays
+
+
+def read_labels(path: str, classes: int) -> list[str]:
+    """Reads the names of the classes.
+
+    Args:
+        path: of a file with one name per line, or of a .json file with a list, or with an object
+            by class number.
+        classes: how many there are.
+
+    Raises:
+        UserError: it cannot be read, or has another number of names.
+    """
+    try:
+        text = read_text(path)
+        names = json.loads(text) if path.endswith(".json") else text.splitlines()
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        raise UserError(f"--labels: {path} cannot be read: {error}") from None
+    if isinstance(names, dict):
+        names = [names[str(i)] for i in range(len(names)) if str(i) in names]
+    if not isinstance(names, list) or not all(names):
+        raise UserError(f"--labels: {path} is no list of names")
+    if len(names) != classes:
+        raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
+    # The common lists for ImageNet have [id, name].
+    return [str(name[-1] if isinstance(name, list) else name) for name in names]
+
+
+def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays; numpy appends .npz to a path, but not to an open file."""
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)

@@ -1,0 +1,84 @@
+"""Checkpoints of timm, DINO and Google as networks of this package, or refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import m2mkd_jax
+from tests import foreign_networks as foreign
+from tests.support import OUTPUT_TOLERANCE, assert_close
+
+IMAGES = np.random.default_rng(9).standard_normal((2, foreign.SIDE, foreign.SIDE, 3), np.float32)
+
+
+def load(tmp_path, state: dict, **fields) -> m2mkd_jax.Model:
+    (tmp_path / "arch.json").write_text(json.dumps({"heads": foreign.HEADS, **fields}))
+    save_file(state, tmp_path / "network.safetensors")
+    return m2mkd_jax.load(tmp_path / "network.safetensors", arch=str(tmp_path / "arch.json"))
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_timm_networks_compute_the_same(layer_scale, tmp_path):
+    state = foreign.timm_vit(layer_scale=layer_scale)
+    model = load(tmp_path, state)
+    assert_close(model(IMAGES), foreign.run_timm(state, IMAGES), OUTPUT_TOLERANCE)
+
+
+def test_a_network_without_head_gets_a_fresh_one(tmp_path):
+    state = foreign.timm_vit(layer_scale=True, head=False) | {"mask_token": np.zeros((1, 12), "f4")}
+    with pytest.raises(m2mkd_jax.UserError, match="has no head"):
+        load(tmp_path, state)
+    model = load(tmp_path, state, classes=7)
+    assert model.classes == 7
+    features = model.features(IMAGES)["class_token"]
+    assert_close(features, foreign.run_timm(state, IMAGES), OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_googles_networks_compute_the_same(moe, tmp_path):
+    arrays = foreign.google_npz(moe=moe)
+    np.savez(tmp_path / "network.npz", **arrays)
+    model = m2mkd_jax.load(tmp_path / "network.npz")
+    assert model.mean == [0.5, 0.5, 0.5] and model.description["kind"] == ("vmoe" if moe else "vit")
+    assert_close(model(IMAGES), foreign.run_google(arrays, IMAGES), OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("reg_token", "register tokens"),
+        ("pre_logits.fc.weight", "pre-logits"),
+        ("fc_norm.weight", "average pooling"),
+        ("norm_pre.weight", "norm_pre"),
+        ("blocks.0.attn.q_norm.weight", "q_norm"),
+        ("blocks.1.mlp.w12.weight", "SwiGLU"),
+        ("blocks.0.gamma_1", "BEiT"),
+        ("attn_pool.latent", "attention pooling"),
+    ],
+)
+def test_parts_without_a_place_are_refused_by_name(name, words, tmp_path):
+    state = foreign.timm_vit() | {name: np.ones(foreign.WIDTH, np.float32)}
+    with pytest.raises(m2mkd_jax.UserError) as refused:
+        load(tmp_path, state)
+    assert words in str(refused.value) and name in str(refused.value)
+
+
+def test_damaged_and_unknown_npz_are_refused(tmp_path):
+    def refused(arrays: dict, words: str) -> None:
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(m2mkd_jax.UserError, match=words):
+            m2mkd_jax.load(tmp_path / "x.npz")
+
+    arrays = foreign.google_npz()
+    start = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1"
+    refused({"a": np.ones(3)}, "no checkpoint of Google's")
+    refused({k: v for k, v in arrays.items() if k != "cls"}, "average pooling")
+    refused({k: v for k, v in arrays.items() if k != f"{start}/key/bias"}, "key/bias. is missing")
+    refused({k: v for k, v in arrays.items() if "encoder_norm" not in k}, "norm.weight. is missing")
+    refused({**arrays, "pre_logits/kernel": np.ones((12, 12))}, "pre_logits")
+    refused({**arrays, "other/kernel": np.ones((12, 12))}, "other/kernel. has no place")
+    (tmp_path / "x.npz").write_bytes(b"PK nothing")
+    with pytest.raises(m2mkd_jax.UserError, match="cannot be read"):
+        m2mkd_jax.load(tmp_path / "x.npz")
