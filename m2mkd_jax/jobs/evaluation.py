@@ -16,7 +16,6 @@ from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.pipeline import eval_batches
-from m2mkd_jax.data.sources import has_test
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
 from m2mkd_jax.evaluate.flops import count_flops
@@ -24,7 +23,7 @@ from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.files.paths import make_directory
 from m2mkd_jax.jobs.detection import measure_detector, said
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, frozen_program, image_source, make_program
+from m2mkd_jax.jobs.setup import Run, frozen_program, has_test_images, image_source, make_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
@@ -117,7 +116,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
         "seconds": round(time.monotonic() - began, 2),
         "metrics": {k: v for k, v in first.items() if k == "eval_accuracy"},
         "networks": metrics,
-        "splits": {p.job: "test" if has_test(p.data) else "validation" for p in job.phases},
+        "splits": {p.job: "test" if has_test_images(p.data) else "validation" for p in job.phases},
     }
     if is_main():
         write_record(run.directory(job.name) / "done.json", result)
@@ -161,7 +160,9 @@ def _measure(run: Run, phase: Phase) -> dict:
     left_out = (
         f" ({damaged} of {metrics['eval_images'] + damaged} images damaged)" if damaged else ""
     )
-    where = "" if has_test(phase.data) else ", of validation images: there are no test images"
+    where = (
+        "" if has_test_images(phase.data) else ", of validation images: there are no test images"
+    )
     say(f"[eval] {phase.job}: accuracy {metrics['eval_accuracy']:.4f}{left_out}{where}")
     return metrics
 

@@ -25,7 +25,7 @@ from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import balanced_weights
 from m2mkd_jax.data.pipeline import batch_indices
 from m2mkd_jax.data.scenes import is_scenes, load_scenes
-from m2mkd_jax.data.sources import describe_missing, load_source
+from m2mkd_jax.data.sources import describe_missing, has_test, load_source
 from m2mkd_jax.detection import optimizer as detection_optimizer
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
@@ -81,6 +81,11 @@ def image_source(data: ConfigDict, split: str) -> Any:
         load = load_scenes if is_scenes(data) else load_source
         _IMAGES[key] = load(data, split)
     return _IMAGES[key]
+
+
+def has_test_images(data: ConfigDict) -> bool:
+    """Whether a data set, which is there, has test images, or scenes, of its own."""
+    return is_scenes(data) or has_test(data)
 
 
 def count_updates(phase: Phase) -> int:

@@ -193,8 +193,8 @@ def _distillation(config: ConfigDict, job: str, index: int) -> Phase:
     student, module = f"student_{index}", f"module_{imitated}"
     student_chain, teacher_chain = (_hybrid(config, index, n) for n in (student, module))
     stages = {n: stage for n, stage in _meta(config).items() if n in student_chain}
-    job = f"mt/{imitated}" if config.distillation.teach_from == "mt" else "ft"
-    stages[module] = teacher(config).module(imitated, WeightsFrom("job", job, module))
+    source = f"mt/{imitated}" if config.distillation.teach_from == "mt" else "ft"
+    stages[module] = teacher(config).module(imitated, WeightsFrom("job", source, module))
     stages[student] = student_module.stage
     return Phase(
         **_common(

@@ -21,12 +21,14 @@ def environment(factory: pytest.TempPathFactory) -> dict:
     # A worker of pytest-xdist has a directory of its own below the session's.
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     # Unoptimised code: these networks are tiny, and compiling them is what takes the time.
-    flags = "--xla_backend_optimization_level=0"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags:
+        flags += " --xla_backend_optimization_level=0"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(session / "xla"),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": flags.strip(),
     }
 
 

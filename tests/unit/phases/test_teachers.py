@@ -13,7 +13,8 @@ def test_by_default_the_fine_tuned_module_of_the_same_place():
     config = get_config()
     phase = build_phase(config, "m2mkd/1")
     assert phase.teacher == ("meta_0", "module_1", "meta_2")
-    assert phase.needs == ("pt", "ft")
+    assert phase.needs == ("pt", "ft") and phase.job == "m2mkd/1"
+    assert phase.recipe.epochs == config.recipes.m2mkd.modules["1"].epochs
     # Runs of before these options were there keep their fingerprints.
     assert not {"teach_from", "teacher_of"} & set(phase.depends_on["distillation"])
 
@@ -24,7 +25,7 @@ def test_modules_as_they_were_before_fine_tuning():
     phase = build_phase(config, "m2mkd/1")
     assert phase.teacher == ("meta_0", "module_1", "meta_2")
     assert phase.stages["module_1"].weights.job == "mt/1"
-    assert phase.needs == ("pt", "mt/1")
+    assert phase.needs == ("pt", "mt/1") and phase.job == "m2mkd/1"
     assert Plan(config).job("m2mkd/1").fingerprint != Plan(get_config()).job("m2mkd/1").fingerprint
 
 
