@@ -18,6 +18,7 @@ import numpy as np
 
 from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.checkpoint.trees import match_tree
+from m2mkd_jax.conversion.bundle import is_bundle
 from m2mkd_jax.conversion.open_weights import description_errors, find_weights, local_path
 from m2mkd_jax.detection.detector import builder
 from m2mkd_jax.detection.spec import DetectorSpec, backbone_of, is_detection, spec_of
@@ -169,7 +170,7 @@ def open_detection(path: str | Path, arch: str = "", seed: int = 0) -> Detection
         converted = convert_detector(local, content, arch, seed)
         return DetectionModel(converted.description, converted.trees[TREE]["params"])
     stored = find_weights(local)
-    if stored is None:
+    if stored is None or is_bundle(stored):  # the hub has no detectors
         return None
     _, description = load_weights(stored, [])
     if not is_detection(description):

@@ -15,8 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1200
 
 
-def environment(factory: pytest.TempPathFactory) -> dict:
-    """The process's, with one cache of compiled programs for all runs of a test session."""
+def environment(factory: pytest.TempPathFactory, fast: bool = True) -> dict:
+    """The process's, with one cache of compiled programs for all runs of a test session.
+
+    Args:
+        factory: pytest's.
+        fast: compile as fast as can be, by kernels that round otherwise from program to program.
+    """
     base = factory.getbasetemp()
     # A worker of pytest-xdist has a directory of its own below the session's.
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -24,6 +29,8 @@ def environment(factory: pytest.TempPathFactory) -> dict:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags:
         flags += " --xla_backend_optimization_level=0"
+    if not fast:
+        flags = flags.replace("--xla_cpu_use_fusion_emitters=false", "")
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

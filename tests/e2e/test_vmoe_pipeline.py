@@ -17,7 +17,8 @@ LAYERS = {"m2mkd/0": 1, "m2mkd/1": 0, "m2mkd/2": 2, "e2e": 3, "e2e_scratch": 3}
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return commands.environment(tmp_path_factory)
+    # Programs of one module and of all are compared.
+    return commands.environment(tmp_path_factory, fast=False)
 
 
 @pytest.fixture(scope="module")
