@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from m2mkd_jax.checkpoint.trees import match_tree
-from m2mkd_jax.conversion.open_weights import Weights, description_errors, open_weights
+from m2mkd_jax.conversion.open_weights import Weights, description_errors, local_path, open_weights
 from m2mkd_jax.detection.inference import DetectionModel, open_detection
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import chain, inspection, registry
@@ -202,6 +202,7 @@ def load(
         UserError: there are no weights, they cannot be read, or they are several NAC students and
             `module` is None.
     """
+    path = local_path(path)
     detection = open_detection(path, arch, seed)
     if detection is None:
         return load_network(path, module, arch=arch, seed=seed, precision=precision)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m2mkd_jax.checkpoint.files import replace_file
+from m2mkd_jax.conversion.open_weights import local_path
 from m2mkd_jax.detection.inference import open_detection
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.inference import Model, load_network
@@ -39,14 +40,15 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("top", "batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
-    detection = open_detection(args.checkpoint, args.arch)
+    checkpoint = local_path(args.checkpoint)  # downloaded once
+    detection = open_detection(checkpoint, args.arch)
     if detection is not None:
         predict_detection(detection, args)
         return
     if args.draw:
         raise UserError(f"--draw is for detectors; {args.checkpoint} is none")
     with _on_device(args.device):
-        model = load_network(args.checkpoint, args.module, arch=args.arch, precision=args.precision)
+        model = load_network(checkpoint, args.module, arch=args.arch, precision=args.precision)
         labels: Sequence[str] = model.class_names
         if args.labels:
             if not model.classes:

@@ -43,7 +43,7 @@ def draw_boxes(key: jax.Array, probability: float, image_shape: Sequence[int]) -
     tall = jnp.round(jnp.sqrt(pixels * aspect)).astype(jnp.int32)
     wide = jnp.round(jnp.sqrt(pixels / aspect)).astype(jnp.int32)
     fits = (tall < height) & (wide < width)
-    first = fits & (jnp.cumsum(fits, 0) == 1) & (on < probability)[None]
+    first = fits & (jnp.cumsum(fits, axis=0) == 1) & (on < probability)[None]
     first = first.astype(jnp.int32)
     tall, wide = jnp.sum(tall * first, 0), jnp.sum(wide * first, 0)
     top = jnp.floor(place[0] * (height - tall + 1).astype(jnp.float32)).astype(jnp.int32)

@@ -81,7 +81,8 @@ def test_weights_of_the_example_are_loaded(memory, tmp_path, monkeypatch):
         weights.description["normalisation"] = normalisation
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
     first, middle, network = (
-        inference.load(tmp_path / "jobs" / job / "weights") for job in ("m2mkd/0", "m2mkd/1", "e2e")
+        inference.load_network(tmp_path / "jobs" / job / "weights")
+        for job in ("m2mkd/0", "m2mkd/1", "e2e")
     )
     assert (first.image_size, middle.width, network.classes) == (16, 16, 10)
     tokens = first(images)
