@@ -1,9 +1,9 @@
 """The NAC of configs/nac_fashion.py on 4,000 images, for experiments/fashion/run.py.
 
 Command:  python -m experiments.fashion.run nac
-Hardware: see experiments/fashion/RESULTS.md.
-Time:     likewise.
-Result:   likewise.
+Hardware: not run in full.
+Time:     not run in full.
+Result:   not run in full.
 
 With fewer images an epoch is shorter: every phase has more of them.
 """

@@ -1,9 +1,9 @@
 """The V-MoE of configs/vmoe_fashion.py on 4,000 images, for experiments/fashion/run.py.
 
 Command:  python -m experiments.fashion.run vmoe
-Hardware: see experiments/fashion/RESULTS.md.
-Time:     likewise.
-Result:   likewise.
+Hardware: not run in full.
+Time:     not run in full.
+Result:   not run in full.
 
 With fewer images an epoch is shorter: the teacher's phases have twice the epochs, m2mkd half as
 many again.
