@@ -18,7 +18,7 @@ from m2mkd_jax.config.values import check_value
 from m2mkd_jax.conversion.names import as_tuple, vit_stage_names
 from m2mkd_jax.conversion.names_vmoe import vmoe_stage_names
 from m2mkd_jax.data.indices import BatchIndices, class_balanced_order
-from m2mkd_jax.data.pipeline import _share
+from m2mkd_jax.data.pipeline import local_share
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.models import chain, vit
@@ -44,7 +44,7 @@ def test_a_value_is_right_or_refused_in_one_line(name, value):
         return
     wanted = type(key.default)
     assert type(value) is wanted or (wanted is float and type(value) is int) or key.optional
-    if key.range and wanted in (int, float, str):
+    if key.range and value is not None and wanted in (int, float, str):
         assert key.range.allows(value)
 
 
@@ -117,7 +117,7 @@ def test_batches_are_a_function_of_seed_and_step(length, batch, seed, repeats, d
     again = BatchIndices(length, batch, seed, repeats)[step]  # without the steps before
     np.testing.assert_array_equal(again, indices[step])
     for processes in (n for n in (1, 2, 4, 8) if batch % n == 0):
-        parts = [again[_share(batch, i, processes)] for i in range(processes)]
+        parts = [again[local_share(batch, i, processes)] for i in range(processes)]
         np.testing.assert_array_equal(np.concatenate(parts), again)
 
 
