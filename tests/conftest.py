@@ -25,14 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if _only(config, "multidevice") and "xla_force_host_platform_device_count" not in flags:
         flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     # These programs run for milliseconds and compile for seconds. tests/parity, which holds the
-    # numbers against the original's, compiles as users' programs do on a CPU (parallel/backend.py).
-    level = 1 if _only(config, "parity") else 0
-    inside = _only(config, "parity", "multidevice", "unit", "e2e", "chaos")
-    if inside:
-        flags += f" --xla_backend_optimization_level={level}"
-    # XLA's older way of writing kernels compiles twice as fast at level 0; jax 0.11 has it no more.
-    if inside and level == 0 and metadata.version("jax").startswith("0.10."):
-        flags += " --xla_cpu_use_fusion_emitters=false"
+    # numbers against the original's, compiles as jax does by default.
+    if _only(config, "multidevice", "unit", "e2e", "chaos"):
+        flags += " --xla_backend_optimization_level=0"
+        # XLA's older way of writing kernels compiles twice as fast at this level; jax 0.11 has it
+        # no more.
+        if metadata.version("jax").startswith("0.10."):
+            flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = flags.strip()
 
 
