@@ -244,7 +244,13 @@ def load_stage(
 
     Raises UserError as `read_tree`.
     """
-    tree, where = read_tree(config, workdir, weights)
+    return _matched(config, weights, shape, *read_tree(config, workdir, weights))
+
+
+def _matched(
+    config: ConfigDict, weights: WeightsFrom, shape: chain.SplitStage, tree: dict, where: str
+) -> dict:
+    """`load_stage` of a tree that is read, and where it is from."""
     fresh = fresh_part(config, weights)
     expected = {"params": without(shape.params, fresh), "fixed": shape.fixed}
     expected = {name: tree for name, tree in expected.items() if tree}
@@ -322,9 +328,9 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
                 field = "network" if weights.kind == "init" else init_path(config, weights.job)[0]
                 with located(f"config.init.{field}"):
                     shape = chain.abstract(spec.build)
-                    load_stage(config, workdir, weights, shape)
-                    params = read_tree(config, workdir, weights)[0]["params"]
-                if sides := other_positions(params, shape.params):
+                    tree, where = read_tree(config, workdir, weights)
+                    _matched(config, weights, shape, tree, where)
+                if sides := other_positions(tree["params"], shape.params):
                     old, new = (f"{side} x {side}" for side in sides)
                     say(f"config.init.{field}: positions interpolated from {old} to {new} patches")
                 read.add(weights)
