@@ -1,4 +1,4 @@
-"""The NAC of configs/nac_fashion.py on 4,000 images, for experiments/fashion/run.py.
+"""The NAC of configs/nac_fashion.py on 3,600 images, for experiments/fashion/run.py.
 
 Command:  python -m experiments.fashion.run nac
 Hardware: not run in full.
@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.name = "experiments/fashion/nac"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "eval")
     config.e2e_seeds = 5
-    config.data.train_images = 4000
+    config.data.train_images, config.data.validation = 4000, 0.1
+    config.evaluation.every = 0.75  # 1/16 of the end-to-end epochs
     train = config.recipes
     train.pt.epochs, train.pt.warmup_epochs = 36, 2
     train.mt.epochs, train.mt.warmup_epochs = 6, 1

@@ -73,9 +73,11 @@ def _accuracy(run: RunRecord, name: str) -> float | None:
 
 
 def _by_seed(run: RunRecord, phase: str) -> dict[int, float]:
-    """Accuracy on the test images by seed, of finished trainings."""
-    jobs = [job for job in run.of_phase(phase) if job.status == "done"]
-    return {job.index: job.accuracy for job in jobs if job.accuracy is not None}
+    """Accuracy on the test images by seed, as the job eval has measured it."""
+    networks = [job.result.get("networks", {}) for job in run.of_phase("eval")]
+    measured = {name: m["eval_accuracy"] for found in networks for name, m in found.items()}
+    jobs = [job for job in run.of_phase(phase) if job.name in measured]
+    return {job.index: measured[job.name] for job in jobs}
 
 
 def _row(
@@ -108,12 +110,13 @@ def _at(jobs: list[JobRecord], share: float) -> float | None:
 def _lines(found: dict[str, Any]) -> list[str]:
     """The table in Markdown."""
     lines = [
-        f"Meta model {_shown(found['meta'])}, teacher {_shown(found['teacher'])}.",
+        f"Validation images: meta model {_shown(found['meta'])}, teacher {_shown(found['teacher'])}; "
+        "of the networks, accuracy within the budget. At its end test images.",
         "FLOPs of all training steps: "
         + ", ".join(f"{name} {si(value)}" for name, value in found["compute"].items())
         + ".",
         "",
-        "| network | epochs | seeds | after 1/16 | 1/4 | 1/2 | accuracy | gap to scratch |",
+        "| network | epochs | seeds | after 1/16 | 1/4 | 1/2 | test images | gap to scratch |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
