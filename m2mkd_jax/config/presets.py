@@ -200,7 +200,7 @@ def small_detector(config: ConfigDict) -> None:
     model.rpn_budget, model.roi_budget = 64, 32
     model.pre_nms, model.post_nms, model.detections = (200, 200), (100, 100), 20
     config.detection.evaluation_batch = 20
-    recipe.batch, recipe.lr, recipe.lr_per, recipe.clip = 16, 2e-3, 0, 1.0
+    recipe.batch, recipe.lr, recipe.lr_per, recipe.clip = 8, 2e-3, 0, 1.0
     recipe.layer_decay, recipe.weight_decay = 0.9, 0.05
 
 

@@ -1,7 +1,7 @@
 """A generated detection set: scikit-learn's digits scattered over textured canvases.
 
 Scene i of a seed is a function of (seed, split, i) alone. Digits overlap: what a later one covers
-is no part of the mask of an earlier one.
+is no part of the mask of an earlier one, of which at least 70% stay to be seen.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ CLASSES = 10
 TEST_SHARE = 0.2
 MOST_OBJECTS = 6
 SIDES = (24, 56)
-# An object of which less is visible is dropped.
-LEAST_VISIBLE = 0.3
+# No digit hides more of another than leaves this share of it to be seen.
+LEAST_VISIBLE = 0.7
+TRIES = 20  # places that are tried for a digit before it is left out
 # Ink from this share of the darkest on is part of the mask.
 INK = 0.35
 
@@ -54,29 +55,47 @@ def digits_scene(seed: int, split: str, index: int, side: int = 128) -> Scene:
     canvas = _texture(rng, side)
     masks: list[np.ndarray] = []
     chosen: list[int] = []
-    full: list[int] = []
+    whole: list[int] = []  # pixels of each digit before others hid some
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
         digit = int(rng.integers(len(images)))
         own = int(rng.integers(SIDES[0], SIDES[1] + 1))
         small = Image.fromarray((images[digit] * 255).astype(np.uint8))
         ink = np.asarray(small.resize((own, own), Image.Resampling.BICUBIC), np.float64) / 255
-        mask = np.zeros((side, side), bool)
-        top, left = rng.integers(0, side - own + 1, 2)
-        mask[top : top + own, left : left + own] = ink > INK
+        mask = _place(rng, ink > INK, side, masks, whole)
+        if mask is None:
+            continue
         canvas[mask] = _contrast(rng, canvas[mask].mean(0)) + rng.normal(0, 6, (mask.sum(), 3))
         masks = [other & ~mask for other in masks] + [mask]
         chosen.append(int(classes[digit]))
-        full.append(int(mask.sum()))
-    visible = [bool(m.sum() >= LEAST_VISIBLE * n) for m, n in zip(masks, full, strict=True)]
+        whole.append(int(mask.sum()))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    kept = [i for i, seen in enumerate(visible) if seen]
-    scene = Scene(
-        image,
-        np.zeros((len(kept), 4)),
-        np.array([chosen[i] for i in kept], np.int64),
-        [masks[i] for i in kept],
-    )
-    return tight(scene)
+    return tight(Scene(image, np.zeros((len(masks), 4)), np.array(chosen, np.int64), masks))
+
+
+def _place(
+    rng: np.random.Generator,
+    shape: np.ndarray,
+    side: int,
+    masks: list[np.ndarray],
+    whole: list[int],
+) -> np.ndarray | None:
+    """Where a digit goes on the canvas, bool (side, side); None: it would hide another too much.
+
+    Args:
+        rng: draws the place.
+        shape: of the digit, bool (s, s).
+        side: of the canvas.
+        masks: of the digits that are there.
+        whole: their pixels when none was hidden.
+    """
+    for _ in range(TRIES):
+        mask = np.zeros((side, side), bool)
+        top, left = rng.integers(0, side - len(shape) + 1, 2)
+        mask[top : top + len(shape), left : left + len(shape)] = shape
+        seen = ((other & ~mask).sum() for other in masks)
+        if all(n >= LEAST_VISIBLE * of for n, of in zip(seen, whole, strict=True)):
+            return mask
+    return None
 
 
 def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
