@@ -4,6 +4,8 @@
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
 # make chaos [CHAOS_SEED=0]             kills, signals and damaged files at random, for hours
+# make bucket [BUCKET_EPOCHS=2]         the digits pipeline in a bucket on loopback, killed twice; 0:
+#                                       the epochs of the config
 # make experiments [SEEDS=5]            install likewise, and run experiments/fashion for both
 #                                       families, for hours; a second call goes on
 # make docs                             docs/config.md from the keys of the config
@@ -21,7 +23,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint chaos experiments docs clean python
+.PHONY: demo test lint chaos bucket experiments docs clean python
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp
@@ -49,6 +51,11 @@ chaos: .venv-test/stamp
 	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
 	  .venv-test/bin/python -m pytest -s tests/chaos \
 	  tests/chaos/long_kills.py
+
+BUCKET_EPOCHS ?= 2
+bucket: .venv-test/stamp
+	JAX_PLATFORMS=cpu BUCKET_EPOCHS=$(BUCKET_EPOCHS) .venv-test/bin/python -m pytest -s \
+	  tests/chaos/long_bucket.py
 
 SEEDS ?= 5
 experiments: .venv/stamp

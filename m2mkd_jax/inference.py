@@ -39,6 +39,7 @@ class Model:
     Attributes:
         description: of the weights (models/registry.py).
         image_size: side of the images it takes; 0 if it takes tokens.
+        channels: of the images it takes.
         width: channels of the tokens it takes; 0 if it takes images.
         classes: how many logits it gives; 0 if it gives tokens.
         class_names: of these, in their order; () where the weights have none.
@@ -65,7 +66,7 @@ class Model:
         )
         interface = registry.interface(self.description, names)
         self.image_size, self.width = interface.image_size, interface.width
-        self.classes = interface.classes
+        self.classes, self.channels = interface.classes, interface.channels
         self.class_names = tuple(map(str, self.description.get("class_names", ())))
         if not self.classes:  # names of logits that another module gives
             self.class_names = ()
@@ -124,7 +125,7 @@ class Model:
         """Runs the network.
 
         Args:
-            x: images (B, H, W, 3), normalised, or tokens (B, N, D).
+            x: images (B, H, W, C), normalised, or tokens (B, N, D).
             fixed: a NAC student's 'codes' (U, S) and 'states' (R, U, D) instead of its own.
 
         Returns:
@@ -153,10 +154,15 @@ class Model:
     def _checked(self, x: ArrayLike) -> jax.Array:
         """The input as float32. Raises UserError if its shape is not the network's."""
         side, shape = self.image_size, tuple(jnp.shape(x))
-        images = len(shape) == 4 and shape[1:] == (side, side, 3)
+        image = (side, side, self.channels)
+        images = len(shape) == 4 and shape[1:] == image
         tokens = len(shape) == 3 and shape[2] == self.width
         if not (images if side else tokens):
-            kind = f"images (B, {side}, {side}, 3)" if side else f"tokens (B, N, {self.width})"
+            kind = (
+                f"images (B, {', '.join(map(str, image))})"
+                if side
+                else f"tokens (B, N, {self.width})"
+            )
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
         if not shape[0]:
             raise UserError("there are no inputs: the first axis has length 0")

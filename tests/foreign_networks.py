@@ -6,8 +6,11 @@ channels inside an MLP, E experts, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import msgpack
 import numpy as np
 from scipy.special import erf, softmax
 
@@ -117,6 +120,44 @@ def google_npz(seed: int = 0, *, moe: bool = False) -> dict:
         if sparse:
             arrays[f"{block}/Moe/Router/dense/kernel"] = draw(d, EXPERTS)
     return arrays
+
+
+def write_google_shards(prefix: Path, arrays: Arrays, files: int = 2) -> Path:
+    """Writes arrays as vmoe shards them, those of experts over all files; returns the index."""
+
+    def packed(code: int, value: object) -> msgpack.ExtType:
+        return msgpack.ExtType(code, msgpack.packb(value))
+
+    def slices(where: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [msgpack.packb((start, stop, None)) for start, stop in where]
+
+    held: list[dict] = [{"__msgpack_array_chunk_a87ca2__": True} for _ in range(files)]
+    index: dict = {}
+    order = sorted(arrays, key=lambda name: name.split("/"))
+    for number, name in enumerate(order):
+        array, whole = arrays[name], [(0, n) for n in arrays[name].shape]
+        parts, places = [whole], [number % files]
+        if "Moe/Mlp" in name:
+            step = EXPERTS // files
+            parts = [[(i * step, (i + 1) * step), *whole[1:]] for i in range(files)]
+            places = list(range(files))
+        for where, place in zip(parts, places, strict=True):
+            flat = array[tuple(slice(*pair) for pair in where)].reshape(-1)
+            pieces = [
+                packed(1, ((len(half),), "float32", half.tobytes()))
+                for half in (flat[:5], flat[5:])
+            ]
+            held[place].setdefault(str(number), []).append([pieces, packed(6, slices(where))])
+        shape = msgpack.packb((array.shape, "float32", False, {}))
+        entry = packed(8, (shape, [msgpack.packb(slices(w)) for w in parts], places))
+        *folders, leaf = name.split("/")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), folders, index)[leaf] = entry
+    for place, content in enumerate(held):
+        file = prefix.with_name(f"{prefix.name}.data-{place:05d}-of-{files:05d}")
+        file.write_bytes(msgpack.packb(content))
+    path = prefix.with_name(f"{prefix.name}.index")
+    path.write_bytes(msgpack.packb({"shard_count": files, "index": index}))
+    return path
 
 
 def run_google(arrays: Arrays, images: np.ndarray) -> np.ndarray:

@@ -25,6 +25,12 @@ DATA: Keys = {
     "root": Key("", 'directory; "": where the data set is looked for by default'),
     "image_size": Key(0, "side of an image in pixels; must be given"),
     "classes": Key(0, "classes of the data set; must be given"),
+    "channels": Key(
+        3,
+        "of an image: 3 RGB, 1 grey, 4 RGB and opacity; these and other numbers from .npy files; "
+        "docs/data.md",
+        ABOVE_0,
+    ),
     "train_images": Key(0, "training images, a class-balanced subset; 0: all", FROM_0),
     "test_images": Key(0, "test images, a class-balanced subset; 0: all", FROM_0),
     "validation": Key(
@@ -65,13 +71,11 @@ DATA: Keys = {
         (0.485, 0.456, 0.406),
         "mean of each channel, of pixels from 0 to 1; the default is ImageNet's",
         NUMBERS,
-        length=3,
     ),
     "std": Key(
         (0.229, 0.224, 0.225),
         "standard deviation of each channel, likewise",
         POSITIVE_NUMBERS,
-        length=3,
     ),
     "repeated_augmentation": Key(
         1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import teaching_data
@@ -28,6 +30,7 @@ def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpe
     if fields.variant:
         with located(f"config.{key}.variant"):
             spec, depth = vit_variant(fields.variant, data.classes, fields.remat)
+            spec = dataclasses.replace(spec, channels=data.channels)
         require(
             spec.image_size == data.image_size,
             f"config.{key}.variant {fields.variant} takes {spec.image_size} px, its data have "
@@ -40,7 +43,8 @@ def _transformer(fields: ConfigDict, data: ConfigDict, key: str) -> tuple[ViTSpe
     )
     sizes = (fields.patch, fields.width, fields.heads, data.classes)
     with located(f"config.{key}"):
-        spec = ViTSpec(data.image_size, *sizes, fields.qkv_bias, fields.eps, fields.remat)
+        own = (fields.qkv_bias, fields.eps, fields.remat, data.channels)
+        spec = ViTSpec(data.image_size, *sizes, *own)
     return spec, None
 
 
@@ -70,7 +74,8 @@ def nac_spec(config: ConfigDict, data: ConfigDict) -> NACSpec:
         require(fields[key] > 0, f"config.nac.{key} must be above 0")
     fields["tokenizer_depths"] = tuple(fields["tokenizer_depths"])
     with located("config.nac"):
-        return NACSpec(image_size=data.image_size, classes=data.classes, **fields)
+        size = {"image_size": data.image_size, "channels": data.channels}
+        return NACSpec(**size, classes=data.classes, **fields)
 
 
 def vmoe_spec(

@@ -34,7 +34,8 @@ VMOE_VARIANTS = {"base": (16, 768, 12), "large": (16, 1024, 16), "huge": (14, 12
 _INTEGERS = {"patch", "width", "heads", "image_size", "classes", "experts", "stitch_dim", "idx"}
 _LISTS = {"depths", "moe_pos", "pre_stitch_pos", "post_stitch_pos"}
 _FIELDS = {"kind", "qkv_bias", "eps", *_INTEGERS, *_LISTS}
-_NAC_FIELDS = {field.name for field in dataclasses.fields(NACSpec)} - {"remat"}
+# What the weights of a patch embedding alone tell, `channels`, is not stated.
+_NAC_FIELDS = {field.name for field in dataclasses.fields(NACSpec)} - {"remat", "channels"}
 _ASSEMBLY_FIELDS = {"student_type", "prior", "prior_options"}  # of a NAC made of students
 _STUDENT_TYPES = ("imagenet", "tinyimnet", "tinynet")
 
@@ -105,7 +106,7 @@ def _variant_fields(text: str) -> Fields:
 
 def vit_fields(spec: ViTSpec, classes: bool = True) -> Fields:
     """The fields of a vision transformer; `classes`: with their number."""
-    left_out = ("remat",) if classes else ("remat", "classes")
+    left_out = ("remat", "channels") if classes else ("remat", "channels", "classes")
     fields = {k: v for k, v in dataclasses.asdict(spec).items() if k not in left_out}
     return {"kind": "vit", **fields}
 
@@ -119,7 +120,7 @@ def vmoe_fields(spec: VMoESpec) -> Fields:
 
 def nac_fields(spec: NACSpec) -> Fields:
     """The fields of a NAC."""
-    return {k: v for k, v in dataclasses.asdict(spec).items() if k != "remat"} | {"kind": "nac"}
+    return {k: v for k, v in dataclasses.asdict(spec).items() if k in _NAC_FIELDS} | {"kind": "nac"}
 
 
 def check_fields(fields: Fields, where: str) -> Fields:

@@ -37,7 +37,7 @@ def convert_from_torch(path: Path, arch: str = "", image_size: int = 0, seed: in
     """Converts torch weights. The files are opened; their values are read when trees are made.
 
     Args:
-        path: .pth, .pt or .safetensors file, a directory of such files, or one of Google's .npz.
+        path: .pth, .pt or .safetensors file, a directory of such files, or Google's .npz or .index.
         arch: the value of `--arch`; "" infers the network from the weights alone.
         image_size: resize the position embedding for images of this size; 0: the size that `arch`
             states or the weights show.
@@ -59,8 +59,8 @@ def convert_from_torch(path: Path, arch: str = "", image_size: int = 0, seed: in
 
 def read_weights(path: Path) -> TorchWeights:
     """Opens torch or safetensors files, or one of Google's. Raises UserError as they do."""
-    if path.suffix == google_npz.SUFFIX and path.is_file():
-        return google_npz.read_google_npz(path)
+    if path.suffix in google_npz.SUFFIXES and path.is_file():
+        return google_npz.read_google(path)
     return read_torch_weights(path)
 
 
@@ -81,7 +81,7 @@ def convert_torch_weights(
     report = Report(str(path), dict(weights.ignored), dict(weights.aliases))
     if weights.kind == "vit":
         adapt_foreign_vit(weights, given, seed, report)
-    google = path.suffix == google_npz.SUFFIX
+    google = path.suffix in google_npz.SUFFIXES
     if google:
         given = {"heads": weights.entries["heads"], **given}
     description, notes = infer_description(weights, given, str(path))

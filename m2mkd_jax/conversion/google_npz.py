@@ -1,12 +1,12 @@
-"""Reads the .npz checkpoints of Google's vision transformers and V-MoEs under the names of PyTorch.
+"""Reads the checkpoints of Google's vision transformers and V-MoEs under the names of PyTorch.
 
 Arrays are called by their path in a Flax tree, dense networks as in vision_transformer (arXiv
-2010.11929), sparse ones as in vmoe (arXiv 2106.05974), whose parameters are saved as one .npz with
-the same paths. Shapes: D width, H heads, C channels of a head, F channels inside an MLP, E experts,
-P patch side, T positions, K classes.
+2010.11929), sparse ones as in vmoe (arXiv 2106.05974). They are in one .npz, or in the sharded
+files of vmoe (google_shards.py). Shapes: D width, H heads, C channels of a head, F channels inside
+an MLP, E experts, P patch side, I channels of an image, T positions, K classes.
 
     theirs                                                        ours, of block i
-    embedding/kernel (P, P, 3, D)                                 patch_embed.proj.weight
+    embedding/kernel (P, P, I, D)                                 patch_embed.proj.weight
     cls (1, 1, D)                                                 cls_token
     {root}/posembed_input/pos_embedding (1, T, D)                 pos_embed
     {block}/LayerNorm_0                                           norm1
@@ -24,18 +24,20 @@ exact: outputs differ by about 1e-3 of the largest.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from m2mkd_jax.conversion import google_shards
 from m2mkd_jax.conversion.lazy_tensor import Tensor
 from m2mkd_jax.conversion.torch_layouts import expert_names, published_layout
 from m2mkd_jax.conversion.torch_weights import TorchWeights
 from m2mkd_jax.errors import UserError
 
-SUFFIX = ".npz"
+SUFFIXES = (".npz", google_shards.SUFFIX)
 NORMALISATION = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 _BLOCK = re.compile(r"(?:Transformer|Encoder)/encoderblock_(\d+)/(.+)$")
 _ATTENTION = r"(?:MultiHeadDotProductAttention_1|SelfAttention)"
@@ -51,17 +53,16 @@ _REFUSED = {
 }
 
 Arrays = Mapping[str, np.ndarray]
-Read = Callable[[], np.ndarray]
 
 
-def read_google_npz(path: Path) -> TorchWeights:
+def read_google(path: Path) -> TorchWeights:
     """Opens a checkpoint; its values are read when they are used.
 
     Raises:
         UserError: it cannot be read, is of another layout, or has parts that have no place here.
     """
-    names = _names(path)
-    heads = 0
+    arrays = _Arrays(path)
+    names, heads = arrays.shapes, 0
     tensors: dict[str, Tensor] = {}
     for name, shape in names.items():
         for words, what in _REFUSED.items():
@@ -75,7 +76,7 @@ def read_google_npz(path: Path) -> TorchWeights:
         )
     used: set[str] = set()
     for name in names:
-        _add(tensors, name, names, path, used)
+        _add(tensors, name, arrays, used)
     unknown = sorted(set(names) - used)
     if unknown:
         raise UserError(f'{path}: array "{unknown[0]}" has no place in a ViT or V-MoE')
@@ -88,15 +89,40 @@ def read_google_npz(path: Path) -> TorchWeights:
     return weights
 
 
-def _names(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays, without the wrapper of a training state."""
+class _Arrays:
+    """The arrays of a checkpoint by their names, without the wrapper of a training state.
+
+    Attributes:
+        path: of the checkpoint.
+        shapes: by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._shards = google_shards.Shards(path) if path.suffix == google_shards.SUFFIX else None
+        shapes = self._shards.shapes if self._shards else _npz_shapes(path)
+        self._names = {_bare(name): name for name, shape in shapes.items() if shape}
+        self.shapes = {bare: shapes[name] for bare, name in self._names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """An array."""
+        if self._shards:
+            return self._shards.read(self._names[name])
+        with open(self.path, "rb") as content, np.load(content, allow_pickle=False) as file:
+            return file[self._names[name]]
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays of an .npz. Raises UserError: it cannot be read."""
     try:
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            shapes = {name: file[name].shape for name in file.files}
+            return {name: file[name].shape for name in file.files}
     except Exception as error:  # a broken file can cause any error in zipfile, zlib and numpy
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read: {reason[:200]}") from None
-    return {_bare(name): shape for name, shape in shapes.items() if shape}
 
 
 def _bare(name: str) -> str:
@@ -105,27 +131,19 @@ def _bare(name: str) -> str:
     return name
 
 
-def _reader(path: Path, name: str) -> Read:
-    def read() -> np.ndarray:
-        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            return file[next(n for n in file.files if _bare(n) == name)]
-
-    return read
-
-
 def _add(
     tensors: dict[str, Tensor],
     name: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    path: Path,
+    arrays: _Arrays,
     used: set[str],
 ) -> None:
     """Adds the tensors that the array `name` becomes, or begins; notes which arrays are used."""
+    shapes, path = arrays.shapes, arrays.path
 
     def put(
         target: str, parts: list[str], change: Callable[[list[np.ndarray]], np.ndarray]
     ) -> None:
-        reads = [_reader(path, part) for part in parts]
+        reads = [functools.partial(arrays.read, part) for part in parts]
         shape = change([np.broadcast_to(np.float32(0), shapes[part]) for part in parts]).shape
         read = lambda: np.ascontiguousarray(change([one() for one in reads]))
         tensors[target] = Tensor(parts[0], shape, "float32", (str(path), target), read, False)

@@ -119,7 +119,9 @@ def _tokenizer_fields(shapes: Shapes, prefix: str) -> dict[str, Any]:
     if not depths:
         raise UserError(f"{shapes.where}: the tokenizer has no stages")
     side = grid[1] * STEM_STRIDE * STAGE_STRIDE ** (stages - 1)
-    return {"position_dim": grid[0], "image_size": side, "tokenizer_depths": depths}
+    channels = shapes.of(f"{prefix}backbone.downsample_layers.0.0.weight", 4)[1]
+    found = {"position_dim": grid[0], "image_size": side, "channels": channels}
+    return found | {"tokenizer_depths": depths}
 
 
 def _student_fields(shapes: Shapes, part: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from m2mkd_jax.models.vit_spec import ViTSpec
 Description = dict[str, Any]
 Variants = list[tuple[str, dict[str, Any]]]  # name and fields
 
-_VIT_FIELDS = ("image_size", "patch", "width", "heads", "classes", "qkv_bias", "eps")
+_VIT_FIELDS = ("image_size", "patch", "width", "heads", "classes", "qkv_bias", "eps", "channels")
 _STITCHES = ("pre_stitch_pos", "post_stitch_pos")
 
 
@@ -175,14 +175,15 @@ def _shape_fields(shapes: Shapes) -> dict[str, Any]:
     qkv_bias = bool(shapes.ending("attn.qkv.bias", 1))
     found: dict[str, Any] = {"width": widths[0][0], "qkv_bias": qkv_bias}
     if _has_embedding(shapes):
-        patch = shapes.of("patch_embed.proj.weight", 4)[-1]
+        kernel = shapes.of("patch_embed.proj.weight", 4)
+        patch, channels = kernel[-1], kernel[1]
         positions = shapes.of("pos_embed", 3)[1] - 1
         side = math.isqrt(positions)
         if side * side != positions or not side:
             raise UserError(
                 f"{shapes.where}: pos_embed has {positions + 1} positions, not a square and one"
             )
-        found |= {"patch": patch, "image_size": side * patch}
+        found |= {"patch": patch, "image_size": side * patch, "channels": channels}
     if _has_head(shapes):
         found["classes"] = shapes.of("head.weight", 2)[0]
     return found
@@ -231,7 +232,7 @@ def _resolver(
     eps = 1e-6 if resolver.found["qkv_bias"] else 1e-5
     resolver.assume({"eps": eps}, "the published variants")
     # A module without embedding, or without head, does not depend on these.
-    unused = {} if _has_embedding(shapes) else {"patch": 1, "image_size": 1}
+    unused = {} if _has_embedding(shapes) else {"patch": 1, "image_size": 1, "channels": 3}
     unused |= {} if _has_head(shapes) else {"classes": 1}
     resolver.published = unused | resolver.published
     return resolver

@@ -115,7 +115,7 @@ def has_weights(path: Path) -> bool:
     """Whether `path` is a file of weights or a directory of such files; opens nothing."""
     if path.is_dir():
         return bool(weight_files(path))
-    return path.is_file() and path.suffix in (*SUFFIXES, ".npz")  # the last: google_npz.py
+    return path.is_file() and path.suffix in (*SUFFIXES, ".npz", ".index")  # google_npz.py
 
 
 def weight_files(directory: Path) -> list[Path]:

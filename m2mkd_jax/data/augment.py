@@ -2,7 +2,7 @@
 
 Training: crop, flip, then RandAugment or colour jitter. Erasing and mixing need normalised pixels
 and run on the device (train/step.py).
-Axes: B batch, H height, W width, C channels (3), T tries (10), S output size in pixels.
+Axes: B batch, H height, W width, C channels, T tries (10), S output size in pixels.
 
 Source: docs/reference.md#augmentation.
 """
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from m2mkd_jax.data import rand_augment, resample
+from m2mkd_jax.data.channels import RGB_CHANNELS, channels_of
 from m2mkd_jax.data.image_source import ImageReader
 from m2mkd_jax.errors import UserError, did_you_mean, require
 
@@ -39,6 +40,7 @@ class Augmentation:
         flip: mirror half of the images.
         policy: RandAugment, or None.
         color_jitter: largest change of brightness, contrast and saturation; without policy only.
+        channels: C of the images.
     """
 
     crop: str
@@ -47,6 +49,7 @@ class Augmentation:
     flip: bool
     policy: rand_augment.Policy | None = None
     color_jitter: float = 0.0
+    channels: int = RGB_CHANNELS
 
     @classmethod
     def from_config(cls, config: Any) -> "Augmentation":
@@ -86,6 +89,7 @@ class Augmentation:
             bool(augment.flip),
             policy,
             float(augment.color_jitter),
+            channels_of(config),
         )
 
     @property
@@ -177,7 +181,8 @@ def flip_batch(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Mirrors the images (B, H, W, C) whose draw (B,) in [0, 1) is below 0.5, left to right."""
     flipped = images.copy()
     for i in np.flatnonzero(draws < 0.5):
-        flipped[i] = cv2.flip(images[i], 1)
+        # OpenCV drops an axis of one channel.
+        flipped[i] = cv2.flip(images[i], 1).reshape(images[i].shape)
     return flipped
 
 
@@ -286,10 +291,10 @@ def training_images(
         size: S in pixels.
 
     Returns:
-        uint8 (B, S, S, 3).
+        uint8 (B, S, S, C).
     """
     if augmentation.crop == "random_resized":
-        images = _random_resized(source, indices, augmentation.scale, draws, size)
+        images = _random_resized(source, indices, augmentation, draws, size)
     else:
         images = source.evaluation_images(indices, size)
     if augmentation.crop == "shift":
@@ -302,15 +307,15 @@ def training_images(
 def _random_resized(
     source: ImageReader,
     indices: np.ndarray,
-    scale: tuple[float, float],
+    augmentation: Augmentation,
     draws: Draws,
     size: int,
 ) -> np.ndarray:
-    images = np.empty((len(indices), size, size, 3), np.uint8)
+    images = np.empty((len(indices), size, size, augmentation.channels), np.uint8)
     # The copies of repeated augmentation are adjacent: decode each image once for all of them.
     starts = np.flatnonzero(np.diff(indices, prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
-        crops = _Crops(draws[start:end], scale, size)
+        crops = _Crops(draws[start:end], augmentation.scale, size)
         image = source.read(indices[start], crops.shrink)
         images[start:end] = crops.cut(image)
     return images
@@ -334,7 +339,7 @@ class _Crops:
         return min(min(box[2:]) for box in self._boxes) / (_REDUCING_GAP * self._size)
 
     def cut(self, image: np.ndarray) -> Sequence[np.ndarray]:
-        """The crops, each uint8 (S, S, 3)."""
+        """The crops, each uint8 (S, S, C)."""
         if self._boxes is None:  # an image in memory, read without calling `shrink`
             self.shrink(*image.shape[:2])
         times = round(self._height / len(image))
@@ -342,7 +347,7 @@ class _Crops:
 
 
 def _recolour(images: np.ndarray, augmentation: Augmentation, draws: Draws) -> np.ndarray:
-    """Applies RandAugment or colour jitter to (B, S, S, 3), possibly in place."""
+    """Applies RandAugment or colour jitter to (B, S, S, C), possibly in place."""
     policy, strength = augmentation.policy, augmentation.color_jitter
     if policy is None and not strength:
         return images

@@ -1,7 +1,7 @@
 """What one batch holds: of training, of a view, of what is kept, of an evaluation.
 
 Each is a class, because it is pickled to Grain's workers (pipeline.py).
-Axes: B global batch, L local batch (B / processes), S image size, C channels (3).
+Axes: B global batch, L local batch (B / processes), S image size, C channels.
 """
 
 import numpy as np
@@ -104,9 +104,12 @@ def _augmented(
 class EvalBatch:
     """Batch number -> evaluation batch."""
 
-    def __init__(self, source: ImageSource, batch_size: int, share: slice, size: int) -> None:
+    def __init__(
+        self, source: ImageSource, batch_size: int, share: slice, shape: tuple[int, int, int]
+    ) -> None:
+        """Makes batches of images of `shape`, (S, S, C)."""
         self._source, self._batch_size = source, batch_size
-        self._share, self._size = share, size
+        self._share, self._shape = share, shape
 
     def __call__(self, number: int) -> Batch:
         start = number * self._batch_size
@@ -114,14 +117,14 @@ class EvalBatch:
         chosen = chosen[chosen < len(self._source)]
         local = self._share.stop - self._share.start
         batch = {
-            "image": np.zeros((local, self._size, self._size, 3), np.uint8),
+            "image": np.zeros((local, *self._shape), np.uint8),
             "label": np.zeros(local, np.int32),
             "mask": np.zeros(local, np.float32),
             REPLACED: np.full((local, 2), -1, np.int64),
         }
         if len(chosen):
             count, reader = len(chosen), self._source.reader()
-            images = reader.evaluation_images(chosen, self._size)
+            images = reader.evaluation_images(chosen, self._shape[0])
             sound = ~np.isin(chosen, list(reader.replaced))
             batch["image"][:count] = images * sound[:, None, None, None]
             batch["label"][:count] = reader.labels_of(chosen)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.check_coco import check_instances, find_instances
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
-from m2mkd_jax.data.decode import DamagedImage
+from m2mkd_jax.data.decode import RGB, DamagedImage, Form
+from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats.tables import FOUND, Columns
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import held_out
@@ -42,12 +43,14 @@ class Options:
         validation, validation_seed: share of the training images held out, and which.
         numeric_order: classes in the order of their numbers.
         columns: where images and classes are.
+        channels: of an image.
     """
 
     validation: float = 0.0
     validation_seed: int = 0
     numeric_order: bool = False
     columns: Columns = FOUND
+    channels: int = RGB.channels
 
 
 def check(
@@ -83,6 +86,8 @@ def check(
         try:
             source = layouts.open_split(root, layout, split, options.columns)
             source = _as_renditions(source) if renditions else source
+            if isinstance(source, EncodedImageSource):
+                source = source.with_form(Form(options.channels))
             source = layouts.in_numeric_order(source) if options.numeric_order else source
             parts = _parts(source, split, options)
         except UserError as error:
@@ -229,15 +234,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.add_argument("--numeric_order", action="store_true")
     config.add_argument("--image_column", default="", metavar="NAME")
     config.add_argument("--label_column", default="", metavar="NAME")
+    config.add_argument("--channels", type=int, default=RGB.channels, metavar="C")
     given = parser.parse_args(arguments)
     show_any_name()
     try:
         require(0 <= given.validation < 1, "--validation must be from 0 to below 1")
+        require(given.channels > 0, "--channels must be above 0")
         options = Options(
             given.validation,
             given.validation_seed,
             given.numeric_order,
             Columns(given.image_column, given.label_column),
+            given.channels,
         )
         return 0 if check(given.root, given.quick, options=options) else 2
     except UserError as error:

@@ -28,7 +28,7 @@ class SubstitutingReader:
         self.replaced: dict[int, int] = {}
 
     def read(self, index: int, shrink: Shrink | None = None) -> np.ndarray:
-        """One image: uint8 (H, W, 3).
+        """One image: uint8 (H, W, C).
 
         Raises:
             UserError: no image of the source can be decoded.
@@ -46,7 +46,7 @@ class SubstitutingReader:
         raise UserError(f"none of the {count} images can be decoded: {self._source.name(index)}...")
 
     def evaluation_images(self, indices: np.ndarray, size: int) -> np.ndarray:
-        """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, 3)."""
+        """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, C)."""
         return np.stack([augment.evaluation_image(self.read(i), size) for i in indices])
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 Complete JPEG files go to OpenCV, which is a third faster than Pillow and gives the same bytes (both
 use libjpeg-turbo). Everything else, including files that seem damaged, goes to Pillow, which
 decides whether they are.
+Arrays of any number of channels come as NumPy's .npy files.
 Axes: H height, W width, C channels (1 grey, 3 RGB, 4 RGB and opacity).
 """
 
@@ -23,6 +24,8 @@ SUFFIXES = (
     *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".webp"),
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
+ARRAY_SUFFIX = ".npy"
+_ARRAY = b"\x93NUMPY"  # with which such a file begins
 _ERRORS = (OSError, SyntaxError, ValueError)
 _FLAGS = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -45,12 +48,16 @@ class DamagedImage(UserError):
     """A file that is not an image, or an incomplete one."""
 
 
+class OtherChannels(UserError):
+    """A whole image that does not have the channels of the data."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What decoded images look like.
 
     Attributes:
-        channels: C: 1 (grey), 3 (RGB) or 4 (RGB and opacity).
+        channels: C: 1 (grey), 3 (RGB) or 4 (RGB and opacity); of .npy files any number.
         oriented: turn images as their EXIF tag says; False: as they are stored.
     """
 
@@ -82,7 +89,18 @@ def decode(
 
     Raises:
         DamagedImage: it cannot be decoded, or has more pixels than Pillow's limit.
+        OtherChannels: an array of other channels, or a picture for others than 1, 3 and 4.
     """
+    if content.startswith(_ARRAY):
+        pixels = _array(content, name, form.channels)
+        if shrink:
+            shrink(*pixels.shape[:2])
+        return pixels
+    if form.channels not in _MODES:
+        raise OtherChannels(
+            f"data.channels is {form.channels} and the image {name} is a picture: write arrays "
+            f"(H, W, {form.channels}) to {ARRAY_SUFFIX} files, or use 1, 3 or 4 channels"
+        )
     turn = _orientation(content) if form.oriented else 1
     size = whole_jpeg(content) if form.channels == 3 else None
     if size and size[0] * size[1] < (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -114,6 +132,34 @@ def decode(
         raise DamagedImage(
             f"cannot decode the image {name} ({reason}): replace or remove it"
         ) from error
+
+
+def _array(content: bytes, name: str, channels: int) -> np.ndarray:
+    """Pixels of a .npy file, (H, W, C) or for one channel (H, W) too: uint8 (H, W, C).
+
+    16 bits are scaled to 8, as in pictures.
+    """
+    try:
+        found = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged header can cause any error in NumPy's parser
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedImage(
+            f"cannot decode the image {name} ({reason}): replace or remove it"
+        ) from error
+    if found.ndim == 2:
+        found = found[..., None]
+    if found.ndim != 3 or found.shape[2] != channels:
+        raise OtherChannels(
+            f"the image {name} is an array {found.shape} and data.channels is {channels}: "
+            f"(H, W, {channels}) is expected"
+        )
+    if found.dtype.kind != "u" or found.dtype.itemsize > 2 or not found.size:
+        raise DamagedImage(
+            f"the image {name} is an array {found.shape} of {found.dtype}: uint8 and "
+            "uint16 are read"
+        )
+    pixels = found if found.dtype.itemsize == 1 else found >> 8
+    return np.ascontiguousarray(pixels, np.uint8)
 
 
 def _orientation(content: bytes) -> int:

@@ -33,7 +33,7 @@ class ImageReader(Protocol):
         """Damaged images met so far: index -> index of the image read in its place."""
 
     def read(self, index: int, shrink: Shrink | None = None) -> np.ndarray:
-        """One image: uint8 (H, W, 3).
+        """One image: uint8 (H, W, C).
 
         Args:
             index: number of the image.
@@ -44,7 +44,7 @@ class ImageReader(Protocol):
         """
 
     def evaluation_images(self, indices: np.ndarray, size: int) -> np.ndarray:
-        """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, 3)."""
+        """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, C)."""
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """The labels of the images that `read` gives for `indices` (B,): int32 (B,)."""
@@ -72,7 +72,7 @@ class ImageSource(Protocol):
         """The image's name in messages: its path, or its place in an archive."""
 
     def read(self, index: int, shrink: Shrink | None = None) -> np.ndarray:
-        """One image, decoded on each call: uint8 (H, W, 3).
+        """One image, decoded on each call: uint8 (H, W, C).
 
         Args:
             index: number of the image.

@@ -2,7 +2,7 @@
 
 Each Grain element is a complete batch, computed from (seed, step) alone. A resumed run is a slice
 of the steps, and the number of threads, workers or processes cannot change what a step sees.
-Axes: B global batch, L local batch (B / processes), S image size, C channels (3).
+Axes: B global batch, L local batch (B / processes), S image size, C channels.
 """
 
 import functools
@@ -19,6 +19,7 @@ from absl import flags
 
 from m2mkd_jax.data import augment
 from m2mkd_jax.data.batches import REPLACED, Batch, EvalBatch, KeptBatch, TrainBatch, ViewBatch
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.data.damaged_images import DamagedImageCounter
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import BatchIndices
@@ -201,7 +202,7 @@ def eval_batches(
         ValueError: a process out of range.
     """
     share = local_share(batch_size, process_index, process_count)
-    load = EvalBatch(source, batch_size, share, config.image_size)
+    load = EvalBatch(source, batch_size, share, image_shape(config))
     return iterate(source, load, range(math.ceil(len(source) / batch_size)), config, share)
 
 

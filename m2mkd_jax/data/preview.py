@@ -1,6 +1,6 @@
 """A grid of captioned images, to look at a batch.
 
-Axes: N images, S image size in pixels, K classes.
+Axes: N images, S image size in pixels, C channels, K classes.
 """
 
 import math
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from m2mkd_jax.data.channels import as_rgb
 
 _SMALLEST = 112  # smallest side of a tile in pixels, for a readable caption
 _LINE = 12  # height of a caption line in pixels; there are two more below the last
@@ -18,7 +20,7 @@ def draw_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """Draws images in a square grid, each with its caption below.
 
     Args:
-        images: uint8 (N, S, S, 3).
+        images: uint8 (N, S, S, C).
         captions: (N,), each of one or more lines.
     """
     columns = math.ceil(math.sqrt(len(images)))
@@ -30,7 +32,7 @@ def draw_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
     draw = ImageDraw.Draw(grid)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(number, columns)
-        tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        tile = Image.fromarray(as_rgb(image)).resize((side, side), Image.Resampling.NEAREST)
         grid.paste(tile, (column * side, row * step))
         for line, text in enumerate(caption.split("\n")):
             draw.text((column * side + 2, row * step + side + _LINE * line), text, fill="black")

@@ -2,7 +2,7 @@
 
 OpenCV's bicubic resizing has no antialiasing. Here a pass over one axis is a product with a sparse
 matrix of Pillow's own integer weights, so the bytes are the same as Pillow's.
-Axes: H height, W width, C channels (3), N pixels before a pass, S after it, M pixels across.
+Axes: H height, W width, C channels, N pixels before a pass, S after it, M pixels across.
 """
 
 import functools
@@ -33,6 +33,17 @@ def resize(
     Returns:
         uint8 (height, width, C).
     """
+    if image.shape[2] != 3:
+        # Neither Pillow nor OpenCV's transpose takes any number of channels.
+        planes = (np.ascontiguousarray(image[..., c]) for c in range(image.shape[2]))
+        return np.stack([_resize(plane, height, width, box) for plane in planes], -1)
+    return _resize(image, height, width, box)
+
+
+def _resize(
+    image: np.ndarray, height: int, width: int, box: tuple[float, float, float, float] | None
+) -> np.ndarray:
+    """`resize` of an image (H, W, 3), or of one channel (H, W)."""
     old_height, old_width = image.shape[:2]
     if image.size > _LARGEST:
         whole = Image.fromarray(image)
@@ -64,7 +75,7 @@ def _tall_begins_with_rows() -> bool:
 
 
 def _pass(image: np.ndarray, weights: sparse.csr_array) -> np.ndarray:
-    """uint8 (N, M, C), weights (S, N) -> uint8 (S, M, C)."""
+    """uint8 (N, M, C) or (N, M), weights (S, N) -> uint8 (S, M, C) or (S, M)."""
     sums = weights @ image.reshape(len(image), -1).astype(np.int32)
     sums += 1 << (_BITS - 1)
     sums >>= _BITS

@@ -3,6 +3,7 @@
 Source: docs/reference.md#data.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.array_source import ArrayImageSource, to_images
+from m2mkd_jax.data.channels import channels_of
 from m2mkd_jax.data.class_lists import wordnet_ids
-from m2mkd_jax.data.decode import Form
+from m2mkd_jax.data.decode import RGB, DamagedImage, Form
 from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats import idx
 from m2mkd_jax.data.formats.tables import Columns
@@ -156,8 +158,8 @@ def load_source(config: Any, split: str) -> ImageSource:
 
     Args:
         config: fields name, root, image_size, classes, train_images and test_images, and those of
-            validation, validation_seed, numeric_order, orientation, image_column and label_column
-            that are not as config.data has them by default.
+            channels, validation, validation_seed, numeric_order, orientation, image_column and
+            label_column that are not as config.data has them by default.
         split: 'train', 'validation' or 'test'.
 
     Raises:
@@ -211,16 +213,37 @@ def _held_out(config: Any, source: ImageSource, share: float) -> tuple[np.ndarra
 def _whole(config: Any, layout: str | None, split: str) -> ImageSource:
     """All images of a split on disk: 'train' or 'test'."""
     root = data_root(config)
+    channels = channels_of(config)
     if root is None or layout is None:
-        return _digits(split, config.image_size)
+        return _digits(split, config.image_size, channels)
     if config.name == "fashion_mnist":
         grey = idx.open_split(root, split)
         images = to_images(grey.images[..., 0], config.image_size)
-        return ArrayImageSource(images, grey.labels, grey.class_names)
-    source = _open(config, root, layout, split)
-    if config.get("orientation", False) and isinstance(source, EncodedImageSource):
-        source = source.with_form(Form(oriented=True))
+        return ArrayImageSource(images[..., :channels], grey.labels, grey.class_names)
+    source = _in_form(config, _open(config, root, layout, split))
     return layouts.in_numeric_order(source) if config.get("numeric_order", False) else source
+
+
+def _in_form(config: Any, source: ImageSource) -> ImageSource:
+    """The images with the channels of a config, upright where it says so.
+
+    Raises:
+        UserError: the images have other channels; of files the first one is looked at.
+    """
+    form = Form(channels_of(config), config.get("orientation", False))
+    if form == RGB:
+        return source
+    if not isinstance(source, EncodedImageSource):
+        if form.channels != RGB.channels:
+            raise UserError(
+                f"data.channels is {form.channels}: {config.name} is read in RGB; set it to 3"
+            )
+        return source
+    source = source.with_form(form)
+    if form.channels != RGB.channels:
+        with contextlib.suppress(DamagedImage):  # which are counted where they are read
+            source.read(0)
+    return source
 
 
 def _open(config: Any, root: Path, layout: str, split: str) -> ImageSource:
@@ -266,7 +289,7 @@ def _check_present(config: Any) -> str | None:
     return layout
 
 
-def _digits(split: str, size: int) -> ArrayImageSource:
+def _digits(split: str, size: int, channels: int) -> ArrayImageSource:
     """Scikit-learn's 1,797 digits of 8x8 pixels in 0-16: 1,437 for training, 360 for testing.
 
     The test split is the first fifth of a fixed class-balanced order. Enlarged to `size`, bicubic.
@@ -279,7 +302,8 @@ def _digits(split: str, size: int) -> ArrayImageSource:
     cut = round(len(order) / 5) + 1  # 360 is a multiple of the 10 classes, 359 is not
     chosen = np.sort(order[:cut] if split == "test" else order[cut:])
     grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ArrayImageSource(to_images(grey, size), digits.target[chosen], "0123456789")
+    images = to_images(grey, size)[..., :channels]
+    return ArrayImageSource(images, digits.target[chosen], "0123456789")
 
 
 def _subset(source: ImageSource, field: str, wanted: int) -> ImageSource:

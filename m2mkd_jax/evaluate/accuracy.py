@@ -51,13 +51,13 @@ def make_counter(
 
     Args:
         logits: (trainable, frozen, images, key) -> (B, K), or several of these by name.
-        mean: (3,), of the pixels.
-        std: (3,).
+        mean: (C,), of the pixels.
+        std: (C,).
         out_shardings: of the results; with several processes they must be replicated.
 
     Returns:
         (trainable, frozen, batch, key) -> `Counts`; for several logits one each, by name. The
-        batch has "image" uint8 (B, H, W, 3), "label" int32 (B,) and "mask" float32 (B,), 1 for
+        batch has "image" uint8 (B, H, W, C), "label" int32 (B,) and "mask" float32 (B,), 1 for
         images that count.
 
     Source: docs/reference.md#evaluation.

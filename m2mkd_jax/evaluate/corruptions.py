@@ -77,7 +77,7 @@ def pixelate(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
     height, width = images.shape[1:3]
     more = (-height % side, -width % side)
     padded = jnp.pad(images, ((0, 0), (0, more[0]), (0, more[1]), (0, 0)), mode="edge")
-    shape = (len(images), padded.shape[1] // side, side, padded.shape[2] // side, side, 3)
+    shape = (len(images), padded.shape[1] // side, side, padded.shape[2] // side, side, -1)
     means = padded.reshape(shape).mean((2, 4))
     blocks = jnp.repeat(jnp.repeat(means, side, axis=1), side, axis=2)
     return blocks[:, :height, :width]
@@ -97,7 +97,7 @@ def corrupt(images: jax.Array, key: jax.Array, kind: str, severity: int) -> jax.
     """Corrupts images.
 
     Args:
-        images: uint8 (B, H, W, 3).
+        images: uint8 (B, H, W, C).
         key: of the noise.
         kind: of KINDS.
         severity: of SEVERITIES.

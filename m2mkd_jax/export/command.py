@@ -95,7 +95,7 @@ def _shape(model: Model, args: argparse.Namespace) -> tuple[int, ...]:
         raise UserError(f"--pixels: {args.checkpoint} takes tokens, no images")
     if not side and args.tokens < 1:
         raise UserError(f"{args.checkpoint} takes tokens (B, N, {model.width}); give N, --tokens=N")
-    return (side, side, 3) if side else (args.tokens, model.width)
+    return (side, side, model.channels) if side else (args.tokens, model.width)
 
 
 def _function(model: Model, pixels: bool) -> Callable[[jax.Array], jax.Array]:

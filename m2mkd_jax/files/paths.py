@@ -43,8 +43,8 @@ def as_path(given: str | os.PathLike) -> Path:
     scheme, _, rest = text.partition("://")
     if f"{scheme}://" != SCHEME:
         raise UserError(
-            f"{text}: {scheme}:// cannot hold a run (Orbax writes to gs:// and to directories); "
-            "mount it, and give the directory"
+            f"{text}: {scheme}:// cannot hold a run or its data (Orbax writes to gs:// and to "
+            "directories); mount it, and give the directory"
         )
     if not rest.partition("/")[0]:
         raise UserError(f"{text} names no bucket; give gs://BUCKET/DIRECTORY")

@@ -23,6 +23,7 @@ from m2mkd_jax.config.defaults import (
 )
 from m2mkd_jax.config.values import check_value, check_values
 from m2mkd_jax.data.augment import Augmentation
+from m2mkd_jax.data.channels import check_channels
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
 from m2mkd_jax.data.scenes import describe_missing as missing_scenes
@@ -214,11 +215,17 @@ def _check_few_shot(config: ConfigDict, family: StudentFamily) -> None:
         f"{phase}/1, {phase}/2, ...",
     )
     with located("config.few_shot.data"):
+        check_channels(data)
         Augmentation.from_config(data)
     require(
         data.image_size == config.data.image_size,
         f"config.few_shot.data.image_size is {data.image_size}; the network takes "
         f"{config.data.image_size}",
+    )
+    require(
+        data.channels == config.data.channels,
+        f"config.few_shot.data.channels is {data.channels}; the network takes "
+        f"{config.data.channels}",
     )
     require(
         2 <= few.ways <= data.classes,
@@ -270,7 +277,13 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
         sized = data.image_size > 0 and data.classes > 1
         require(sized, f"config.{key} needs image_size and classes")
         with located(f"config.{key}"):
+            check_channels(data)
             Augmentation.from_config(data)
+        require(
+            data.channels == config.data.channels,
+            f"config.teaching_data.channels is {data.channels} and config.data.channels "
+            f"{config.data.channels}: students take the images that their network takes",
+        )
     whole, family = teacher(config), students(config)
     if teaching:
         whole.check()

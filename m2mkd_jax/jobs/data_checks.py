@@ -20,7 +20,7 @@ from m2mkd_jax.jobs.plan import Kind, Plan
 from m2mkd_jax.jobs.setup import image_source
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students
-from m2mkd_jax.phases.initial_weights import read_recorded
+from m2mkd_jax.phases.initial_weights import init_path, read_recorded
 from m2mkd_jax.phases.phase import Phase
 
 CONVERTED = ", or convert with the right --mean and --std"  # advice on weights that no job made
@@ -64,8 +64,11 @@ def check_normalisation(plan: Plan, workdir: Path, todo: Collection[str]) -> Non
             recorded = read_recorded(plan.config, workdir, use.job, use.initial)
             known, advice = recorded.normalisation, "" if recorded.job else CONVERTED
             origin = f"the weights in {recorded.path} record"
+        given = use.initial or init_path(plan.config, use.job)[1]
         for field, value in _normalisation(data).items():
             wanted = known.get(field)
+            if given and wanted and len(wanted) == 3 != len(value):
+                continue  # their patch embedding is adapted to other channels
             if wanted and not (len(wanted) == len(value) and np.allclose(wanted, value, 0, 1e-6)):
                 raise UserError(
                     f"config.{key}.{field} is {value} and {origin} {field} {wanted}: set "

@@ -32,6 +32,10 @@ def check_detection(config: ConfigDict, devices: int) -> None:
     if not set(DETECTION_PHASES) & set(config.phases):
         return
     section = config.detection
+    require(
+        config.data.channels == 3,
+        f"config.data.channels is {config.data.channels}: detectors take scenes in RGB, 3 channels",
+    )
     for name in LIBRARIES:
         require(
             importlib.util.find_spec(name) is not None,

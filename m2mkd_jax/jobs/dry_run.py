@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.detection.training import STAGE, batch_shapes
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
@@ -114,7 +115,7 @@ def describe_job(config: ConfigDict, job: Job, mesh: AbstractMesh) -> Iterator[s
 
 
 def describe_stages(setup: Setup, x: jax.ShapeDtypeStruct) -> Iterator[str]:
-    """A line for every stage of both chains, given images (B, H, W, 3)."""
+    """A line for every stage of both chains, given images (B, H, W, C)."""
     phase, shapes = setup.phase, abstract_stages(setup.phase)
     for title, names in (("chain", phase.student), ("teacher", setup.joined.single.teacher)):
         y = x
@@ -169,10 +170,10 @@ def _group_images(phase: Phase, mesh: AbstractMesh) -> tuple[AbstractMesh, jax.S
 
     What one of them does depends on how many they are.
     """
-    recipe, size = phase.recipe, phase.data.image_size
+    recipe = phase.recipe
     images = max(recipe.batch // recipe.accumulate // mesh.size, 1)
     group = AbstractMesh((1, mesh.shape["expert"]), AXES)
-    return group, jax.ShapeDtypeStruct((images * group.size, size, size, 3), jnp.float32)
+    return group, jax.ShapeDtypeStruct((images * group.size, *image_shape(phase.data)), jnp.float32)
 
 
 def _held(config: ConfigDict, mesh: AbstractMesh) -> Callable[[Any], int]:

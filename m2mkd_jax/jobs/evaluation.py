@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import renditions_data
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.pipeline import eval_batches
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
@@ -191,7 +192,7 @@ def reductions(
 ) -> list[dict]:
     """Accuracy of a network with parts removed, and the share of its FLOPs that this saves."""
     data, found = phase.data, []
-    shape = (evaluation_batch(run.config, SEEN, run.mesh), data.image_size, data.image_size, 3)
+    shape = (evaluation_batch(run.config, SEEN, run.mesh), *image_shape(data))
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     whole = count_flops(program.logits, {}, frozen, image)
     seen = _seen(run, phase, program, frozen)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.jobs.fitting import FittingStep, device_memory
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.setup import Run, Setup, abstract_stages, frozen_program, set_up
@@ -137,10 +138,10 @@ class JointSetup:
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a batch from the host, and where it lies."""
         setup = self._first
-        recipe, size = setup.phase.recipe, setup.phase.data.image_size
+        recipe, shape = setup.phase.recipe, image_shape(setup.phase.data)
         images = recipe.batch // recipe.accumulate
         where = None if setup.mesh is None else meshes.batch_sharding(setup.mesh)
-        kinds = {"image": ((images, size, size, 3), jnp.uint8), "label": ((images,), jnp.int32)}
+        kinds = {"image": ((images, *shape), jnp.uint8), "label": ((images,), jnp.int32)}
         if self.kept is not None:
             of_kept = {name: (leaf.shape, leaf.dtype) for name, leaf in self.kept.items()}
             kinds = {"label": kinds["label"], **of_kept}

@@ -30,6 +30,7 @@ NEUTRAL: Mapping[str, Any] = {
     "validation_seed": 0,
     "numeric_order": False,
     "orientation": False,
+    "channels": 3,
     "image_column": "",
     "label_column": "",
     "sampler": "shuffle",

@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.config.defaults import MODULE_PHASES
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import flops_of
@@ -82,16 +83,16 @@ def job_steps(phase: Phase) -> int:
 
 def work_per_image(phase: Phase) -> float:
     """FLOPs per image of a training step, about: stage by stage, without tracing the step."""
-    work, size = 0.0, phase.data.image_size
+    work, image = 0.0, image_shape(phase.data)
     if isinstance(phase, DetectionPhase):
         return TRAINED * detection_flops(phase)
     first = min(phase.student.index(name) for name in phase.trainable)
-    shape: tuple[int, ...] = (1, size, size, 3)
+    shape: tuple[int, ...] = (1, *image)
     for place, name in enumerate(phase.student):
         flops, shape = _stage_work(phase.stages[name].build, shape)
         passes = FORWARD if place < first else BACKWARD
         work += flops * (TRAINED if name in phase.trainable else passes)
-    shape = (1, size, size, 3)
+    shape = (1, *image)
     for name in phase.teacher:
         flops, shape = _stage_work(phase.stages[name].build, shape)
         work += flops if name not in phase.student[:first] else 0

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.trees import match_tree
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.models import chain
@@ -75,8 +76,7 @@ def _check_chain(
     classes: int,
 ) -> None:
     """Raises UserError where a stage does not take what the one before gives, or not (B, K)."""
-    size = phase.data.image_size
-    x = jax.ShapeDtypeStruct((_images(phase), size, size, 3), jnp.float32)
+    x = jax.ShapeDtypeStruct((_images(phase), *image_shape(phase.data)), jnp.float32)
     before = DATA
     for name, ramp in zip(names, rates, strict=True):
         # Where a student and a module of the teacher do not fit, it is the student that is wrong.

@@ -2,7 +2,7 @@
 
 Axes: B batch, H height, W width, N tokens, D channels, K classes.
 
-A stage maps activations to activations: the first takes images (B, H, W, 3), the middle ones
+A stage maps activations to activations: the first takes images (B, H, W, C), the middle ones
 tokens (B, N, D), the last gives logits (B, K). Flax NNX modules describe stages. Training works on
 plain nested dicts of arrays (`split` and `merge`): jax.jit dispatches these at a tenth of the
 Python cost of nnx.jit.
@@ -56,7 +56,7 @@ class Stage(nnx.Module):
         """Computes the stage's output.
 
         Args:
-            x: images (B, H, W, 3) or tokens (B, N, D).
+            x: images (B, H, W, C) or tokens (B, N, D).
             rates: one drop-path rate per block; None for no drop-path.
             key: source of all randomness; None means deterministic.
             train: turns training-time noise on (drop-path, code noise, sampled kernels). With a key
@@ -174,7 +174,7 @@ def run(
 
     Args:
         stages: the chain, in order.
-        x: images (B, H, W, 3), or tokens (B, N, D) when the chain starts in the middle.
+        x: images (B, H, W, C), or tokens (B, N, D) when the chain starts in the middle.
         rates: drop-path rates of every stage's blocks; None for no drop-path.
         key, train: as for `Stage.__call__`; each stage gets a key of its own.
 

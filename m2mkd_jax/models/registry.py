@@ -47,11 +47,13 @@ class Interface:
         image_size: side of the images that it takes; 0 if it takes tokens.
         width: channels of the tokens that it takes; 0 if it takes images.
         classes: number of logits that it gives; 0 if it gives tokens.
+        channels: of the images that it takes.
     """
 
     image_size: int = 0
     width: int = 0
     classes: int = 0
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def interface(description: Description, names: Sequence[str]) -> Interface:
     """
     of_stage = kind_of(description).interface
     first, last = (of_stage(description, index_of(names[i])) for i in (0, -1))
-    return Interface(first.image_size, first.width, last.classes)
+    return Interface(first.image_size, first.width, last.classes, first.channels)
 
 
 # The builders are cached, so that chain.abstract traces equal stages once.
@@ -240,6 +242,7 @@ def _interface(description: Description, index: int) -> Interface:
         image_size=vit.image_size if first else 0,
         width=width,
         classes=vit.classes if last else 0,
+        channels=vit.channels,
     )
 
 

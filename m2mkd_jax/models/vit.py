@@ -85,7 +85,7 @@ class ViTStage(chain.Stage):
         self.spec, self.depth, self.first, self.last = spec, depth, first, last
         d = spec.width
         if first:
-            self.patch_embed = layers.Patches(spec.patch, 3, d, rngs=rngs)
+            self.patch_embed = layers.Patches(spec.patch, spec.channels, d, rngs=rngs)
             self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, d)))
             shape = (1, spec.tokens, d)
             self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))
@@ -109,7 +109,7 @@ class ViTStage(chain.Stage):
         return chain.merge(graph, params, {})
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3) -> tokens (B, T, D)."""
+        """Images (B, H, W, C) -> tokens (B, T, D)."""
         patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
         cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.width))
         return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
@@ -126,7 +126,7 @@ class ViTStage(chain.Stage):
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Images (B, H, W, 3) or tokens (B, T, D) -> tokens (B, T, D) or logits (B, K)."""
+        """Images (B, H, W, C) or tokens (B, T, D) -> tokens (B, T, D) or logits (B, K)."""
         if self.first:
             x = self.embed(x)
         if self.depth:

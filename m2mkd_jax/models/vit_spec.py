@@ -23,6 +23,7 @@ class ViTSpec:
         qkv_bias: whether queries, keys and values have a bias.
         eps: of the LayerNorms.
         remat: recompute activations in the backward pass: 'auto', 'always' or 'never'.
+        channels: of the images.
     """
 
     image_size: int
@@ -33,6 +34,7 @@ class ViTSpec:
     qkv_bias: bool = True
     eps: float = 1e-6
     remat: str = "auto"
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch:

@@ -34,7 +34,7 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases.detection import DetectionPhase, backbone_network, with_backbone
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.other_shapes import fitted, other_positions, without
+from m2mkd_jax.phases.other_shapes import changes, fitted, without
 from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
 
 # Which `config.init` field stands for the weights of which job.
@@ -255,7 +255,8 @@ def _matched(
     expected = {"params": without(shape.params, fresh), "fixed": shape.fixed}
     expected = {name: tree for name, tree in expected.items() if tree}
     if is_given(config, weights):
-        tree = {**tree, "params": fitted(without(tree["params"], fresh), shape.params)}
+        params = without(tree["params"], fresh)
+        tree = {**tree, "params": fitted(params, shape.params, config.data.channels)}
     tree = match_tree(tree, expected, where)
     return {"params": tree["params"], "fixed": tree.get("fixed", {})}
 
@@ -330,9 +331,8 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
                     shape = chain.abstract(spec.build)
                     tree, where = read_tree(config, workdir, weights)
                     _matched(config, weights, shape, tree, where)
-                if sides := other_positions(tree["params"], shape.params):
-                    old, new = (f"{side} x {side}" for side in sides)
-                    say(f"config.init.{field}: positions interpolated from {old} to {new} patches")
+                for change in changes(tree["params"], shape.params, config.data.channels):
+                    say(f"config.init.{field}: {change}")
                 read.add(weights)
         if phase.assembled and not assembled:
             network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}

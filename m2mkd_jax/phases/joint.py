@@ -48,7 +48,7 @@ class JointProgram:
 
         Args:
             frozen: {stage: {"params", "fixed"}}.
-            images: (B, H, W, 3), normalised.
+            images: (B, H, W, C), normalised.
 
         Returns:
             By job: "tokens", input of the student chain's first stage that is not the teacher's,
@@ -74,7 +74,7 @@ class JointProgram:
         Args:
             trainable: {job: {stage: params}}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed".
-            batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one; and, as
+            batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one; and, as
                 kept from an earlier run of the frozen stages, "tokens/JOB" and "logits/JOB". Images
                 are not needed where the tokens of all jobs are kept.
             key: as for `Program.loss`; each program draws what it would draw by itself.
@@ -117,7 +117,7 @@ class JointProgram:
     def logits(
         self, trainable: dict, frozen: dict, images: jax.Array, key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """Evaluation: images (B, H, W, 3), normalised -> logits (B, K) of every student's chain.
+        """Evaluation: images (B, H, W, C), normalised -> logits (B, K) of every student's chain.
 
         Args:
             trainable: {job: {stage: params}}.

@@ -87,7 +87,7 @@ class Program:
             names: stages in the order in which they run.
             trainable: {stage: params}.
             frozen: {stage: {"params", "fixed"}}.
-            x: what the first stage takes: images (B, H, W, 3) or tokens (B, N, D).
+            x: what the first stage takes: images (B, H, W, C) or tokens (B, N, D).
             rates: drop-path rates of each stage's blocks; None: no drop-path.
             key: of all randomness; None: deterministic.
             train: whether training noise is on.
@@ -127,7 +127,7 @@ class Program:
             trainable: {stage: params}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed", and "params" where
                 only a part of them is trained.
-            batch: "image" (B, H, W, 3) normalised, "target" (B, K) rows that sum to one.
+            batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one.
             key: for drop-path and the network's own noise; None switches all of it off.
 
         Returns:
@@ -191,7 +191,7 @@ class Program:
     def logits(
         self, trainable: dict, frozen: dict, images: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """Evaluation: images (B, H, W, 3), normalised -> logits (B, K).
+        """Evaluation: images (B, H, W, C), normalised -> logits (B, K).
 
         Args:
             trainable: {stage: params}.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from m2mkd_jax.data.channels import as_rgb
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.inference import Model
 from m2mkd_jax.predict.images import Batch
@@ -49,7 +50,7 @@ def draw(folder: Path, batch: Batch, maps: np.ndarray, first: int) -> None:
         maps: (B, G, G), see `attention_over_image`.
         first: number of the batch's first image.
     """
-    for i, (path, pixels) in enumerate(zip(batch.paths, batch.pixels, strict=True)):
+    for i, (path, pixels) in enumerate(zip(batch.paths, as_rgb(batch.pixels), strict=True)):
         side = pixels.shape[0]
         small = Image.fromarray((255 * maps[i]).astype(np.uint8))
         shares = np.asarray(small.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255

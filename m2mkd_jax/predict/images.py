@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_jax.data.augment import evaluation_image
-from m2mkd_jax.data.decode import SUFFIXES, DamagedImage, decode
+from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES, DamagedImage, Form, decode
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.inference import Model
 
@@ -43,6 +43,7 @@ def image_files(given: Sequence[str]) -> list[tuple[str, bool]]:
             found.append((path, False))
             continue
         inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
+        inside = inside or sorted(Path(path).rglob(f"*{ARRAY_SUFFIX}"))
         if not inside:
             raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         found += [(str(p), True) for p in inside]
@@ -54,10 +55,10 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         path: of the image file.
-        model: whose image size S, mean and standard deviation are used.
+        model: whose image size S, channels C, mean and standard deviation are used.
 
     Returns:
-        Its pixels (S, S, 3), uint8, and the same normalised, float32.
+        Its pixels (S, S, C), uint8, and the same normalised, float32.
 
     Raises:
         UserError: it cannot be read.
@@ -67,7 +68,7 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, np.ndarray]:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    pixels = evaluation_image(decode(content, path), model.image_size)
+    pixels = evaluation_image(decode(content, path, form=Form(model.channels)), model.image_size)
     scaled = np.asarray(pixels, np.float32) / 255
     mean, std = np.asarray(model.mean, np.float32), np.asarray(model.std, np.float32)
     return pixels, (scaled - mean) / std
@@ -78,8 +79,8 @@ class Batch:
 
     Attributes:
         paths: of the images.
-        pixels: (B, S, S, 3) uint8.
-        inputs: (B, S, S, 3) float32, normalised.
+        pixels: (B, S, S, C) uint8.
+        inputs: (B, S, S, C) float32, normalised.
     """
 
     def __init__(self, images: Sequence[tuple[str, np.ndarray, np.ndarray]]):

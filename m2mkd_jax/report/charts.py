@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m2mkd_jax.data.channels import as_rgb
 from m2mkd_jax.errors import UserError
 
 SERIES = 8
@@ -151,12 +152,12 @@ def image_tag(pixels: np.ndarray, alt: str, side: int = 96, shown: int = 72) -> 
     """An image inside the page.
 
     Args:
-        pixels: uint8 (H, W, 3).
+        pixels: uint8 (H, W, C).
         alt: what it shows.
         side: pixels of its longer side at the most.
         shown: width and height on the page.
     """
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(as_rgb(pixels))
     if max(picture.size) > side:
         picture.thumbnail((side, side))
     out = io.BytesIO()

@@ -72,7 +72,7 @@ def overlay_tag(image: np.ndarray, weights: np.ndarray | None, alt: str) -> str:
     """An image, as bright as it is read.
 
     Args:
-        image: uint8 (H, W, 3).
+        image: uint8 (H, W, C).
         weights: (h, w), from 0; None: the image as it is.
         alt: what it shows.
     """

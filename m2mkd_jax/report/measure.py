@@ -32,7 +32,7 @@ class Images:
     """Test images.
 
     Attributes:
-        pixels: uint8 (N, H, W, 3).
+        pixels: uint8 (N, H, W, C).
         labels: int (N,).
         class_names: in the order of the labels.
         data: of the config, for the normalisation.
@@ -45,7 +45,7 @@ class Images:
 
     @property
     def normalised(self) -> np.ndarray:
-        """float32 (N, H, W, 3)."""
+        """float32 (N, H, W, C)."""
         return np.asarray(normalise(jnp.asarray(self.pixels), self.data.mean, self.data.std))
 
 

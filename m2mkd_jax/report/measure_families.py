@@ -82,7 +82,7 @@ def _output_links(nac: NAC) -> np.ndarray:
 def links_of(stage: LoadedStage) -> Arrays:
     """Of a NAC before training: links (I, M, V), output_links (U, V') and signatures (M, C)."""
     nac = stage.merged
-    image = jnp.zeros((1, nac.spec.image_size, nac.spec.image_size, 3))
+    image = jnp.zeros((1, nac.spec.image_size, nac.spec.image_size, nac.spec.channels))
     maps = jax.device_get(backend.jit(lambda x: inspection.attention([nac], x)["links"])(image))
     return {
         "links": np.asarray(maps, np.float16),

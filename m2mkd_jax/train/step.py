@@ -31,12 +31,12 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     """Normalises pixels: (x / 255 - mean) / std per channel.
 
     Args:
-        images: uint8 (B, H, W, 3).
-        mean: (3,).
-        std: (3,).
+        images: uint8 (B, H, W, C).
+        mean: (C,).
+        std: (C,).
 
     Returns:
-        float32 (B, H, W, 3).
+        float32 (B, H, W, C).
 
     Source: docs/reference.md#normalisation.
     """
@@ -51,12 +51,12 @@ def prepare(
 
     Args:
         keys: for erasing and for mixing.
-        batch: "image" uint8 (B, H, W, 3) and "label" int32 (B,).
+        batch: "image" uint8 (B, H, W, C) and "label" int32 (B,).
         recipe: see train/mixing.py.
         data: mean, std, classes and augment.erase.
 
     Returns:
-        Images, float32 (B, H, W, 3), and targets, float32 (B, K).
+        Images, float32 (B, H, W, C), and targets, float32 (B, K).
     """
     images = normalise(batch["image"], data.mean, data.std)
     images = erasing.erase(keys[0], images, data.augment.erase)
@@ -107,7 +107,7 @@ def make_step(
             or its buffers cannot be reused. None: the compiler's choice.
 
     Returns:
-        (state, frozen, batch) -> (state, metrics); the batch has "image" uint8 (B, H, W, 3) and
+        (state, frozen, batch) -> (state, metrics); the batch has "image" uint8 (B, H, W, C) and
         "label" int32 (B,).
     """
 

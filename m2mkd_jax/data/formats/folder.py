@@ -6,8 +6,9 @@
 
     root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
-Classes are the folder names, sorted. Files that are images by their names count; others are left
-out, and named but for texts. Axes: N images.
+Classes are the folder names, sorted. Files that are images by their names count, and in a folder
+without any those that are arrays (.npy); others are left out, and named but for texts.
+Axes: N images.
 """
 
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data.decode import SUFFIXES
+from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
 from m2mkd_jax.data.formats import flat_list
 from m2mkd_jax.errors import UserError, printable
 
@@ -156,7 +157,7 @@ def list_classes(
 
 def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
     """Paths below a folder, at any depth: image files, sorted, and others that are no texts."""
-    images, others = [], []
+    images, others = list[str](), list[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         prefix = os.path.relpath(parent, folder)
@@ -166,6 +167,9 @@ def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
                 images.append(path)
             elif not name.startswith(".") and not name.lower().endswith(_TEXTS):
                 others.append(path)
+    if not images:
+        images = [path for path in others if path.lower().endswith(ARRAY_SUFFIX)]
+        others = [path for path in others if not path.lower().endswith(ARRAY_SUFFIX)]
     return sorted(images), others
 
 
@@ -261,9 +265,10 @@ def image_files(folder: str | Path) -> list[str]:
     """The names of the image files in a folder, without hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
         return []
-    return [name for name in os.listdir(folder) if is_image(name)]
+    names = os.listdir(folder)
+    return [n for n in names if is_image(n)] or [n for n in names if is_image(n, (ARRAY_SUFFIX,))]
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     """Whether a file is an image by its name."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(suffixes) and not name.startswith(".")

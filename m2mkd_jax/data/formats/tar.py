@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_jax.data.decode import SUFFIXES
+from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
 from m2mkd_jax.data.formats.folder import check_same_classes
 from m2mkd_jax.data.formats.member_index import Member, indexed
 from m2mkd_jax.data.formats.text import read_text
@@ -210,6 +210,13 @@ def _key(name: str) -> tuple[str, str]:
     return posixpath.join(folder, key), field
 
 
+def _is_wanted(suffix: str, own: str, field: str) -> bool:
+    """Whether a member of field `own` is an image to read: arrays are where they are named."""
+    if field:
+        return own == field and suffix in (*SUFFIXES, ARRAY_SUFFIX)
+    return suffix in SUFFIXES
+
+
 def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) -> Iterator[Member]:
     """The images of one tar file."""
     classes: dict[str, str] = {}
@@ -222,7 +229,7 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) ->
             file = tar.extractfile(member)
             text = file.read(_CLASS_BYTES) if file else b""
             classes[stem] = text.decode(errors="replace").strip()
-        elif suffix.lower() in SUFFIXES and field in ("", _key(member.name)[1]):
+        elif _is_wanted(suffix.lower(), _key(member.name)[1], field):
             if member.name in found:
                 raise UserError(f"{path} has {member.name} twice: pack it again")
             folders = [part for part in member.name.split("/")[:-1] if part != "images"]

@@ -111,7 +111,7 @@ class VMoEStage(chain.Stage):
         _check_stitches(spec, start, depth, first, last)
         vit = spec.vit
         if first:
-            self.patch_embed = layers.Patches(vit.patch, 3, vit.width, rngs=rngs)
+            self.patch_embed = layers.Patches(vit.patch, vit.channels, vit.width, rngs=rngs)
             self.cls_token = nnx.Param(layers.transformer_init(rngs.params(), (1, 1, vit.width)))
             shape = (1, vit.tokens, vit.width)
             self.pos_embed = nnx.Param(layers.transformer_init(rngs.params(), shape))
@@ -124,7 +124,7 @@ class VMoEStage(chain.Stage):
             )
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3) -> tokens (B, T, D)."""
+        """Images (B, H, W, C) -> tokens (B, T, D)."""
         patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
         cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.vit.width))
         return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
@@ -141,7 +141,7 @@ class VMoEStage(chain.Stage):
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Images (B, H, W, 3) or tokens (B, T, D or X) -> tokens (B, T, D or X) or logits."""
+        """Images (B, H, W, C) or tokens (B, T, D or X) -> tokens (B, T, D or X) or logits."""
         return self.with_aux(x, rates=rates, key=key, train=train)[0]
 
     def with_aux(

@@ -37,7 +37,7 @@ def _split(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
 
 
 class NAC(chain.Stage):
-    """A whole circuit as one stage: images (B, H, W, 3) -> logits (B, K), float32."""
+    """A whole circuit as one stage: images (B, H, W, C) -> logits (B, K), float32."""
 
     def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
         self.spec, self.depth = spec, spec.iterations
@@ -123,7 +123,7 @@ class NAC(chain.Stage):
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Images (B, H, W, 3) -> logits (B, K).
+        """Images (B, H, W, C) -> logits (B, K).
 
         A key without `train` samples seeder and pooling as the published evaluation does.
         """
@@ -148,7 +148,7 @@ class NAC(chain.Stage):
         """Computes the final states of all latents.
 
         Args:
-            images: (B, H, W, 3).
+            images: (B, H, W, C).
             noise: made by `draw_noise`; empty for a deterministic evaluation.
             rates: drop-path rates of the propagators; None for no drop-path.
             key: of the training noise; None for no training noise.

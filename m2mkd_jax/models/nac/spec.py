@@ -60,6 +60,7 @@ class NACSpec:
     output: str = "pooling"  # or "first_slot" [FirstSlotAsLogits]
     pooling: str = "gumbel"  # or "vanilla" [softmax_type]
     remat: str = "auto"
+    channels: int = 3  # of the images
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.tokenizer_depths) <= 3 or self.state_dim < 4:

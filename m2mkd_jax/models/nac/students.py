@@ -38,7 +38,7 @@ def _tile(states: jax.Array, batch: int) -> jax.Array:
 
 
 class ReadInStudent(chain.Stage):
-    """Tokenizer, read-in of one latent, linear to the meta width: (B, H, W, 3) -> (B, U, X).
+    """Tokenizer, read-in of one latent, linear to the meta width: (B, H, W, C) -> (B, U, X).
 
     Source: docs/reference.md#nac-student-read-in.
     """
@@ -60,7 +60,7 @@ class ReadInStudent(chain.Stage):
         key: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Images (B, H, W, 3) -> tokens (B, U, X)."""
+        """Images (B, H, W, C) -> tokens (B, U, X)."""
         tokens = self.tokenizer(x)
         states = _tile(self.states[...], x.shape[0]).astype(tokens.dtype)
         return self.post_stitch(self.read_in(states, self.codes[...], tokens))

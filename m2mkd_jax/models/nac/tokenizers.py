@@ -72,13 +72,13 @@ class ConvNeXtStage(nnx.Module):
 
 
 class Tokenizer(nnx.Module):
-    """ConvNeXt features concatenated with a learned positional grid: (B, H, W, 3) -> (B, V, T).
+    """ConvNeXt features concatenated with a learned positional grid: (B, H, W, C) -> (B, V, T).
 
     Source: docs/reference.md#nac-tokenizer.
     """
 
     def __init__(self, spec: NACSpec, *, rngs: nnx.Rngs):
-        widths = (3, *spec.tokenizer_widths)
+        widths = (spec.channels, *spec.tokenizer_widths)
         self.count = len(spec.tokenizer_depths)
         for i, depth in enumerate(spec.tokenizer_depths):
             # Separate attributes: a list would put integers among the names of a checkpoint.

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import m2mkd_jax
+from m2mkd_jax.conversion.open_weights import open_weights
 from tests import foreign_networks as foreign
 from tests.support import OUTPUT_TOLERANCE, assert_close
 
@@ -43,6 +45,35 @@ def test_googles_networks_compute_the_same(moe, tmp_path):
     model = m2mkd_jax.load(tmp_path / "network.npz")
     assert model.mean == [0.5, 0.5, 0.5] and model.description["kind"] == ("vmoe" if moe else "vit")
     assert_close(model(IMAGES), foreign.run_google(arrays, IMAGES), OUTPUT_TOLERANCE)
+
+
+def test_shards_of_vmoe_hold_what_one_file_does(tmp_path):
+    arrays = foreign.google_npz(moe=True)
+    np.savez(tmp_path / "network.npz", **arrays)
+    index = foreign.write_google_shards(tmp_path / "ckpt_1", arrays)
+    whole, sharded = (open_weights(path) for path in (tmp_path / "network.npz", index))
+    for field in ("kind", "spec", "depths", "normalisation"):
+        assert sharded.description[field] == whole.description[field]
+    jax.tree.map(np.testing.assert_array_equal, dict(sharded.trees), dict(whole.trees))
+    first, second = sorted(tmp_path.glob("ckpt_1.data-*"))
+    content = second.read_bytes()
+
+    def refused(words: str) -> None:
+        with pytest.raises(m2mkd_jax.UserError, match=words) as error:
+            dict(open_weights(index).trees)
+        assert "\n" not in str(error.value)
+
+    second.unlink()
+    refused(r"1 of its 2 data files are missing, the first: .*ckpt_1.data-00001-of-00002")
+    second.write_bytes(content[:-9])
+    refused("00001-of-00002 cannot be read")
+    second.write_bytes(first.read_bytes())
+    refused("does not hold the arrays .* save the parameters alone")
+    second.write_bytes(content)
+    index.write_bytes(index.read_bytes()[:40])
+    refused("ckpt_1.index cannot be read")
+    (tmp_path / "ckpt_1.index").write_bytes(b"\x93abc")
+    refused("no index of a checkpoint")
 
 
 @pytest.mark.parametrize(

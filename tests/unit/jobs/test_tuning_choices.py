@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,10 @@ from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.conversion.open_weights import open_weights
 from m2mkd_jax.conversion.resize_positions import resize_positions
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.inference import load
 from m2mkd_jax.jobs.checks import validate
+from m2mkd_jax.jobs.data_checks import check_normalisation
+from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.setup import make_program
@@ -33,6 +37,9 @@ def test_tuning_looks_at_validation_and_eval_at_test(tmp_path, capsys):
         "evaluation.networks": ("pt",),
         "data.validation": 0.1,
         "data.test_images": 0,
+        "data.channels": 1,
+        "data.mean": (0.5,),
+        "data.std": (0.25,),
         "vmoe.keep_stitches": False,
         "recipes.pt.epochs": 1.0,
         "recipes.pt.schedule": "constant",
@@ -49,6 +56,10 @@ def test_tuning_looks_at_validation_and_eval_at_test(tmp_path, capsys):
     assert networks["pt"]["eval_images"] == 360
     assert summary["results"]["meta"] == networks["pt"]["eval_accuracy"]
     assert "validation images" in summary["accuracy_of"]
+    model = load(tmp_path / "jobs/pt/weights")
+    assert model.channels == 1 and model.mean == [0.5]
+    assert model(np.zeros((1, 16, 16, 1), np.float32)).shape == (1, 10)
+    assert (tmp_path / "jobs/pt/images.png").is_file()
     # Fresh biases are 0 and fresh scales 1.
     trained = {n: t["params"] for n, t in open_weights(tmp_path / "jobs/pt/weights").trees.items()}
     assert not np.any(trained["meta_0"]["blocks"]["attn"]["qkv"]["bias"])
@@ -112,9 +123,75 @@ def test_training_goes_on_from_another_head_and_image_size(tmp_path, capsys):
         check_given(config, tmp_path, [phase])
 
 
+def grey(channels=1, **changes):
+    """The changes of a config for images of so many channels."""
+    values = {"data.channels": channels, "data.mean": (0.5,) * channels}
+    return values | {"data.std": (0.25,) * channels} | changes
+
+
+@pytest.mark.parametrize(("config", "channels"), [(tiny, 1), (tiny_vmoe, 4)])
+def test_a_teacher_of_rgb_images_teaches_for_other_channels(config, channels, tmp_path, capsys):
+    rgb = config.get_config()
+    given = {
+        name: {"params": random_params(chain.abstract(spec.build).params, seed=7)}
+        for name, spec in build_phase(rgb, "ft").stages.items()
+    }
+    describe = teacher(rgb).describe(teacher(rgb).depths)
+    normalisation = {"normalisation": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}}
+    save_weights(tmp_path / "given", given, describe | {"job": "ft"} | normalisation)
+    phases = ("m2mkd", "e2e_kd", "eval")
+    changes = {"phases": phases, "init.teacher": str(tmp_path / "given")}
+    wanted = apply(config.get_config(), grey(channels) | changes)
+    with wanted.unlocked():
+        wanted.data.name, wanted.data.root = "image_folder", "unread"
+    plan = validate(wanted)  # all stages fit together
+    phase = build_phase(wanted, "e2e_kd")
+    check_given(wanted, tmp_path, [phase])
+    how = "summed" if channels == 1 else "repeated, times 3 / 4,"
+    said = f"config.init.teacher: patch embedding {how} from 3 channels to {channels}"
+    assert said in capsys.readouterr().out
+    check_normalisation(plan, tmp_path, ["e2e_kd"])
+    params = load_stages(wanted, tmp_path, phase)[0]["module_0"]["params"]
+    theirs, mine = (
+        chain.merge(chain.abstract(spec.stages["module_0"].build).graph, tree, {})
+        for spec, tree in (
+            (build_phase(rgb, "ft"), given["module_0"]["params"]),
+            (phase, params),
+        )
+    )
+    # A grey image looks to the teacher as it did in RGB.
+    image = np.random.default_rng(0).standard_normal((2, 16, 16, 1), np.float32)
+    alike = np.repeat(image, 3, -1), np.repeat(image, channels, -1)
+    if channels == 4:  # of which the first channel is repeated, and counts twice
+        kernel = np.asarray(given["module_0"]["params"]["patch_embed"]["linear"]["kernel"])
+        own = np.asarray(params["patch_embed"]["linear"]["kernel"]).reshape(64, 4, 16)
+        np.testing.assert_allclose(own, kernel.reshape(64, 3, 16)[:, [0, 1, 2, 0]] * 0.75)
+    else:
+        outputs = [m(jnp.asarray(x)) for m, x in zip((theirs, mine), alike, strict=True)]
+        np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (grey() | {"data.mean": (0.5, 0.5)}, "data.mean has 2 values and data.channels is 1"),
+        (grey(4), "data.channels is 4: digits is grey"),
+        (grey() | {"data.augment.color_jitter": 0.4}, r"data.augment.color_jitter=0.0"),
+        (grey() | {"data.augment.rand_augment": "rand-m9"}, r"data.augment.rand_augment=''"),
+        (
+            grey()
+            | {
+                "teaching_data.name": "digits",
+                "teaching_data.image_size": 16,
+                "teaching_data.classes": 10,
+            },
+            "config.teaching_data.channels is 3",
+        ),
+        (
+            grey() | {"phases": ("e2e_scratch", "fewshot"), "few_shot.network": "e2e_scratch"},
+            "config.few_shot.data.channels is 3",
+        ),
+        ({"data.channels": 0}, "must be above 0"),
         ({"recipes.e2e.schedule": "one_cycle"}, "warmup_epochs; that is 0"),
         ({"recipes.m2mkd.linear_probe": True}, "only pt, ft and e2e"),
         ({"recipes.mt.layer_decay": 0.9}, "only pt, ft and e2e"),
@@ -134,9 +211,23 @@ def test_what_cannot_work_is_refused_before_work(changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_detectors_take_images_in_rgb():
+    config = apply(tiny_vmoe.get_config(), grey() | {"phases": ("detect",)})
+    with pytest.raises(UserError, match=r"config.data.channels is 1: detectors take scenes in RGB"):
+        check_detection(config, 1)
+
+
 def test_runs_of_earlier_versions_keep_their_inputs():
     inputs = Plan(tiny.get_config()).job("pt").inputs["config"]
-    new = ("validation", "sampler", "orientation", "freeze", "layer_decay", "class_weights")
+    new = (
+        "channels",
+        "validation",
+        "sampler",
+        "orientation",
+        "freeze",
+        "layer_decay",
+        "class_weights",
+    )
     assert not [key for key in inputs if key.rpartition(".")[2] in new]
     held = Plan(apply(tiny.get_config(), {"data.validation": 0.1})).job("pt").inputs["config"]
     assert held["data.validation"] == 0.1
