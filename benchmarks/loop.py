@@ -22,7 +22,8 @@ import jax
 from configs import nac_digits
 from m2mkd_jax.data.pipeline import train_batches
 from m2mkd_jax.jobs.log import Log
-from m2mkd_jax.jobs.setup import fresh_setup, image_source
+from m2mkd_jax.jobs.run import image_source
+from m2mkd_jax.jobs.setup import fresh_setup
 from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
 from m2mkd_jax.train.loop import Loop, Member

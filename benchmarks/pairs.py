@@ -29,7 +29,8 @@ from m2mkd_jax.data.pipeline import train_batches
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.jobs.joint import JointSetup, joint_setup
 from m2mkd_jax.jobs.kept_targets import keep_targets
-from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
+from m2mkd_jax.jobs.run import Run, image_source
+from m2mkd_jax.jobs.setup import abstract_stages
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.families import students

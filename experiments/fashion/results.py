@@ -110,8 +110,8 @@ def _at(jobs: list[JobRecord], share: float) -> float | None:
 def _lines(found: dict[str, Any]) -> list[str]:
     """The table in Markdown."""
     lines = [
-        f"Validation images: meta model {_shown(found['meta'])}, teacher {_shown(found['teacher'])}; "
-        "of the networks, accuracy within the budget. At its end test images.",
+        f"Meta model {_shown(found['meta'])}, teacher {_shown(found['teacher'])}, of validation "
+        "images, as are accuracies within the budget.",
         "FLOPs of all training steps: "
         + ", ".join(f"{name} {si(value)}" for name, value in found["compute"].items())
         + ".",

@@ -7,6 +7,7 @@ is no part of the mask of an earlier one, of which at least 70% stay to be seen.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -69,15 +70,15 @@ def digits_scene(seed: int, split: str, index: int, side: int = 128) -> Scene:
         chosen.append(int(classes[digit]))
         whole.append(int(mask.sum()))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return tight(Scene(image, np.zeros((len(masks), 4)), np.array(chosen, np.int64), masks))
+    return tight(Scene(image, np.zeros((len(masks), 4)), np.array(chosen, np.int64), [*masks]))
 
 
 def _place(
     rng: np.random.Generator,
     shape: np.ndarray,
     side: int,
-    masks: list[np.ndarray],
-    whole: list[int],
+    masks: Sequence[np.ndarray],
+    whole: Sequence[int],
 ) -> np.ndarray | None:
     """Where a digit goes on the canvas, bool (side, side); None: it would hide another too much.
 

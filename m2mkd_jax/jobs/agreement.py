@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config.values import leaves
 from m2mkd_jax.jobs.plan import Kind, Plan
-from m2mkd_jax.jobs.setup import image_source
+from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.parallel.agreement import check_same, code_versions
 from m2mkd_jax.parallel.process import alone
 

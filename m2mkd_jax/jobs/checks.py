@@ -39,7 +39,7 @@ from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
 from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.jobs.recipe_checks import check_recipe_choices, check_trained
-from m2mkd_jax.jobs.setup import Run, count_updates, image_source
+from m2mkd_jax.jobs.run import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
 from m2mkd_jax.jobs.trackers import tracker_class
 from m2mkd_jax.models import chain

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.jobs.plan import Kind, Plan
-from m2mkd_jax.jobs.setup import image_source
+from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import init_path, read_recorded

@@ -33,7 +33,7 @@ from m2mkd_jax.detection.pictures import drawn, whole_masks
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.evaluate.coco import KINDS, coco_results, evaluate_coco
 from m2mkd_jax.files.paths import make_directory, write_bytes
-from m2mkd_jax.jobs.setup import Run, image_source
+from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, interrupted, is_main, reached

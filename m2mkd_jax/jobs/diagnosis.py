@@ -13,7 +13,8 @@ import numpy as np
 
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.pipeline import batch_indices, train_batches
-from m2mkd_jax.jobs.setup import Setup, image_source
+from m2mkd_jax.jobs.run import image_source
+from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.train.step import prepared, step_keys
 

@@ -24,7 +24,8 @@ from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.files.paths import make_directory
 from m2mkd_jax.jobs.detection import measure_detector, said
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, frozen_program, has_test_images, image_source, make_program
+from m2mkd_jax.jobs.run import Run, has_test_images, image_source
+from m2mkd_jax.jobs.setup import frozen_program, make_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes

@@ -27,7 +27,8 @@ from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import Job, write_inputs
-from m2mkd_jax.jobs.setup import Run, image_source, set_up
+from m2mkd_jax.jobs.run import Run, image_source
+from m2mkd_jax.jobs.setup import set_up
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes

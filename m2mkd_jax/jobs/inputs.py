@@ -15,7 +15,8 @@ from m2mkd_jax.data.pipeline import first_images
 from m2mkd_jax.data.preview import caption, draw_grid
 from m2mkd_jax.files.paths import write_bytes
 from m2mkd_jax.jobs.detection import draw_scenes
-from m2mkd_jax.jobs.setup import Setup, image_source
+from m2mkd_jax.jobs.run import image_source
+from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.train.step import prepare

@@ -19,7 +19,8 @@ from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.jobs.fitting import FittingStep, device_memory
 from m2mkd_jax.jobs.plan import Job
-from m2mkd_jax.jobs.setup import Run, Setup, abstract_stages, frozen_program, set_up
+from m2mkd_jax.jobs.run import Run
+from m2mkd_jax.jobs.setup import Setup, abstract_stages, frozen_program, set_up
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, say
 from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram

@@ -24,7 +24,8 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import local_directory
 from m2mkd_jax.jobs.joint import JointSetup, joint_setup, keeps_targets
 from m2mkd_jax.jobs.plan import Job
-from m2mkd_jax.jobs.setup import Run, abstract_stages, image_source
+from m2mkd_jax.jobs.run import Run, image_source
+from m2mkd_jax.jobs.setup import abstract_stages
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import say

@@ -37,7 +37,7 @@ from m2mkd_jax.jobs.plan import (
 )
 from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.rounds import run_training
-from m2mkd_jax.jobs.setup import Run
+from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.summary import summarise
 from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache

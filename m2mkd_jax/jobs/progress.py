@@ -22,7 +22,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs.joint import can_join
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
-from m2mkd_jax.jobs.setup import count_updates
+from m2mkd_jax.jobs.run import count_updates
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.phases.detection import DetectionPhase

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,18 +22,16 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config.files import find_config, read_config
 from m2mkd_jax.data.indices import balanced_weights
-from m2mkd_jax.data.pipeline import batch_indices
-from m2mkd_jax.data.scenes import is_scenes, load_scenes
-from m2mkd_jax.data.sources import describe_missing, has_test, load_source
+from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.detection import optimizer as detection_optimizer
-from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.jobs.fitting import FittingStep
+from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.detection import DetectionPhase
-from m2mkd_jax.phases.initial_weights import fresh_stage, job_directory
+from m2mkd_jax.phases.initial_weights import fresh_stage
 from m2mkd_jax.phases.joined import Joined, join_neighbours
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
@@ -45,24 +42,6 @@ from m2mkd_jax.train.trained_parts import by_part
 
 # Of the learning rate, where there are no data to count.
 UPDATES_PER_EPOCH = 1000
-_IMAGES: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run: its config, directory and devices."""
-
-    config: ConfigDict
-    workdir: Path
-    mesh: Mesh
-
-    def directory(self, job: str) -> Path:
-        """Where a job keeps what it makes."""
-        return job_directory(self.workdir, job)
-
-    def shardings(self, tree: Any) -> Any:
-        """Where the arrays (or shapes) of a tree lie on the mesh."""
-        return partition.shardings(self.mesh, tree, self.config.mesh.fsdp)
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
@@ -70,49 +49,6 @@ def compute_dtype(precision: str) -> jnp.dtype:
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)
-
-
-def image_source(data: ConfigDict, split: str) -> Any:
-    """A data set's images or scenes, opened once per process however many jobs read them."""
-    if split == "validation" and not data.get("validation"):
-        split = "test"
-    key = f"{split} {data.to_json()}"
-    if key not in _IMAGES:
-        load = load_scenes if is_scenes(data) else load_source
-        _IMAGES[key] = load(data, split)
-    return _IMAGES[key]
-
-
-def has_test_images(data: ConfigDict) -> bool:
-    """Whether a data set, which is there, has test images, or scenes, of its own."""
-    return is_scenes(data) or has_test(data)
-
-
-def count_updates(phase: Phase) -> int:
-    """Optimizer updates in an epoch of a phase; opens its training data.
-
-    Raises:
-        UserError: the data cannot be read, are fewer than a batch, or the epochs too short for one.
-    """
-    recipe, data, key = phase.recipe, phase.data, f"config.{phase.recipe_key}"
-    micro = recipe.batch // recipe.accumulate
-    with located(f"config.{phase.data_key}"):
-        images = image_source(data, "train")
-    with located(f"{key}.batch"):
-        indices = batch_indices(images, data, micro, phase.seed)
-    steps = indices.steps_per_epoch
-    if steps < recipe.accumulate:
-        raise UserError(
-            f"{phase.job}: an epoch has fewer images than one batch of {recipe.batch}; lower "
-            f"{key}.batch"
-        )
-    updates = steps // recipe.accumulate
-    if not round(recipe.epochs * updates):
-        raise UserError(
-            f"{phase.job}: {recipe.epochs:g} epochs of {updates} batches are none; raise "
-            f"{key}.epochs"
-        )
-    return updates
 
 
 def make_program(

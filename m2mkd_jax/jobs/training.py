@@ -34,7 +34,8 @@ from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.progress import Schedule, pace
-from m2mkd_jax.jobs.setup import Run, Setup, image_source
+from m2mkd_jax.jobs.run import Run, image_source
+from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.matrix_rate import matrix_rate

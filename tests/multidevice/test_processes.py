@@ -17,7 +17,8 @@ from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline, training
 from m2mkd_jax.jobs.evaluation import evaluator
-from m2mkd_jax.jobs.setup import Run, set_up
+from m2mkd_jax.jobs.run import Run
+from m2mkd_jax.jobs.setup import set_up
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stages

@@ -25,7 +25,8 @@ from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.few_shot import Episode
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, jobs_to_run
-from m2mkd_jax.jobs.setup import Run, count_updates, image_source, make_program, set_up
+from m2mkd_jax.jobs.run import Run, count_updates, image_source
+from m2mkd_jax.jobs.setup import make_program, set_up
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.initial_weights import job_directory, load_stage, load_stages

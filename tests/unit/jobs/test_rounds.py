@@ -15,7 +15,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import joint, kept_targets, locks, rounds
 from m2mkd_jax.jobs.pipeline import _phases
 from m2mkd_jax.jobs.plan import Plan
-from m2mkd_jax.jobs.setup import Run
+from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.parallel.mesh import make_mesh
 from tests.e2e import tiny
 
