@@ -10,7 +10,7 @@ from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.plan import NEUTRAL, Kind, Plan, inputs_path, is_done
-from m2mkd_jax.phases.initial_weights import job_directory
+from m2mkd_jax.phases.weight_files import job_directory
 
 
 def raised_epochs(plan: Plan, workdir: Path, name: str) -> tuple[float, float] | None:

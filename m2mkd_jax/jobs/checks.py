@@ -47,8 +47,9 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.phases.build import END_TO_END, TEACHER_STAGES
 from m2mkd_jax.phases.detection import DENSE
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
-from m2mkd_jax.phases.initial_weights import check_given, check_measured, weights_directory
+from m2mkd_jax.phases.initial_weights import check_given, check_measured
 from m2mkd_jax.phases.phase import FRESH, StageSpec
+from m2mkd_jax.phases.weight_files import weights_directory
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 

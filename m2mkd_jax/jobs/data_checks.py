@@ -20,8 +20,8 @@ from m2mkd_jax.jobs.plan import Kind, Plan
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students
-from m2mkd_jax.phases.initial_weights import init_path, read_recorded
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import init_path, read_recorded
 
 CONVERTED = ", or convert with the right --mean and --std"  # advice on weights that no job made
 

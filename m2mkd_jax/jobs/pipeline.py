@@ -43,7 +43,7 @@ from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
-from m2mkd_jax.phases.initial_weights import job_directory
+from m2mkd_jax.phases.weight_files import job_directory
 
 RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
     Kind.FEW_SHOT: run_few_shot,

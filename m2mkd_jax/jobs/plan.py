@@ -18,8 +18,8 @@ from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.initial_weights import INIT_FIELD, init_path, job_directory
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, job_directory
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.

@@ -26,8 +26,8 @@ from m2mkd_jax.jobs.run import count_updates
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.phases.detection import DetectionPhase
-from m2mkd_jax.phases.initial_weights import job_directory
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import job_directory
 
 # Numbers of the log that differ between two runs of one config.
 CLOCK = (

@@ -14,8 +14,8 @@ from m2mkd_jax.data.scenes import is_scenes, load_scenes
 from m2mkd_jax.data.sources import has_test, load_source
 from m2mkd_jax.errors import UserError, located
 from m2mkd_jax.parallel import partition
-from m2mkd_jax.phases.initial_weights import job_directory
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import job_directory
 
 _IMAGES: dict[str, Any] = {}
 

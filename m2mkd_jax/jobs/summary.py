@@ -14,7 +14,7 @@ from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
 from m2mkd_jax.parallel.process import is_main
-from m2mkd_jax.phases.initial_weights import job_directory
+from m2mkd_jax.phases.weight_files import job_directory
 
 
 def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.build import build_phase
-from m2mkd_jax.phases.initial_weights import load_stages, weights_directory
+from m2mkd_jax.phases.initial_weights import load_stages
+from m2mkd_jax.phases.weight_files import weights_directory
 from tests.e2e import tiny, tiny_vmoe
 from tests.published_files import load, run
 from tests.support import FIXTURES

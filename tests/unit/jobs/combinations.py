@@ -29,8 +29,9 @@ from m2mkd_jax.jobs.run import Run, count_updates, image_source
 from m2mkd_jax.jobs.setup import make_program, set_up
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.mesh import make_mesh
-from m2mkd_jax.phases.initial_weights import job_directory, load_stage, load_stages
+from m2mkd_jax.phases.initial_weights import load_stage, load_stages
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
+from m2mkd_jax.phases.weight_files import job_directory
 from tests.e2e import tiny, tiny_vmoe
 
 DENSE = "examples.dense_students:DenseStudents"
@@ -325,13 +326,13 @@ class Memory:
 
 def install(monkeypatch: Any) -> Memory:
     """A memory in place of weights in files, and random stages in place of fresh ones."""
-    memory, module = Memory(), "m2mkd_jax.phases.initial_weights"
+    memory = Memory()
 
     def fresh(config: ConfigDict, spec: Any, name: str, seed: int, shardings: Any = None) -> dict:
         return random_stage(spec.build, name, seed)
 
-    monkeypatch.setattr(f"{module}.open_weights", memory.open)
-    monkeypatch.setattr(f"{module}.fresh_stage", fresh)
+    monkeypatch.setattr("m2mkd_jax.phases.weight_files.open_weights", memory.open)
+    monkeypatch.setattr("m2mkd_jax.phases.initial_weights.fresh_stage", fresh)
     # A step whose memory is to be checked is compiled, even where only its shapes are asked for.
     monkeypatch.setattr("m2mkd_jax.jobs.fitting.device_memory", lambda: 0)
     return memory
