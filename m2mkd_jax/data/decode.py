@@ -111,11 +111,22 @@ def decode(
         decoded: np.ndarray | None = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
         if decoded is not None:
             return _turned(decoded, turn)
+    return _by_pillow(content, name, form.channels, turn, shrink)
+
+
+def _by_pillow(
+    content: bytes,
+    name: str,
+    channels: int,
+    turn: int,
+    shrink: Callable[[int, int], float] | None,
+) -> np.ndarray:
+    """`decode` of what OpenCV does not read as Pillow does; `turn` is EXIF's orientation."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             # Pillow turns TIFF files by itself.
             turn = 1 if image.format == "TIFF" else turn
-            pixels = _turned(_pixels(image, name, form.channels), turn)
+            pixels = _turned(_pixels(image, name, channels), turn)
             if shrink:
                 shrink(*pixels.shape[:2])
             return pixels
