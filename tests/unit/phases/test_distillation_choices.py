@@ -185,7 +185,9 @@ def test_what_a_result_depends_on_and_where_tokens_are_matched():
     for job in ("m2mkd/0", "m2mkd/1", "m2mkd/2", "e2e_kd"):
         phase = build_phase(config, job)
         assert phase.depends_on["distillation"]["alpha_end"] == 0.0
-        matched[job] = make_program(config, phase).matches_tokens
+        program = make_program(config, phase)
+        matched[job] = program.matches_tokens
+        assert bool(program.token_weight) is (job != "e2e_kd")
         assert ("token_weight" in phase.depends_on["distillation"]) is matched[job]
     assert list(matched.values()) == [True, True, False, False]
 
