@@ -205,9 +205,11 @@ class Program:
         metrics |= {f"router/{name}": layers for name, layers in seen.items()}
         if taught is not None:
             taught = jax.lax.stop_gradient(taught)
-            alpha = self.alpha
-            if callable(alpha):
-                alpha = metrics["alpha"] = alpha(batch["step"])
+            alpha: float | jax.Array
+            if callable(self.alpha):
+                alpha = metrics["alpha"] = self.alpha(batch["step"])
+            else:
+                alpha = self.alpha
             loss = distillation.distill(loss, logits, taught, self.kind, alpha, self.temperature)
             agree = jnp.argmax(logits, -1) == jnp.argmax(taught, -1)
             metrics |= {"teacher_agreement": agree.mean()}
