@@ -78,6 +78,20 @@ ABLATIONS = (
         (("distillation.temperature", "4.0"),),
     ),
     Arm(
+        "alpha_falls",
+        "alpha falls from 1 to 0",
+        TAUGHT,
+        TEACHERS,
+        (("distillation.alpha", "1.0"), ("distillation.alpha_end", "0.0")),
+    ),
+    Arm(
+        "tokens",
+        "tokens of their modules too (weight 1)",
+        TAUGHT,
+        TEACHERS,
+        (("distillation.token_weight", "1.0"),),
+    ),
+    Arm(
         "before_ft",
         "taught by modules as before fine-tuning",
         TAUGHT,

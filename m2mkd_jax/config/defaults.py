@@ -22,6 +22,7 @@ from m2mkd_jax.config.keys import (
     REMAT,
     SEED,
     SHARE,
+    SHARE_OR_MINUS_1,
     Key,
     Keys,
     default_values,
@@ -74,7 +75,20 @@ DISTILLATION: Keys = {
         "its likeliest class; none",
     ),
     "alpha": Key(0.5, "weight of the distillation loss; that of the labels is 1 - alpha", SHARE),
+    "alpha_end": Key(
+        -1.0,
+        "alpha of a job's last optimizer update, to which it goes from `alpha`, linearly by "
+        "update; -1: `alpha` throughout, as published",
+        SHARE_OR_MINUS_1,
+    ),
     "temperature": Key(1.0, "temperature of both distributions, for soft", ABOVE_0),
+    "token_weight": Key(
+        0.0,
+        "weight in m2mkd of the mean squared error between the tokens that a student and its "
+        "teacher's module give, each token normalised; not for the last student, which gives "
+        "logits, nor one that gives fewer tokens (a NAC's read-in); 0: none, as published",
+        FROM_0,
+    ),
     "teach_from": Key(
         "ft",
         "phase whose teacher modules teach the students: ft, fine-tuned together as published; mt, "

@@ -36,6 +36,7 @@ FROM_MINUS_1 = Range("-1 or more", lambda v: v >= -1)
 # jax's own heartbeats (parallel/cluster.py) wait for a day.
 WATCHDOG = Range("from 1 to 10000", lambda v: 1 <= v <= 10_000)
 SHARE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
+SHARE_OR_MINUS_1 = Range("from 0 to 1, or -1", lambda v: v == -1 or 0 <= v <= 1)
 BELOW_1 = Range("from 0 to below 1", lambda v: 0 <= v < 1)
 # Seeds of 0, 1, ... are added, and jax, numpy and scikit-learn take 32 bits.
 SEED = Range("from 0 to 2^31", lambda v: 0 <= v <= 2**31)

@@ -54,7 +54,7 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
     finally:
         batches.close()
     key, prepare_keys = step_keys(jax.random.key(phase.seed), step - 1)
-    ready = prepared(prepare_keys, batch, recipe, data)
+    ready = prepared(prepare_keys, batch, recipe, data) | {"step": jnp.asarray(step - 1)}
     found = _first_stage(setup, state, ready["image"], key) or _first_gradient(
         setup, state, ready, key
     )

@@ -9,6 +9,7 @@ from m2mkd_jax.config.defaults import module_recipe, teaching_data, teaching_dat
 from m2mkd_jax.errors import require, require_known
 from m2mkd_jax.losses.distillation import KINDS
 from m2mkd_jax.phases.families import teacher
+from m2mkd_jax.phases.phase import alpha_changes
 
 TEACHING_PHASES = ("ft", "mt")
 
@@ -22,6 +23,34 @@ def check_distillation(config: ConfigDict) -> None:
     require_known(config.distillation.kind, KINDS, "distillation.kind")
     _check_teachers(config)
     _check_views(config)
+    _check_choices(config)
+
+
+def _check_choices(config: ConfigDict) -> None:
+    """Refuses alpha_end and token_weight where they would do nothing, or cannot be done."""
+    chosen = config.distillation
+    wanted = {
+        "alpha_end": alpha_changes(chosen),
+        "token_weight": chosen.token_weight > 0,
+    }
+    for name, on in wanted.items():
+        require(
+            not on or chosen.kind != "none",
+            f"config.distillation.{name} is {chosen[name]}, and with distillation.kind "
+            f'"none" there is no teacher; set distillation.kind="soft", or leave {name} out',
+        )
+    if not wanted["token_weight"]:
+        return
+    where = f"config.distillation.token_weight is {chosen.token_weight}"
+    require(
+        teacher(config).modules > 1,
+        f"{where}: a teacher of one module gives logits alone; set it to 0",
+    )
+    require(
+        not (chosen.views and chosen.keep_targets),
+        f"{where}: tokens of the teacher are not among the kept targets; set "
+        "distillation.keep_targets=False, or token_weight to 0",
+    )
 
 
 def _check_teachers(config: ConfigDict) -> None:

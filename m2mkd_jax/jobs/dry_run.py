@@ -198,7 +198,7 @@ def count_costs(
     classes = jax.eval_shape(logits, params, frozen, x).shape[-1]
 
     def loss(params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        batch = {"image": images, "target": jnp.zeros((len(images), classes))}
+        batch = {"image": images, "target": jnp.zeros((len(images), classes)), "step": 0}
         return with_mesh(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
 
     weights = held(params)

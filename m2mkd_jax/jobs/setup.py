@@ -52,7 +52,10 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def make_program(
-    config: ConfigDict, phase: Phase, stages: dict[str, dict] | None = None
+    config: ConfigDict,
+    phase: Phase,
+    stages: dict[str, dict] | None = None,
+    updates_per_epoch: int = UPDATES_PER_EPOCH,
 ) -> Program:
     """The phase's program.
 
@@ -60,6 +63,7 @@ def make_program(
         config: of the run.
         phase: the phase.
         stages: its initial stages, which a regulariser may look at; None: without regulariser.
+        updates_per_epoch: optimizer updates in an epoch.
     """
     regulariser = None
     if phase.regulariser and stages is not None:
@@ -72,7 +76,12 @@ def make_program(
             for name in phase.trainable
         }
         regulariser = phase.regulariser(initial)
-    program = phase.program(regulariser, compute_dtype(config.precision), config.evaluation.sampled)
+    program = phase.program(
+        regulariser,
+        compute_dtype(config.precision),
+        config.evaluation.sampled,
+        updates=round(phase.recipe.epochs * updates_per_epoch),
+    )
     return dataclasses.replace(program, class_weights=_class_weights(phase))
 
 
@@ -273,7 +282,7 @@ def set_up(
     """
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
-    program = make_program(config, phase, None if abstract else stages)
+    program = make_program(config, phase, None if abstract else stages, updates_per_epoch)
     whole = not phase.head and phase.regulariser is None and not by_part(phase.recipe)
     joined = join_neighbours(program, stages, trained=whole, apart=apart)
     place = None

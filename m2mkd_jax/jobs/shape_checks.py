@@ -42,6 +42,30 @@ def check_shapes(plan: Plan) -> None:
         job = plan.job(name)
         if job.kind is not Kind.EVALUATION:
             check_job(plan.config, job)
+    _check_matched_tokens(plan)
+
+
+def _check_matched_tokens(plan: Plan) -> None:
+    """Raises UserError where tokens are to be matched and no student gives those of its teacher."""
+    weight = plan.config.distillation.token_weight
+    phases = [plan.job(name).phase for name in plan.names if name.startswith("m2mkd/")]
+    require(
+        not weight or not phases or any(map(_gives_tokens_of_teacher, phases)),
+        f"config.distillation.token_weight is {weight}, and no student gives tokens of the shape "
+        "that the module gives that teaches it; set it to 0",
+    )
+
+
+def _gives_tokens_of_teacher(phase: Phase) -> bool:
+    """Whether the stage that a phase trains gives tokens of the shape that its teacher's gives."""
+    (student,) = phase.trainable
+    module = phase.teacher[phase.student.index(student)]
+    size = phase.data.image_size
+    x = jax.ShapeDtypeStruct((_images(phase), size, size, 3), jnp.float32)
+    for name in phase.student[: phase.student.index(student)]:
+        x = output(phase.stages[name].build, x.shape, x.dtype)
+    ours, theirs = (output(phase.stages[n].build, x.shape, x.dtype) for n in (student, module))
+    return student != phase.student[-1] and ours.shape == theirs.shape
 
 
 def check_job(config: ConfigDict, job: Job) -> None:

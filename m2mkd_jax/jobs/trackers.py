@@ -2,12 +2,14 @@
 
 A run that was stopped repeats the steps after its newest checkpoint. A tracker is given what
 metrics.jsonl keeps of the steps before, so that its curves go on without doubled points: one that
-can forget starts from that, one that cannot (wandb, trackio) leaves out the steps that it has.
+can forget starts from that, one that cannot (wandb, trackio) leaves out the entries that it has.
 """
 
 from __future__ import annotations
 
+import contextvars
 import importlib
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,30 +99,38 @@ class TensorBoard(Tracker):
 
 
 class _Appending(Tracker):
-    """A tracker that cannot forget: it leaves out the steps that it has been given before."""
+    """A tracker that cannot forget: it leaves out the entries that it has been given before.
+
+    A file beside it says which: all before a step, and at that step those of some names.
+    """
 
     module = ""
 
     def __init__(self, directory: Path, job: str, config: ConfigDict):
         self._directory, self._job, self._config = directory, job, config
         self._path = directory / f"{self.module}.json"
-        self._sent = -1
+        self._sent, self._sent_names = -1, frozenset[str]()
         self._run: Any = None
 
     def begin(self, entries: Sequence[Entry]) -> None:
         """Opens the run, and sends what it has not."""
         kept: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
-        self._sent = kept.get("step", -1)
+        self._sent, self._sent_names = kept.get("step", -1), frozenset(kept.get("names", ()))
         self._run = self._open(str(kept.get("id", "")))
         for entry in entries:
             self.log(entry)
 
     def log(self, entry: Entry) -> None:
-        """Sends an entry, unless it is of a step that was sent before this start."""
-        if entry["step"] > self._sent:
-            self._run.log(scalars(entry), step=entry["step"])
-            known = str(getattr(self._run, "id", ""))
-            write_json(self._path, {"step": entry["step"], "id": known})
+        """Sends an entry, unless it was sent before."""
+        step, names = entry["step"], frozenset(entry)
+        if step < self._sent or (step == self._sent and names <= self._sent_names):
+            return
+        self._run.log(scalars(entry), step=step)
+        # Training and evaluation have an entry each at the same step.
+        self._sent_names = names | (self._sent_names if step == self._sent else frozenset())
+        self._sent = step
+        found = {"step": step, "names": sorted(self._sent_names), "id": self._known}
+        write_json(self._path, found)
 
     def close(self) -> None:
         """Ends the run."""
@@ -130,6 +140,11 @@ class _Appending(Tracker):
     def _open(self, known: str) -> Any:
         """A run, that of the id `known` where there is one."""
         raise NotImplementedError
+
+    @property
+    def _known(self) -> str:
+        """The id by which a later start finds the run."""
+        return str(getattr(self._run, "id", ""))
 
     @property
     def _names(self) -> dict[str, Any]:
@@ -155,12 +170,25 @@ class Wandb(_Appending):
 
 
 class Trackio(_Appending):
-    """trackio, which keeps everything on this machine unless it is told otherwise."""
+    """trackio, which keeps everything on this machine unless it is told otherwise.
+
+    It knows runs by their names, and has one place for all directories: a name is the job's with an
+    id behind it.
+    """
 
     module = "trackio"
 
     def _open(self, known: str) -> Any:
-        return _imported("trackio", "trackio").init(resume="allow", **self._names)
+        self._id = known or uuid.uuid4().hex[:8]
+        options = {**self._names, "name": f"{self._job}-{self._id}"}
+        init = _imported("trackio", "trackio").init
+        # In a context of its own: init ends the run that it finds in its context, and jobs that
+        # train in one program have their runs at the same time.
+        return contextvars.Context().run(init, resume="allow", **options)
+
+    @property
+    def _known(self) -> str:
+        return self._id
 
 
 TRACKERS: dict[str, type[Tracker]] = {

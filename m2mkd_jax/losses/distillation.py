@@ -1,6 +1,6 @@
-"""Logit distillation.
+"""Distillation of logits, and of tokens.
 
-Axes: B batch, K classes. No gradient reaches the teacher.
+Axes: B batch, N tokens, D channels, K classes. No gradient reaches the teacher.
 
 Source: arXiv 2402.16918, section 3.2; docs/reference.md#distillation.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from m2mkd_jax.errors import UserError
 
 KINDS = ("none", "soft", "hard")
+EPS = 1e-6  # of the layer norm of tokens
 
 
 def soft_distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
@@ -56,12 +57,57 @@ def hard_distillation(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_q, choice[:, None], axis=-1).mean()
 
 
+def token_distillation(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean squared error between tokens, each normalised over its channels without scale and shift.
+
+    A hint of the teacher's inner layer, as in FitNets (Romero et al. 2014, arXiv 1412.6550), here
+    behind the student's stitch, which brings its tokens to the teacher's width; normalised as
+    in feature distillation (Wei et al. 2022, arXiv 2205.14141), so that a few channels with large
+    values do not decide it. Not in the paper of m2mKD.
+
+    Args:
+        student: (B, N, D).
+        teacher: (B, N, D).
+
+    Returns:
+        The mean over batch, tokens and channels, a float32 scalar.
+    """
+    difference = _normalised(student) - _normalised(jax.lax.stop_gradient(teacher))
+    return jnp.mean(jnp.square(difference))
+
+
+def _normalised(tokens: jax.Array) -> jax.Array:
+    """(B, N, D) -> float32 (B, N, D), each token with mean 0 and variance 1."""
+    tokens = tokens.astype(jnp.float32)
+    mean, variance = tokens.mean(-1, keepdims=True), tokens.var(-1, keepdims=True)
+    return (tokens - mean) * jax.lax.rsqrt(variance + EPS)
+
+
+def linear_alpha(
+    step: jax.Array | int, *, first: float, last: float, updates: int, accumulate: int
+) -> jax.Array:
+    """Alpha of a training step: linear in the number of the optimizer update.
+
+    Args:
+        step: its number, from 0.
+        first: alpha of the first update.
+        last: alpha of the last one.
+        updates: of the whole job.
+        accumulate: steps of an update.
+
+    Returns:
+        A float32 scalar.
+    """
+    done = (jnp.asarray(step) // accumulate).astype(jnp.float32) / max(updates - 1, 1)
+    return first + (last - first) * jnp.minimum(done, 1.0)
+
+
 def distill(
     classification_loss: jax.Array,
     student_logits: jax.Array,
     teacher_logits: jax.Array | None,
     kind: str,
-    alpha: float,
+    alpha: float | jax.Array,
     temperature: float = 1.0,
 ) -> jax.Array:
     """(1 - alpha) * classification loss + alpha * distillation loss.

@@ -197,7 +197,24 @@ def run_with_aux(
     Args:
         stages, x, rates, key, train: as for `run`.
     """
-    auxiliary = []
+    outputs, auxiliary = run_with_outputs(stages, x, rates=rates, key=key, train=train)
+    return (outputs[-1] if outputs else x), auxiliary
+
+
+def run_with_outputs(
+    stages: Sequence[Stage],
+    x: jax.Array,
+    *,
+    rates: Sequence[Rates] | None = None,
+    key: jax.Array | None = None,
+    train: bool = False,
+) -> tuple[list[jax.Array], list[dict[str, jax.Array]]]:
+    """Runs a chain and returns each stage's output and auxiliary outputs (`Stage.with_aux`).
+
+    Args:
+        stages, x, rates, key, train: as for `run`.
+    """
+    outputs, auxiliary = [], []
     for i, stage in enumerate(stages):
         x, aux = stage.with_aux(
             x,
@@ -205,8 +222,9 @@ def run_with_aux(
             key=None if key is None else jax.random.fold_in(key, i),
             train=train,
         )
+        outputs.append(x)
         auxiliary.append(aux)
-    return x, auxiliary
+    return outputs, auxiliary
 
 
 def join(

@@ -29,7 +29,7 @@ from m2mkd_jax.config import defaults
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.detection import detection_phase
 from m2mkd_jax.phases.families import students, teacher
-from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom
+from m2mkd_jax.phases.phase import FRESH, Phase, StageSpec, WeightsFrom, alpha_changes
 
 TEACHER_STAGES = ("meta_", "module_")  # what the names of the teacher's stages begin with
 END_TO_END = {
@@ -226,7 +226,11 @@ def _family_fields(config: ConfigDict) -> dict[str, Any]:
 
 def _loss_fields(config: ConfigDict) -> dict[str, Any]:
     """What of config.distillation the loss depends on."""
-    return {name: config.distillation[name] for name in ("kind", "alpha", "temperature")}
+    chosen = config.distillation
+    fields = {name: chosen[name] for name in ("kind", "alpha", "temperature")}
+    if alpha_changes(chosen):
+        fields["alpha_end"] = chosen.alpha_end
+    return fields
 
 
 def _imitated(config: ConfigDict, index: int) -> int:
@@ -240,6 +244,8 @@ def _changed_fields(config: ConfigDict, index: int) -> dict[str, Any]:
     chosen, imitated = config.distillation, _imitated(config, index)
     fields = {"views": chosen.views} if chosen.views else {}
     fields |= {"teach_from": chosen.teach_from} if chosen.teach_from != "ft" else {}
+    if chosen.token_weight and index < teacher(config).modules - 1:
+        fields["token_weight"] = chosen.token_weight
     return fields | ({"teacher_of": imitated} if imitated != index else {})
 
 

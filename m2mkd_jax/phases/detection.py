@@ -98,10 +98,14 @@ class DetectionPhase(Phase):
         return self.spec
 
     def program(
-        self, regulariser: Regulariser | None, dtype: jnp.dtype, sampled_evaluation: bool
+        self,
+        regulariser: Regulariser | None,
+        dtype: jnp.dtype,
+        sampled_evaluation: bool,
+        updates: int = 1,
     ) -> DetectionProgram:
-        """What is computed in this phase; there is no regulariser and no sampled evaluation."""
-        del regulariser, sampled_evaluation
+        """What is computed in this phase; of the arguments it depends on `dtype` alone."""
+        del regulariser, sampled_evaluation, updates
         return DetectionProgram(
             graphs={STAGE: chain.abstract(self.stages[STAGE].build).graph},
             student=self.student,

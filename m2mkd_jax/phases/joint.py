@@ -4,7 +4,7 @@ The modules of m2mkd and of mt run on one meta model. What the chains of two job
 to a stage is computed once; and where several chains run the same frozen stage at the same place,
 it runs once over all of them, stacked along a new leading axis, so that its weights are read once.
 
-Axes: B batch, H height, W width, K classes.
+Axes: B batch, H height, W width, N tokens, D channels, K classes.
 
 Source: arXiv 2402.16918, section 3; docs/reference.md#losses.
 """
@@ -52,12 +52,16 @@ class JointProgram:
 
         Returns:
             By job: "tokens", input of the student chain's first stage that is not the teacher's,
-            and where there is a teacher "logits" (B, K), which it gives.
+            and where there is a teacher "logits" (B, K), which it gives; and where tokens are
+            matched "module" (B, N, D), which the teacher's module gives.
         """
         wanted = {}
         for job, program in self.programs.items():
             paths = {"tokens": program.student[: program.shared]}
-            wanted[job] = paths | ({"logits": program.teacher} if program.teacher else {})
+            paths |= {"logits": program.teacher} if program.teacher else {}
+            if program.matches_tokens:
+                paths["module"] = program.teacher[: program.shared + 1]
+            wanted[job] = paths
         run = self._runner({}, frozen)
         chains = [path for of_job in wanted.values() for path in of_job.values()]
         outputs, _ = follow(chains, {(): images.astype(self.dtype)}, run)
@@ -74,9 +78,9 @@ class JointProgram:
         Args:
             trainable: {job: {stage: params}}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed".
-            batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one; and, as
-                kept from an earlier run of the frozen stages, "tokens/JOB" and "logits/JOB". Images
-                are not needed where the tokens of all jobs are kept.
+            batch: as for `Program.loss`; and, as kept from an earlier run of the frozen stages,
+                "tokens/JOB" and "logits/JOB". Images are not needed where the tokens of all jobs
+                are kept.
             key: as for `Program.loss`; each program draws what it would draw by itself.
 
         Returns:
@@ -90,6 +94,9 @@ class JointProgram:
         total, metrics = jnp.zeros(()), {}
         for job, program in self.programs.items():
             tail = range(program.shared + 1, len(program.student) + 1)
+            tokens = None
+            if program.matches_tokens:
+                tokens = outputs[program.student[: tail[0]]], given[job]["module"]
             loss, metrics[job] = program.objective(
                 outputs[program.student],
                 given[job].get("logits"),
@@ -97,6 +104,7 @@ class JointProgram:
                 trainable[job],
                 frozen,
                 batch,
+                tokens,
             )
             total += loss
         return total, metrics

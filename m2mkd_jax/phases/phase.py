@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from m2mkd_jax.losses.distillation import linear_alpha
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.program import Program
 
 # Merged stages by name -> a scalar to add to the loss.
 Regulariser = Callable[[Mapping[str, nnx.Module]], jax.Array]
+
+
+def alpha_changes(distillation: ConfigDict) -> bool:
+    """Whether alpha is another at the end of a job than at its beginning."""
+    return distillation.alpha_end not in (-1, distillation.alpha)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,11 @@ class Phase:
         return tuple(n for n, s in self.stages.items() if s.weights.kind == "assembled")
 
     def program(
-        self, regulariser: Regulariser | None, dtype: jnp.dtype, sampled_evaluation: bool
+        self,
+        regulariser: Regulariser | None,
+        dtype: jnp.dtype,
+        sampled_evaluation: bool,
+        updates: int = 1,
     ) -> Program:
         """What is computed in this phase.
 
@@ -115,11 +126,9 @@ class Phase:
             regulariser: of the merged stages; None: none.
             dtype: compute type.
             sampled_evaluation: see program.Program.
+            updates: of the optimizer in the whole job, over which alpha goes to alpha_end.
         """
         kind = self.distillation.kind if self.distillation is not None else "none"
-        options = {}
-        if self.distillation is not None:
-            options = dict(alpha=self.distillation.alpha, temperature=self.distillation.temperature)
         return Program(
             graphs={n: chain.abstract(s.build).graph for n, s in self.stages.items()},
             student=self.student,
@@ -134,5 +143,26 @@ class Phase:
             },
             dtype=dtype,
             sampled_evaluation=sampled_evaluation,
-            **options,
+            **self._distillation_options(updates),
         )
+
+    def _distillation_options(self, updates: int) -> dict[str, Any]:
+        """Of config.distillation, what a Program has; {} without a teacher."""
+        chosen = self.distillation
+        if chosen is None:
+            return {}
+        alpha: Any = chosen.alpha
+        if alpha_changes(chosen):
+            alpha = functools.partial(
+                linear_alpha,
+                first=chosen.alpha,
+                last=chosen.alpha_end,
+                updates=updates,
+                accumulate=self.recipe.accumulate,
+            )
+        part = len(self.trainable) < len(self.student)  # a module among those of the meta model
+        return {
+            "alpha": alpha,
+            "temperature": chosen.temperature,
+            "token_weight": chosen.token_weight if part else 0.0,
+        }

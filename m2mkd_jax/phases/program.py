@@ -1,6 +1,6 @@
 """The one loss of all phases: stages of a chain are trained on labels and a teacher chain's logits.
 
-Axes: B batch, H height, W width, K classes, L layers with experts.
+Axes: B batch, H height, W width, N tokens, D channels, K classes, L layers with experts.
 
 Every phase of m2mKD is a `Program`; nothing that uses one knows which phase it is. Parameters of
 both chains are kept in two dicts by stage name, `trainable` and `frozen`: a stage that student and
@@ -33,7 +33,9 @@ class Program:
         trainable: names of the stages that are trained.
         rates: drop-path rates per stage of `student` (None: no drop-path there).
         teacher: names of the chain whose logits are imitated; empty without distillation.
-        kind, alpha, temperature: see losses/distillation.py.
+        kind, temperature: see losses/distillation.py.
+        alpha: weight of the distillation loss; or training step -> weight.
+        token_weight: of `losses.distillation.token_distillation`, see `matches_tokens`.
         regulariser: (stages by name) -> scalar to add to the loss, or None.
         class_weights: (K,), of the classes in the loss of the labels; (): all 1.
         balance: what of `Stage.with_aux` is added to the loss, summed over layers, and its weight.
@@ -47,8 +49,9 @@ class Program:
     rates: tuple = ()
     teacher: tuple[str, ...] = ()
     kind: str = "none"
-    alpha: float = 0.5
+    alpha: float | Callable[[jax.Array], jax.Array] = 0.5
     temperature: float = 1.0
+    token_weight: float = 0.0
     regulariser: Callable[[Mapping[str, nnx.Module]], jax.Array] | None = None
     class_weights: tuple[float, ...] = ()
     balance: Mapping[str, float] = field(default_factory=dict)
@@ -95,9 +98,24 @@ class Program:
         Returns:
             What the last stage gives, and auxiliary outputs by name, (L, ...) over all layers.
         """
+        outputs, seen = self._run_with_outputs(names, trainable, frozen, x, rates, key, train)
+        return (outputs[-1] if outputs else x), seen
+
+    def _run_with_outputs(
+        self,
+        names: Sequence[str],
+        trainable: dict,
+        frozen: dict,
+        x: jax.Array,
+        rates: Sequence | None = None,
+        key: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+        """`run_with_aux` that returns what every stage gives."""
         stages = [self.stage(name, trainable, frozen) for name in names]
-        x, seen = chain.run_with_aux(stages, x, rates=rates or None, key=key, train=train)
-        return x, concatenated(seen)
+        rates = rates or None
+        outputs, seen = chain.run_with_outputs(stages, x, rates=rates, key=key, train=train)
+        return outputs, concatenated(seen)
 
     def stage(self, name: str, trainable: dict, frozen: dict) -> Any:
         """A stage with its parameters, in the compute type."""
@@ -118,6 +136,15 @@ class Program:
             shared += 1
         return shared
 
+    @property
+    def matches_tokens(self) -> bool:
+        """Whether the student's tokens are compared with those of the teacher's module.
+
+        That is, of the first stages that the chains do not share; they are not the last, which give
+        logits.
+        """
+        return bool(self.token_weight and self.teacher) and len(self.student) > self.shared + 1
+
     def loss(
         self, trainable: dict, frozen: dict, batch: dict, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -127,7 +154,8 @@ class Program:
             trainable: {stage: params}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed", and "params" where
                 only a part of them is trained.
-            batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one.
+            batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one; and
+                "step", the number of the training step from 0, where alpha depends on it.
             key: for drop-path and the network's own noise; None switches all of it off.
 
         Returns:
@@ -138,11 +166,15 @@ class Program:
         x = self.run(self.student[:shared], trainable, frozen, x)
         rates = self.rates[shared:] or None
         names = self.student[shared:]
-        logits, seen = self.run_with_aux(
+        outputs, seen = self._run_with_outputs(
             names, trainable, frozen, x, rates, key, train=key is not None
         )
-        taught = self.run(self.teacher[shared:], trainable, frozen, x) if self.teacher else None
-        return self.objective(logits, taught, seen, trainable, frozen, batch)
+        taught, tokens = None, None
+        if self.teacher:
+            of_teacher, _ = self._run_with_outputs(self.teacher[shared:], trainable, frozen, x)
+            taught = of_teacher[-1]
+            tokens = (outputs[0], of_teacher[0]) if self.matches_tokens else None
+        return self.objective(outputs[-1], taught, seen, trainable, frozen, batch, tokens)
 
     def objective(
         self,
@@ -152,6 +184,7 @@ class Program:
         trainable: dict,
         frozen: dict,
         batch: dict,
+        tokens: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`loss` from what the chains gave.
 
@@ -160,6 +193,8 @@ class Program:
             taught: (B, K), of the teacher's; None without one.
             seen: auxiliary outputs of the student's chain, see `run_with_aux`.
             trainable, frozen, batch: as for `loss`.
+            tokens: (B, N, D) that the student's stage gave and the teacher's, where they are
+                matched; of unequal shapes they are not.
 
         Returns:
             As `loss`.
@@ -170,11 +205,17 @@ class Program:
         metrics |= {f"router/{name}": layers for name, layers in seen.items()}
         if taught is not None:
             taught = jax.lax.stop_gradient(taught)
-            loss = distillation.distill(
-                loss, logits, taught, self.kind, self.alpha, self.temperature
-            )
+            alpha: float | jax.Array
+            if callable(self.alpha):
+                alpha = metrics["alpha"] = self.alpha(batch["step"])
+            else:
+                alpha = self.alpha
+            loss = distillation.distill(loss, logits, taught, self.kind, alpha, self.temperature)
             agree = jnp.argmax(logits, -1) == jnp.argmax(taught, -1)
             metrics |= {"teacher_agreement": agree.mean()}
+        if tokens is not None and tokens[0].shape == tokens[1].shape:
+            metrics["token_loss"] = distillation.token_distillation(*tokens)
+            loss = loss + self.token_weight * metrics["token_loss"]
         for name, weight in self.balance.items():
             if weight and name in seen:
                 loss = loss + weight * seen[name].sum()

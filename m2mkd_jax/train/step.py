@@ -190,7 +190,7 @@ def _joint_update(
     def step(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
-        batch = prepared(prepare_keys, batch, mixing_recipe, data)
+        batch = prepared(prepare_keys, batch, mixing_recipe, data) | {"step": first["step"]}
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {job: states[job]["params"] for job in jobs}

@@ -13,7 +13,7 @@ from tests.shipped import change, digits
     [
         ("teacher.depths", (2, "a", 2, 2, 2, 2)),
         ("teacher.depths", (0, 2, 2, 2, 2, 2)),
-        ("data.mean", (0.5, 0.5)),
+        ("detection.data.mean", (0.5, 0.5)),
         ("data.std", (0.0, 1.0, 1.0)),
         ("data.workers", -9),
         ("recipes.e2e.lr", -1.0),
