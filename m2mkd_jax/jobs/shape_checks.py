@@ -60,8 +60,7 @@ def _gives_tokens_of_teacher(phase: Phase) -> bool:
     """Whether the stage that a phase trains gives tokens of the shape that its teacher's gives."""
     (student,) = phase.trainable
     module = phase.teacher[phase.student.index(student)]
-    size = phase.data.image_size
-    x = jax.ShapeDtypeStruct((_images(phase), size, size, 3), jnp.float32)
+    x = jax.ShapeDtypeStruct((_images(phase), *image_shape(phase.data)), jnp.float32)
     for name in phase.student[: phase.student.index(student)]:
         x = output(phase.stages[name].build, x.shape, x.dtype)
     ours, theirs = (output(phase.stages[n].build, x.shape, x.dtype) for n in (student, module))

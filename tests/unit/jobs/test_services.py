@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import struct
+import sys
 
 import pytest
 
@@ -29,13 +30,12 @@ def records(path):
 
 def in_wandb(directory):
     """The rows that a job's runs have: (step, {name: value})."""
-    from wandb.proto.wandb_internal_pb2 import Record  # noqa: PLC0415  slow, and for one test
-
+    record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     runs = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
     assert len({path.name for path in runs}) == 1  # one id
     for path in runs:
         for text in records(path):
-            history = Record.FromString(text).history
+            history = record.FromString(text).history
             if history.item:
                 items = {i.key or "/".join(i.nested_key): i.value_json for i in history.item}
                 yield history.step.num, {name: json.loads(value) for name, value in items.items()}
@@ -53,11 +53,14 @@ def in_trackio(directory):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_what_is_read_back_is_metrics_jsonl(name, tmp_path, monkeypatch):
-    pytest.importorskip(name)
+    # trackio looks at its directory when it is imported.
+    for module in [m for m in sys.modules if m.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)
     for variable, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pytest.importorskip(name)
     # Two runs of one name, at the same time.
     directories = [tmp_path / "a", tmp_path / "b"]
     for directory in directories:
