@@ -59,9 +59,10 @@ class Forks:
 
 def serve(log: str) -> None:
     """The process that forks: a run for every line of arguments on stdin."""
-    for name in ("sklearn.datasets", "tensorstore"):  # of which the runs will ask
-        importlib.import_module(name)
+    # Of which the runs will ask; none of them starts threads.
     sys.path.insert(0, str(ROOT))
+    for name in ("sklearn.datasets", "tensorstore", "m2mkd_jax.main.command"):
+        importlib.import_module(name)
     prepare: Any = importlib.import_module("m2mkd_jax.files.paths").prepare
     start: Any = importlib.import_module("m2mkd_jax.main").start
     prepare()

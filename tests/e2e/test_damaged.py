@@ -8,7 +8,8 @@ import json
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import checks, setup
+from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs import run as run_data
 from m2mkd_jax.parallel.mesh import make_mesh
 from tests.data_files import write_folders
 from tests.e2e import command, tiny
@@ -55,7 +56,7 @@ def check_weights_and_other_classes(data, run):
     checks.validate_jobs(plan, data.parent / "other", make_mesh(), ["eval"])
     for split in ("train", "val"):
         (data / split / "n01").rename(data / split / "n04")
-    setup._IMAGES.clear()  # a run reads its images once
+    run_data._IMAGES.clear()  # a run reads its images once
     with pytest.raises(UserError) as error:
         checks.validate_jobs(plan, data.parent / "other", make_mesh(), ["eval"])
     assert str(error.value).startswith(

@@ -1,26 +1,25 @@
 """Wrong input to the command: one line, exit code 2, and nothing written."""
 
-import functools
-import subprocess
-import sys
-
 import pytest
 
 from tests.e2e import command as commands
-from tests.e2e.command import ROOT, TIMEOUT
+from tests.e2e.command import ROOT
+from tests.e2e.forked import Forks
 
-run = functools.partial(commands.run, "tiny")
+CONFIG = f"--config={ROOT / 'tests' / 'e2e' / 'tiny.py'}"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return commands.environment(tmp_path_factory)
+def forks(tmp_path_factory):
+    env = commands.environment(tmp_path_factory)
+    with Forks(env, tmp_path_factory.mktemp("forks") / "printed") as found:
+        yield found
 
 
-def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
-    result = run(environment, tmp_path, "--only=m2mkd/1")
-    assert result.returncode == 2
-    assert "job pt is not done" in result.stderr and result.stderr.count("\n") == 1
+def test_a_job_whose_weights_are_missing_is_refused(forks, tmp_path):
+    code, printed = forks.run(CONFIG, f"--workdir={tmp_path}", "--only=m2mkd/1")
+    assert code == 2
+    assert "job pt is not done" in printed and printed.count("\n") == 1
     assert not (tmp_path / "config.json").exists()
 
 
@@ -39,10 +38,9 @@ def test_a_job_whose_weights_are_missing_is_refused(environment, tmp_path):
         ("--config.nac.options.m=8", "prior"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(environment, tmp_path, flag, says):
-    result = run(environment, tmp_path / "new", flag)
-    assert result.returncode == 2, result.stderr
-    assert says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+def test_wrong_input_is_one_line_and_exit_2(forks, tmp_path, flag, says):
+    code, printed = forks.run(CONFIG, f"--workdir={tmp_path / 'new'}", flag)
+    assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "new").exists()
 
 
@@ -57,25 +55,22 @@ BROKEN_CONFIGS = {
 
 
 @pytest.mark.parametrize("text", BROKEN_CONFIGS)
-def test_a_broken_config_file_is_one_line_and_exit_2(environment, tmp_path, text):
+def test_a_broken_config_file_is_one_line_and_exit_2(forks, tmp_path, text):
     file = tmp_path / "broken.py"
     if text is not None:
         file.write_text(text)
-    flags = [sys.executable, "-m", "m2mkd_jax.main", f"--config={file}", f"--workdir={tmp_path}/w"]
-    result = subprocess.run(
-        flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
-    )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert str(file) in result.stderr or "config.data" in result.stderr
-    assert BROKEN_CONFIGS[text] in result.stderr
+    code, printed = forks.run(f"--config={file}", f"--workdir={tmp_path}/w")
+    assert code == 2 and printed.count("\n") == 1, printed
+    assert str(file) in printed or "config.data" in printed
+    assert BROKEN_CONFIGS[text] in printed
 
 
-def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(environment, tmp_path):
+def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(forks, tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
-        result = run(environment, workdir)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-        assert str(workdir) in result.stderr
+        code, printed = forks.run(CONFIG, f"--workdir={workdir}")
+        assert code == 2 and printed.count("\n") == 1, printed
+        assert str(workdir) in printed
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -87,19 +82,15 @@ def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(environment, tmp_path):
         ("--config.init.network=/nowhere", "no weights of e2e in /nowhere"),
     ],
 )
-def test_what_only_a_later_phase_would_meet_is_refused_at_once(environment, tmp_path, flag, says):
-    result = run(environment, tmp_path / "new", flag)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr
+def test_what_only_a_later_phase_would_meet_is_refused_at_once(forks, tmp_path, flag, says):
+    code, printed = forks.run(CONFIG, f"--workdir={tmp_path / 'new'}", flag)
+    assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "new").exists()
 
 
-def test_an_empty_flag_is_a_missing_one(environment, tmp_path):
-    result = run(environment, "")
-    assert result.returncode == 2 and "--workdir is missing" in result.stderr
+def test_an_empty_flag_is_a_missing_one(forks, tmp_path):
+    code, printed = forks.run(CONFIG, "--workdir=")
+    assert code == 2 and "--workdir is missing" in printed
     assert not (ROOT / "config.json").exists()
-    flags = [sys.executable, "-m", "m2mkd_jax.main", "--config=", f"--workdir={tmp_path}"]
-    result = subprocess.run(
-        flags, cwd=ROOT, env=environment, timeout=TIMEOUT, capture_output=True, text=True
-    )
-    assert result.returncode == 2 and "--config is missing" in result.stderr
+    code, printed = forks.run("--config=", f"--workdir={tmp_path}")
+    assert code == 2 and "--config is missing" in printed
