@@ -6,7 +6,7 @@ from tests.e2e import command as commands
 from tests.e2e.command import ROOT
 from tests.e2e.forked import Forks
 
-CONFIG = f"--config={ROOT / 'tests' / 'e2e' / 'tiny.py'}"
+CONFIG, VMOE = (f"--config={ROOT / 'tests' / 'e2e' / name}.py" for name in ("tiny", "tiny_vmoe"))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,20 @@ def test_a_job_whose_weights_are_missing_is_refused(forks, tmp_path):
 )
 def test_wrong_input_is_one_line_and_exit_2(forks, tmp_path, flag, says):
     code, printed = forks.run(CONFIG, f"--workdir={tmp_path / 'new'}", flag)
+    assert code == 2 and says in printed and printed.count("\n") == 1, printed
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.vmoe.depths=(2,2)", "needs 2"),
+        ("--config.vmoe.router=publisht", "one of published"),
+        ("--config.mesh.expert=3", "3 does not divide 1 device"),
+    ],
+)
+def test_wrong_input_for_a_vmoe_is_one_line_and_exit_2(forks, tmp_path, flag, says):
+    code, printed = forks.run(VMOE, f"--workdir={tmp_path / 'new'}", flag)
     assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "new").exists()
 
