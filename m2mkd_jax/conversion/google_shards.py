@@ -68,6 +68,8 @@ class Shards:
                 f"{missing[0]}"
             )
         self._paths = paths
+        # Every file has parts of many arrays: it is unpacked once.
+        self._contents: dict[int, Any] = {}
         self.shapes = {name: array.shape for name, array in self._arrays.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -80,7 +82,10 @@ class Shards:
         whole = np.empty(array.shape, np.float32)
         left = dict(zip(array.slices, array.files, strict=True))
         for file in sorted(set(array.files)):
-            for part, where in _parts(self._paths[file], self._numbers[name]):
+            if file not in self._contents:
+                self._contents[file] = _unpacked(self._paths[file])
+            content = self._contents[file]
+            for part, where in _parts(content, self._paths[file], self._numbers[name]):
                 if left.pop(where, None) != file or part.size != whole[_numpy(where)].size:
                     raise self._other(file)
                 whole[_numpy(where)] = part.reshape(whole[_numpy(where)].shape)
@@ -104,9 +109,8 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, _Array]]:
         yield path, tree
 
 
-def _parts(path: Path, number: int) -> Iterator[tuple[np.ndarray, Slices]]:
-    """The parts of an array that a data file holds, flat, and where they belong."""
-    content = _unpacked(path)
+def _parts(content: Any, path: Path, number: int) -> Iterator[tuple[np.ndarray, Slices]]:
+    """The parts of an array in the content of a data file, flat, and where they belong."""
     found = content.get(str(number), []) if isinstance(content, dict) else None
     if found is None or _CHUNKS not in content:
         raise UserError(f"{path} is no data file of a checkpoint of vmoe")
