@@ -79,6 +79,8 @@ class Member:
     _pending: list[dict] = field(default_factory=list, init=False)  # on the device
     _taken: list[dict] = field(default_factory=list, init=False)  # fetched, not yet logged
     _steps: int = field(default=0, init=False)  # since the last log entry
+    _logged: float = field(default=0.0, init=False)  # when that was, by the loop's clock
+    _waited: float = field(default=0.0, init=False)  # the loop's then
 
     def add(self, metrics: dict) -> None:
         """Adds the metrics of a step, which are still on the device."""
@@ -141,8 +143,9 @@ class Loop:
     save_seconds: float
     accumulate: int = 1
     _saved: float = field(default=0.0, init=False)  # when
-    _clock: float = field(default=0.0, init=False)  # when the last log entry was written
-    _waited: float = field(default=0.0, init=False)  # for batches since then
+    _paused: float = field(default=0.0, init=False)  # time in which no steps were made
+    _asked: float = field(default=0.0, init=False)  # when the last evaluation began
+    _waited: float = field(default=0.0, init=False)  # for batches
 
     def run(self, states: dict[str, dict], batches: Iterator[dict], start: int = 0) -> dict:
         """Trains from step `start` on, until every job has ended.
@@ -160,7 +163,9 @@ class Loop:
             NotFinite: a loss, gradient or evaluation is not; its state is not saved, the states of
                 the other jobs were saved first.
         """
-        self._saved = self._clock = time.monotonic()
+        self._saved = time.monotonic()
+        for member in self.members:
+            member._logged = self._clock()
         done = start
         with stopping() as asked_to_stop:
             ended = self._ended_before(states, start)
@@ -177,7 +182,7 @@ class Loop:
                     self._waited += arrived - asked
                     stepped, step_metrics = step(states, batch)
                     if not compiled:  # the first call does not return before it is
-                        self._clock += time.monotonic() - arrived
+                        self._paused += time.monotonic() - arrived
                         compiled = True
                     states.update(stepped)
                     done += 1
@@ -190,7 +195,9 @@ class Loop:
                         for member in members
                         if done == member.total_steps or member.stops(metrics.get(member.name, {}))
                     }
+                began = time.monotonic()
                 results |= self._finish(states, ended, done)
+                self._paused += time.monotonic() - began
                 members = [member for member in members if member.name not in ended]
         return results
 
@@ -227,7 +234,7 @@ class Loop:
             if own or overdue or stopped:
                 member.save(done, states[member.name], own)
         if metrics:
-            self._clock, self._waited = time.monotonic(), 0.0
+            self._paused += time.monotonic() - self._asked
         if metrics or overdue:
             self._saved = time.monotonic()
         if stopped:
@@ -279,6 +286,7 @@ class Loop:
         if not due:
             return {}
         self._check_pending(done, due, states)
+        self._asked = time.monotonic()
         return self._measured(done, due, states)
 
     def _measured(self, done: int, due: Iterable[Member], states: dict) -> dict[str, dict]:
@@ -324,15 +332,19 @@ class Loop:
         """Logs the means of the pending metrics of the jobs that are due, after `done` steps."""
         update = max(done // self.accumulate - 1, 0)
         rates = self._check_pending(done, due, states, [m.learning_rate(update) for m in due])
-        now = time.monotonic()
+        now = self._clock()
         for member, rate in zip(due, rates, strict=True):
             values, member._taken = member._taken, []
             steps, member._steps = member._steps, 0
             # Scalars become numbers, arrays per layer become lists.
             names = dict.fromkeys(name for own in values for name in own)
             mean = {k: np.mean([v[k] for v in values if k in v], axis=0).tolist() for k in names}
-            seconds = (now - self._clock) / steps
-            entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds, **mean}
-            entry["data_wait"] = self._waited / max(now - self._clock, 1e-9)
+            seconds, member._logged = now - member._logged, now
+            waited, member._waited = self._waited - member._waited, self._waited
+            entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds / steps, **mean}
+            entry["data_wait"] = waited / max(seconds, 1e-9)
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
-        self._clock, self._waited = now, 0.0
+
+    def _clock(self) -> float:
+        """The time, without that of compiling and evaluating."""
+        return time.monotonic() - self._paused

@@ -106,6 +106,36 @@ def test_resume_after_the_last_step_only_evaluates():
     assert recorder.logs == [] and recorder.evaluations == [10]
 
 
+class Clock:
+    """Stands still but for what `takes` adds: each step 2 s, its batch 1 s."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("m2mkd_jax.train.loop.time.monotonic", lambda: self.now)
+
+    def takes(self, seconds, function):
+        def run(*given):
+            self.now += seconds
+            return function(*given)
+
+        return run
+
+
+def test_the_seconds_of_a_step_are_those_of_steps_alone(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = Recorder(total=11, log_every=4, evaluate_every=3)
+    recorder.step = clock.takes(2.0, recorder.step)
+    recorder.loop.evaluate = clock.takes(50.0, recorder.evaluate)
+    recorder.loop.members[0].save = clock.takes(7.0, recorder.loop.members[0].save)
+    batches = map(clock.takes(1.0, lambda n: n), itertools.count())
+    recorder.loop.run({"job": {"n": 0}}, batches)
+    logs = [entry for entry in recorder.logs if "lr" in entry]
+    assert [entry["step"] for entry in logs] == [4, 8, 11]
+    # The first call compiles: of it only the time for the batch counts.
+    assert [entry["seconds_per_step"] for entry in logs] == [10 / 4, 3.0, 3.0]
+    assert [entry["data_wait"] for entry in logs] == pytest.approx([4 / 10, 1 / 3, 1 / 3])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverging_loss_stops_and_names_the_steps(value):
     recorder = Recorder(losses={5: value})
