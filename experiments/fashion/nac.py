@@ -5,8 +5,9 @@ Hardware: not run in full.
 Time:     not run in full.
 Result:   not run in full.
 
-Evaluations during training look at 1,200 other images of the 60,000; with a tenth of all they took
-more time than the steps. With fewer images an epoch is shorter: every phase has more of them.
+Evaluations during training look at 1,200 other images of the 60,000; with a tenth of all they
+took more time than the steps. With fewer images an epoch is shorter: every phase has more of
+them.
 """
 
 from ml_collections import ConfigDict
