@@ -276,6 +276,7 @@ def iterate(
             )
         ),
         damaged,
+        from_processes=True,
     )
 
 
@@ -287,10 +288,12 @@ class BatchIterator:
     are already unloaded, and print warnings.
     """
 
-    def __init__(self, iterator: Iterator[Batch], damaged: DamagedImageCounter) -> None:
+    def __init__(
+        self, iterator: Iterator[Batch], damaged: DamagedImageCounter, from_processes: bool = False
+    ) -> None:
         self._open = [iterator]
         self._damaged = damaged
-        self.close = weakref.finalize(self, _shut_down, self._open)
+        self.close = weakref.finalize(self, _shut_down, self._open, from_processes)
 
     def __iter__(self) -> "BatchIterator":
         return self
@@ -312,9 +315,11 @@ class BatchIterator:
         return batch
 
 
-def _shut_down(open_iterators: list[Any]) -> None:
+def _shut_down(open_iterators: list[Any], from_processes: bool) -> None:
     iterator = open_iterators.pop()
     if hasattr(iterator, "close"):
         iterator.close()
-    # Grain's exhausted iterators hold their last batch in a reference cycle of tracebacks.
-    gc.collect()
+    if from_processes:
+        # Grain holds the last batches, which lie in shared memory, in a reference cycle of
+        # tracebacks. Beside large compiled programs this takes seconds.
+        gc.collect()

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,6 +256,8 @@ def test_evaluation_does_not_count_damaged_images(workers, damaged_source, capsy
 
 PROGRAM = """
 import sys
+import time
+import weakref
 import zlib
 from pathlib import Path
 from m2mkd_jax.data.pipeline import train_batches
@@ -323,6 +327,27 @@ def test_memory_stays_flat_over_two_thousand_batches(workers):
             after = sum(p.memory_info().rss for p in processes)
     batches.close()
     assert after - before < 60e6
+
+
+@pytest.mark.parametrize(("workers", "collections"), [(0, 0), (1, 1)])
+def test_no_batch_is_left_of_an_evaluation(workers, collections, monkeypatch):
+    """Python collects all of its objects where batches lay in shared memory, and only there."""
+    calls, collect = [], pipeline.gc.collect
+    monkeypatch.setattr(pipeline.gc, "collect", lambda: calls.append(collect()))
+    config, arrays, shared = make_config("shift", workers, policy=""), [], Path("/dev/shm")
+    before = set(shared.glob("psm_*")) if shared.is_dir() else set()
+    pipeline.gc.disable()
+    try:
+        for batch in eval_batches(array_source(7), config, batch_size=4):
+            arrays.append(weakref.ref(batch["image"]))
+        del batch
+    finally:
+        pipeline.gc.enable()
+    assert len(calls) == collections and [array() for array in arrays] == [None, None]
+    until = time.monotonic() + 10  # the threads that fetched them end by themselves
+    while shared.is_dir() and set(shared.glob("psm_*")) - before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not shared.is_dir() or set(shared.glob("psm_*")) <= before
 
 
 def test_the_number_of_workers_fits_the_machine(monkeypatch):
