@@ -67,30 +67,6 @@ CONTROLS = (
     ),
 )
 ABLATIONS = (
-    Arm("alpha_0", "labels alone (alpha 0)", TAUGHT, TEACHERS, (("distillation.alpha", "0.0"),)),
-    Arm("alpha_1", "teacher alone (alpha 1)", TAUGHT, TEACHERS, (("distillation.alpha", "1.0"),)),
-    Arm("hard", "its likeliest class (hard)", TAUGHT, TEACHERS, (("distillation.kind", "hard"),)),
-    Arm(
-        "temperature_4",
-        "temperature 4",
-        TAUGHT,
-        TEACHERS,
-        (("distillation.temperature", "4.0"),),
-    ),
-    Arm(
-        "alpha_falls",
-        "alpha falls from 1 to 0",
-        TAUGHT,
-        TEACHERS,
-        (("distillation.alpha", "1.0"), ("distillation.alpha_end", "0.0")),
-    ),
-    Arm(
-        "tokens",
-        "tokens of their modules too (weight 1)",
-        TAUGHT,
-        TEACHERS,
-        (("distillation.token_weight", "1.0"),),
-    ),
     Arm(
         "before_ft",
         "taught by modules as before fine-tuning",
@@ -113,6 +89,30 @@ ABLATIONS = (
         TEACHERS,
         (("distillation.teacher_of", "(0,4,3,2,1,5)"),),
         family="nac",
+    ),
+    Arm("alpha_0", "labels alone (alpha 0)", TAUGHT, TEACHERS, (("distillation.alpha", "0.0"),)),
+    Arm("alpha_1", "teacher alone (alpha 1)", TAUGHT, TEACHERS, (("distillation.alpha", "1.0"),)),
+    Arm(
+        "alpha_falls",
+        "alpha falls from 1 to 0",
+        TAUGHT,
+        TEACHERS,
+        (("distillation.alpha", "1.0"), ("distillation.alpha_end", "0.0")),
+    ),
+    Arm(
+        "tokens",
+        "tokens of their modules too (weight 1)",
+        TAUGHT,
+        TEACHERS,
+        (("distillation.token_weight", "1.0"),),
+    ),
+    Arm("hard", "its likeliest class (hard)", TAUGHT, TEACHERS, (("distillation.kind", "hard"),)),
+    Arm(
+        "temperature_4",
+        "temperature 4",
+        TAUGHT,
+        TEACHERS,
+        (("distillation.temperature", "4.0"),),
     ),
 )
 ARMS = CONTROLS + ABLATIONS

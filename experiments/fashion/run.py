@@ -1,6 +1,7 @@
 """Runs the experiments on Fashion-MNIST, and writes their table.
 
-    python -m experiments.fashion.run FAMILY [--workdir=runs/fashion] [--arms=a,b] [--seeds=5]
+    python -m experiments.fashion.run FAMILY [--workdir=runs/fashion] [--arms=a,b] [--seeds=5] \
+        [--arm_seeds=3]
 
 FAMILY is vmoe or nac. The base run teaches a network and trains it beside scratch, logit
 distillation and, for a V-MoE, sparse upcycling; then come the arms of arms.py, in directories of
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("family", choices=("vmoe", "nac"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/fashion"))
     parser.add_argument("--arms", default="", help="names of arms.py, with commas; all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="end-to-end trainings of each arm")
+    parser.add_argument("--seeds", type=int, default=5, help="end-to-end trainings of a network")
+    parser.add_argument("--arm_seeds", type=int, default=0, help="of an arm; 0: as many")
     flags = parser.parse_args(argv)
     try:
         arms = _chosen(flags.arms, flags.family)
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> int:
             return code
     results.write(home)
     compute = results.compute(base)
+    seeds = f"--config.e2e_seeds={flags.arm_seeds or flags.seeds}"
     for arm in arms:
         if code := _call(flags.family, _directory(base, arm), seeds, *_changes(arm, compute, base)):
             return code
