@@ -95,8 +95,12 @@ def _changes(arm: Arm, compute: Compute, base: Path) -> list[str]:
     flags = [f"--config.phases={phases}"]
     flags += [f"--config.{key}={value}" for key, value in arm.changes]
     if arm.charged:
-        epochs = read_run(base).restored.recipes.e2e.epochs
-        flags.append(f"--config.recipes.e2e.epochs={compute.epochs(epochs, arm.charged(compute))}")
+        config = read_run(base).restored
+        epochs = compute.epochs(config.recipes.e2e.epochs, arm.charged(compute))
+        flags.append(f"--config.recipes.e2e.epochs={epochs}")
+        # As often in all as the base run's networks are looked at.
+        every = config.evaluation.every * epochs / config.recipes.e2e.epochs
+        flags.append(f"--config.evaluation.every={every}")
     return flags
 
 
