@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
 
     data = config.data
     data.name, data.image_size, data.classes = "digits", 32, 10
+    data.validation = 0.1
     data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     data.augment.crop, data.augment.shift = "shift", 2
 

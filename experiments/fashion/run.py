@@ -42,16 +42,15 @@ def main(argv: list[str]) -> int:
         return 2
     home = flags.workdir / flags.family
     base, seeds = home / "base", f"--config.e2e_seeds={flags.seeds}"
-    # Nothing is chosen by the accuracies of the teacher's phases, so they are measured once.
-    teaching = ("--config.evaluation.every=0", f"--only={','.join((*TEACHERS, 'm2mkd'))}")
-    for more in (teaching, ()):
-        if code := _call(flags.family, base, seeds, *more):
-            return code
+    if code := _train(flags.family, base, (*TEACHERS, "m2mkd"), seeds):
+        return code
     results.write(home)
     compute = results.compute(base)
     seeds = f"--config.e2e_seeds={flags.arm_seeds or flags.seeds}"
     for arm in arms:
-        if code := _call(flags.family, _directory(base, arm), seeds, *_changes(arm, compute, base)):
+        directory, changes = _directory(base, arm), _changes(arm, compute, base)
+        teaching = () if arm.charged else ("m2mkd",)
+        if code := _train(flags.family, directory, teaching, seeds, *changes):
             return code
         results.write(home)
     print((home / "results.md").read_text(encoding="utf-8"))
@@ -66,6 +65,18 @@ def _chosen(names: str, family: str) -> list[Arm]:
         if name not in known:
             raise UserError(f'--arms: no arm "{name}"; known: {", ".join(known)}')
     return [known[name] for name in wanted]
+
+
+def _train(family: str, workdir: Path, teaching: tuple[str, ...], *flags: str) -> int:
+    """Runs all jobs of a directory; returns the exit code of the first call that fails.
+
+    Nothing is chosen by the accuracies of the phases in `teaching`: they are measured once.
+    """
+    if teaching:
+        once = ("--config.evaluation.every=0", f"--only={','.join(teaching)}")
+        if code := _call(family, workdir, *flags, *once):
+            return code
+    return _call(family, workdir, *flags)
 
 
 def _call(family: str, workdir: Path, *flags: str) -> int:
