@@ -167,7 +167,7 @@ class Training:
         loop = Loop(
             members=[self._member(name, release) for name in self._records],
             step_of=self._step_of,
-            log_every=config.log_every,
+            log_every=config.log_every * accumulate,
             evaluate_every=every and max(round(every * self._updates), 1) * accumulate,
             evaluate=self._evaluate,
             save_seconds=60.0 * config.checkpoint_minutes,
