@@ -4,6 +4,7 @@ import pytest
 
 from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.summary import _accuracy_of, results, table
+from m2mkd_jax.jobs.units import binary_size, si
 
 
 def job(name, accuracy=None, **more):
@@ -50,3 +51,11 @@ def test_networks_that_are_compared_are_measured_on_the_same_images():
 def test_what_an_interval_is_over(name, words):
     summary = {"jobs": [], "results": {name: interval([0.5, 0.75])}}
     assert list(table(summary))[-1].endswith(f"(95%, {words})")
+
+
+def test_numbers_and_sizes_as_people_read_them():
+    assert [si(n) for n in (0, 7, 999.4, 999.6, 1234.0, 999_960_000, 2.5e18)] == [
+        *("0", "7", "999", "1 k", "1.23 k", "1 G", "2.5 E"),
+    ]
+    sizes = (0, 1000, 1024, 1536 * 2**20, 20_000 * 2**30)
+    assert [binary_size(n) for n in sizes] == ["0 B", "1000 B", "1 KiB", "1.5 GiB", "19.53 TiB"]
