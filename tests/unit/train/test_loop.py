@@ -107,7 +107,7 @@ def test_resume_after_the_last_step_only_evaluates():
 
 
 class Clock:
-    """Stands still but for what `takes` adds: each step 2 s, its batch 1 s."""
+    """Moves by what `takes` adds alone: each step 2 s, its batch 1 s."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
