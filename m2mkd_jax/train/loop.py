@@ -182,6 +182,8 @@ class Loop:
                     self._waited += arrived - asked
                     stepped, step_metrics = step(states, batch)
                     if not compiled:  # the first call does not return before it is
+                        for member in members:  # compiles the schedule, for the log
+                            member.learning_rate(0)
                         self._paused += time.monotonic() - arrived
                         compiled = True
                     states.update(stepped)

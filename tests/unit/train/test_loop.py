@@ -136,6 +136,23 @@ def test_the_seconds_of_a_step_are_those_of_steps_alone(monkeypatch):
     assert [entry["data_wait"] for entry in logs] == pytest.approx([4 / 10, 1 / 3, 1 / 3])
 
 
+def test_the_first_line_does_not_count_that_the_schedule_is_compiled(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = Recorder(total=4, log_every=2)
+    recorder.step = clock.takes(2.0, recorder.step)
+    compiled = []
+
+    def rate(update):
+        clock.now += 0.0 if compiled else 30.0
+        compiled.append(update)
+        return 0.5
+
+    recorder.loop.members[0].learning_rate = rate
+    recorder.run()
+    seconds = [entry["seconds_per_step"] for entry in recorder.logs if "lr" in entry]
+    assert seconds == [2 / 2, 2.0]  # the first call compiles
+
+
 def test_an_evaluation_that_is_made_up_for_is_no_step(monkeypatch):
     clock = Clock(monkeypatch)
     recorder = Recorder(total=10, log_every=2, evaluate_every=4)
