@@ -7,11 +7,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.report import analysis, curves, overview
 from m2mkd_jax.report.__main__ import main
 from m2mkd_jax.report.analysis import Analysis, _keep
+from m2mkd_jax.report.measure import Images
+from m2mkd_jax.report.measure_families import measure_experts
 from m2mkd_jax.report.records import read_run, restore_config
 from tests.unit.report import runs
 
@@ -216,6 +219,21 @@ def test_teaching_is_charged_whole_or_what_is_left_out_is_said(tmp_path):
     assert "does not have their steps: mt/1;" in charged.caption
     assert "Not charged" not in given.caption
     assert overview.uncharged(run, "e2e_scratch", costs) == []
+
+
+def test_every_image_of_a_class_counts_equally_in_its_load():
+    """Six images go to experts 0 to 5, one each; four of them count."""
+
+    class Router:
+        def outputs(self, x):
+            return x, {"load": np.eye(8)[x[:, 0, 0, 0].astype(int)].mean(0)[None]}
+
+    pixels = np.zeros((6, 1, 1, 3), np.uint8)
+    pixels[:, 0, 0, 0] = range(6)
+    data = ConfigDict({"mean": (0.0,) * 3, "std": (1 / 255,) * 3})
+    images = Images(pixels, np.zeros(6, int), ("0",), data)
+    load = measure_experts([Router()], images)["class_load"]
+    np.testing.assert_allclose(load, [[[0.25] * 4 + [0] * 4]])
 
 
 def test_kept_numbers_of_an_earlier_state_are_said_to_be(tmp_path):
