@@ -18,6 +18,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from m2mkd_jax.command_line import BROKEN_PIPE
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
@@ -164,6 +165,10 @@ def main(argv: list[str]) -> int:
         _run(CONFIG.value, _workdir(WORKDIR.value or "."))
     except UserError as error:
         return _refuse(error)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        kept = "finished jobs and checkpoints are kept; run the same command again to go on"
+        return process.fail(f"m2mkd_jax: nobody reads its output any more; {kept}", BROKEN_PIPE)
     except OSError as error:
         # A failed write to an open file names no file; a full disk is that of the run.
         where = error.filename or (WORKDIR.value if error.errno in DISK_FULL else "")

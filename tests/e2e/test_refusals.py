@@ -1,5 +1,7 @@
 """Wrong input to the command: one line, exit code 2, and nothing written."""
 
+import subprocess
+
 import pytest
 
 from tests.e2e import command as commands
@@ -80,6 +82,16 @@ def test_a_workdir_that_cannot_be_is_one_line_and_exit_2(forks, tmp_path):
         assert code == 2 and printed.count("\n") == 1, printed
         assert str(workdir) in printed
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_output_that_nobody_reads_ends_a_run_in_one_line(tmp_path_factory, tmp_path):
+    env, command = commands.environment(tmp_path_factory), commands.command("tiny", tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--dry_run"], cwd=ROOT, env=env, text=True, **pipes) as run:
+        run.stdout.close()  # as `| head` does
+        said = run.stderr.read()
+    assert run.returncode == 141
+    assert "nobody reads its output any more" in said and said.count("\n") == 1
 
 
 def test_an_empty_flag_is_a_missing_one(forks, tmp_path):
