@@ -65,6 +65,13 @@ CONTROLS = (
         SCRATCH,
         charged=lambda compute: compute.students + compute.teachers,
     ),
+    Arm(
+        "taught_long",
+        "m2mKD, end to end as long as scratch_students",
+        TAUGHT,
+        (*TEACHERS, "m2mkd"),
+        charged=lambda compute: compute.students,
+    ),
 )
 ABLATIONS = (
     Arm(

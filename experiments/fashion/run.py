@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from experiments.fashion import results
-from experiments.fashion.arms import ARMS, TEACHERS, Arm, Compute
+from experiments.fashion.arms import ARMS, SCRATCH, TEACHERS, Arm, Compute
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.plan import is_done
 from m2mkd_jax.report.records import read_run
@@ -102,7 +102,8 @@ def _directory(base: Path, arm: Arm) -> Path:
 
 def _changes(arm: Arm, compute: Compute, base: Path) -> list[str]:
     """The flags by which an arm's run differs from the base run."""
-    phases = (arm.phase, "eval") if arm.charged else (*TEACHERS, "m2mkd", arm.phase, "eval")
+    before = () if arm.phase == SCRATCH else (*TEACHERS, "m2mkd")
+    phases = (*before, arm.phase, "eval")
     flags = [f"--config.phases={phases}"]
     flags += [f"--config.{key}={value}" for key, value in arm.changes]
     if arm.charged:
