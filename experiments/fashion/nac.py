@@ -1,9 +1,11 @@
 """The NAC of configs/nac_fashion.py on 4,000 images, for experiments/fashion/run.py.
 
 Command:  python -m experiments.fashion.run nac
-Hardware: not run in full.
-Time:     not run in full.
-Result:   not run in full.
+Hardware: one core of an AMD EPYC with AVX-512, beside other work.
+Time:     47 minutes without the arms.
+Result:   accuracy on all 10,000 test images, five seeds: m2mKD 0.7944 +- 0.0039, scratch
+          0.7614 +- 0.0143, kd 0.7655 +- 0.0308
+          (docs/experiments.md).
 
 Evaluations during training look at 1,200 other images of the 60,000; with a tenth of all they
 took more time than the steps. With fewer images an epoch is shorter: every phase has more of

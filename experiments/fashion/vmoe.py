@@ -1,9 +1,11 @@
 """The V-MoE of configs/vmoe_fashion.py on 4,000 images, for experiments/fashion/run.py.
 
 Command:  python -m experiments.fashion.run vmoe
-Hardware: not run in full.
-Time:     not run in full.
-Result:   not run in full.
+Hardware: one core of an AMD EPYC with AVX-512, beside other work.
+Time:     37 minutes without the arms.
+Result:   accuracy on all 10,000 test images, five seeds: m2mKD 0.7679 +- 0.0056, scratch
+          0.6412 +- 0.0294, kd 0.6315 +- 0.0287, upcycled 0.7931 +- 0.0019
+          (docs/experiments.md).
 
 Evaluations during training look at 1,200 other images of the 60,000; with a tenth of all they
 took more time than the steps. With fewer images an epoch is shorter: the teacher's phases have
