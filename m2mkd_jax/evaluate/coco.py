@@ -52,6 +52,9 @@ def evaluate_coco(
     with contextlib.redirect_stdout(io.StringIO()):
         have = coco.COCO()
         have.dataset = copy.deepcopy(dict(truth))
+        # pycocotools takes a match with annotation 0 for none.
+        for number, annotation in enumerate(have.dataset["annotations"], 1):
+            annotation["id"] = number
         have.createIndex()
         found = [dict(detection) for detection in detections]
         if kind == "segm":

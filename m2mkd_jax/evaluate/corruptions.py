@@ -26,14 +26,15 @@ SHIFT = (0.04, 0.08, 0.12, 0.16, 0.2)
 PIXELATE = (1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4)
 
 
-def noise(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def noise(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """Gaussian noise, of its own in every pixel and channel."""
-    return images + NOISE[level] * jax.random.normal(key, images.shape)
+    drawn = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+    return images + NOISE[level] * drawn
 
 
-def blur(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def blur(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """Gaussian blur; pixels beyond the border are those at the border."""
-    del key
+    del keys
     sigma = BLUR[level] * images.shape[1]
     radius = max(int(np.ceil(3 * sigma)), 1)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -49,30 +50,30 @@ def blur(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
     return images
 
 
-def contrast(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def contrast(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """Less distance of every pixel to the image's mean, per channel."""
-    del key
+    del keys
     mean = images.mean((1, 2), keepdims=True)
     return mean + CONTRAST[level] * (images - mean)
 
 
-def brightness(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def brightness(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """A constant added to every pixel."""
-    del key
+    del keys
     return images + BRIGHTNESS[level]
 
 
-def shift(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def shift(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """Moved down and to the right; what comes in is the pixel at the border."""
-    del key
+    del keys
     by = max(round(SHIFT[level] * images.shape[1]), 1)
     padded = jnp.pad(images, ((0, 0), (by, 0), (by, 0), (0, 0)), mode="edge")
     return padded[:, : images.shape[1], : images.shape[2]]
 
 
-def pixelate(images: jax.Array, key: jax.Array, level: int) -> jax.Array:
+def pixelate(images: jax.Array, keys: jax.Array, level: int) -> jax.Array:
     """Blocks of S by S pixels have their mean; blocks at the border may be smaller."""
-    del key
+    del keys
     side = max(round(PIXELATE[level] * images.shape[1]), 2)
     height, width = images.shape[1:3]
     more = (-height % side, -width % side)
@@ -93,17 +94,21 @@ KINDS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
 }
 
 
-def corrupt(images: jax.Array, key: jax.Array, kind: str, severity: int) -> jax.Array:
-    """Corrupts images.
+def corrupt(
+    images: jax.Array, key: jax.Array, first: jax.Array | int, kind: str, severity: int
+) -> jax.Array:
+    """Corrupts images; what it draws for an image depends on the image's number alone.
 
     Args:
         images: uint8 (B, H, W, C).
         key: of the noise.
+        first: number of the first image; the others follow.
         kind: of KINDS.
         severity: of SEVERITIES.
 
     Returns:
-        uint8 (B, H, W, 3).
+        uint8 (B, H, W, C).
     """
-    pixels = KINDS[kind](images.astype(jnp.float32) / 255, key, SEVERITIES.index(severity))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(images)))
+    pixels = KINDS[kind](images.astype(jnp.float32) / 255, keys, SEVERITIES.index(severity))
     return jnp.round(255 * jnp.clip(pixels, 0, 1)).astype(jnp.uint8)

@@ -16,6 +16,8 @@ from m2mkd_jax.models.moe.grouped import LOOP_FLOPS
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of the matrix products and convolutions of a function, with all iterations of loops.
 
+    Those of all devices together.
+
     A multiply-add counts as two. XLA's own analysis counts the body of a loop once. Loops whose
     length depends on data count once here too, except those of models/moe/grouped.py.
 
@@ -64,9 +66,27 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
             out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
             per_output = math.prod(kernel) // kernel[out_axis]
             total += 2 * math.prod(_shape(eqn.outvars[0])) * per_output
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        times = _times(eqn)
         total += times * sum(flops_of(inner) for inner in _inner(eqn.params.values()))
     return total
+
+
+def _times(eqn: Any) -> int:
+    """How often the jaxprs in an equation run: the rounds of a scan, the devices of a shard_map."""
+    if eqn.primitive.name == "scan":
+        return int(eqn.params["length"])
+    if eqn.primitive.name == "shard_map":  # its shapes are those of one device
+        return math.prod(
+            size for axis, size in eqn.params["mesh"].shape.items() if axis in _axes(eqn)
+        )
+    return 1
+
+
+def _axes(eqn: Any) -> Any:
+    """The axes that a shard_map cuts over; the parameter's name differs between versions of jax."""
+    names = ("manual_axes", "newly_manual_axes")
+    found = next((eqn.params[name] for name in names if eqn.params.get(name)), None)
+    return found or eqn.params["mesh"].axis_names
 
 
 def _loop(name: str) -> tuple[int, int | None] | None:

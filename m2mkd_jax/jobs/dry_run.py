@@ -23,6 +23,7 @@ from m2mkd_jax.detection.training import STAGE, batch_shapes
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.checks import check_weights, missing_data, validate
+from m2mkd_jax.jobs.joint import JointSetup, keeps_targets
 from m2mkd_jax.jobs.plan import (
     Job,
     Kind,
@@ -40,8 +41,6 @@ from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.step import with_fixed
-
-ADAM_COPIES = 2  # first and second moment
 
 
 def dry_run(
@@ -138,8 +137,9 @@ class Costs:
     Attributes:
         forward, training: FLOPs per image, of an evaluation and of a step.
         weights, optimizer, frozen, activations: bytes on one device; gradients are as many as
-            weights.
+            weights. The optimizer's are of its moments, accumulated gradients and moving average.
         images: of one device in a step.
+        targets: FLOPs per image and view of what is kept, computed once before the first step.
     """
 
     forward: int
@@ -149,6 +149,7 @@ class Costs:
     frozen: int
     activations: int
     images: int
+    targets: int = 0
 
     @property
     def memory(self) -> int:
@@ -196,23 +197,60 @@ def count_costs(
     params, frozen = setup.params, with_fixed(setup.frozen, setup.fixed)
     logits = with_mesh(group, program.logits)
     classes = jax.eval_shape(logits, params, frozen, x).shape[-1]
+    own_loss, needed, rows = _loss_of(setup, x)
 
-    def loss(params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        batch = {"image": images, "target": jnp.zeros((len(images), classes)), "step": 0}
-        return with_mesh(group, program.loss)(params, frozen, batch, jax.random.key(0))[0]
+    def loss(params: dict, frozen: dict, rows: dict) -> jax.Array:
+        batch = rows | {"target": jnp.zeros((len(x), classes)), "step": 0}
+        return with_mesh(group, own_loss)(params, frozen, batch, jax.random.key(0))[0]
 
     weights = held(params)
-    still = (tree for name, tree in frozen.items() if name not in program.trainable)
+    still = (tree for name, tree in needed.items() if name not in program.trainable)
+    targets = 0
+    if keeps_targets(phase):
+        given = with_mesh(group, JointSetup({phase.job: setup}).program.given)
+        targets = count_flops(given, setup.frozen, x) // len(x)
     return Costs(
         # At the real batch: what is computed once a step (codes) is shared by its images.
         forward=count_flops(logits, params, frozen, x) // len(x),
-        training=count_flops(jax.value_and_grad(loss), params, frozen, x) // len(x),
+        training=count_flops(jax.value_and_grad(loss), params, needed, rows) // len(x),
         weights=weights,
-        optimizer=weights * ADAM_COPIES if phase.recipe.optimizer == "adamw" else weights,
+        optimizer=_beside_weights(setup, held),
         frozen=sum(held(tree) for tree in still),
-        activations=kept_bytes(loss, params, frozen, x) // group.size,
+        activations=kept_bytes(loss, params, needed, rows) // group.size,
         images=len(x) // group.size,
+        targets=targets,
     )
+
+
+def _loss_of(setup: Setup, x: jax.ShapeDtypeStruct) -> tuple[Callable, dict, dict]:
+    """The loss of a training step, the frozen stages that it takes, and what its batch has.
+
+    Where the targets are kept, these are in the batch, and the stages that give them are not run.
+
+    Args:
+        setup: of the phase, shapes alone.
+        x: images of a batch.
+    """
+    phase, program = setup.phase, setup.program
+    if not keeps_targets(phase):
+        return program.loss, with_fixed(setup.frozen, setup.fixed), {"image": x}
+    joint = JointSetup({phase.job: setup})
+    kept = joint.on_kept()
+    rows = {
+        name: jax.ShapeDtypeStruct((len(x), *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in joint.given_shapes.items()
+    }
+
+    def loss(params: dict, *arguments: Any) -> tuple[jax.Array, dict]:
+        return kept.program.loss({phase.job: params}, *arguments)
+
+    return loss, with_fixed(kept.frozen, setup.fixed), rows
+
+
+def _beside_weights(setup: Setup, held: Callable[[Any], int]) -> int:
+    """Bytes of what a training state has beside the weights: optimizer's state, moving average."""
+    state = setup.abstract_state
+    return held(state["opt_state"]) + held(state.get("ema", {}))
 
 
 # Parts of a detector by their paths in its parameters.
@@ -254,7 +292,7 @@ def detector_costs(
         forward=detection_flops(phase),
         training=count_flops(jax.value_and_grad(loss), setup.params, shapes) // images,
         weights=weights,
-        optimizer=weights * ADAM_COPIES,
+        optimizer=_beside_weights(setup, held),
         frozen=0,
         activations=kept_bytes(loss, setup.params, shapes) // group.size,
         images=images // group.size,
@@ -263,8 +301,9 @@ def detector_costs(
 
 def describe_costs(costs: Costs) -> str:
     """FLOPs per image and memory per device, in two lines."""
+    once = f", {si(costs.targets)} for each kept view, once" if costs.targets else ""
     return (
-        f"FLOPs per image: {si(costs.forward)} forward, {si(costs.training)} training\n"
+        f"FLOPs per image: {si(costs.forward)} forward, {si(costs.training)} training{once}\n"
         f"  memory per device: {binary_size(costs.weights)} trained + "
         f"{binary_size(costs.weights)} gradients + {binary_size(costs.optimizer)} optimizer "
         f"+ {binary_size(costs.frozen)} frozen + "

@@ -41,8 +41,8 @@ from m2mkd_jax.train.loop import EvaluationStopped
 from m2mkd_jax.train.step import normalise
 
 SEEN = 200  # validation images that a network is observed on before parts of it are removed
-# (uint8 images, key) -> uint8 images.
-Corruption = Callable[[jax.Array, jax.Array], jax.Array]
+# (uint8 images, key, number of the first) -> uint8 images.
+Corruption = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
 def evaluator(
@@ -75,8 +75,7 @@ def evaluator(
         key = jax.random.key(config.seed)
         if change is not None:
             placed = (
-                {**b, "image": change(b["image"], jax.random.fold_in(key, i))}
-                for i, b in enumerate(placed)
+                {**b, "image": change(b["image"], key, i * batch)} for i, b in enumerate(placed)
             )
         return evaluate(count, trainable, frozen, placed, key, len(images))
 

@@ -75,13 +75,17 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     episode = Episode(run, phase)
     path = directory / "episodes.jsonl"
     done = from_main(_finished(path) if is_main() else [])
+    # A line has the seconds that all starts of the job had taken by then.
+    earlier = done[-1].get("seconds", 0.0) if done else 0.0
+    seconds = lambda: round(earlier + time.monotonic() - began, 2)
     for number, (support, query) in enumerate(draw_tasks(train, test, config.few_shot)):
         if number < len(done):
             continue
         seed = config.few_shot.seed + number
         if is_main() and not (directory / "images.png").is_file():
             episode.draw(directory / "images.png", seed, support)
-        done.append({"episode": number, "seed": seed, **episode.run(seed, support, query)})
+        metrics = episode.run(seed, support, query)
+        done.append({"episode": number, "seed": seed, "seconds": seconds(), **metrics})
         if is_main():
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in done).encode())
         say(
@@ -96,7 +100,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
         "name": job.name,
         "status": "done",
         "steps": episode.steps * len(done),
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": seconds(),
         "metrics": metrics,
         "episodes": accuracies,
         "origin": dict.fromkeys(phase.student, config.few_shot.network),

@@ -32,6 +32,7 @@ from m2mkd_jax.jobs.plan import (
     Kind,
     Plan,
     is_current,
+    is_done,
     jobs_to_run,
     stale_after,
 )
@@ -90,7 +91,7 @@ def run(
     _prepare(plan, workdir, stale, extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
-    schedule = Schedule.of(plan, chosen, workdir)
+    schedule = Schedule.of(plan, _counted(plan, chosen, workdir, todo), workdir)
     try:
         for names in _phases(chosen):
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
@@ -108,6 +109,11 @@ def _phases(names: list[str]) -> list[list[str]]:
     """Jobs in their order, those of one phase's modules together."""
     module = lambda name: name.partition("/")[0] in MODULE_PHASES and name.partition("/")[0]
     return [list(group) for _, group in itertools.groupby(names, lambda n: module(n) or n)]
+
+
+def _counted(plan: Plan, chosen: list[str], workdir: Path, todo: list[str]) -> list[str]:
+    """The jobs of a command that are done or to be done; the others are not needed any more."""
+    return from_main([n for n in chosen if n in todo or is_done(workdir, n)])
 
 
 def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:

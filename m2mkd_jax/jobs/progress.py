@@ -178,19 +178,24 @@ class Schedule:
         Args:
             shares: of the jobs under way, how much of each is done.
         """
-        # Modules that train in one program show the same seconds: together they are one.
+        # Modules that train in one program show the same seconds: together they are one, and what
+        # that took is known when all have ended.
         groups: dict[str, list[str]] = {}
         spent: dict[str, float] = {}
+        under_way: set[str] = set()
         for name in self.names:
             seconds = self._seconds(name)
+            group = name.partition("/")[0] if self.joins(name) else name
             if seconds is not None:
-                group = name.partition("/")[0] if self.joins(name) else name
                 groups.setdefault(group, []).append(name)
                 spent[group] = max(seconds, spent.get(group, 0.0))
+            elif name in shares:
+                under_way.add(group)
+        finished = {name for own in groups.values() for name in own}
+        groups = {group: own for group, own in groups.items() if group not in under_way}
         if not groups or not any(self.work[name] for own in groups.values() for name in own):
             return None
-        done = {name for own in groups.values() for name in own}
-        left = {name: 1 - shares.get(name, 0.0) for name in self.names if name not in done}
+        left = {name: 1 - shares.get(name, 0.0) for name in self.names if name not in finished}
         each, per_work = _fitted(
             [(len(own), sum(self.work[n] for n in own), spent[g]) for g, own in groups.items()]
         )

@@ -10,11 +10,14 @@ from typing import Any
 from m2mkd_jax.checkpoint.files import read_record, write_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import DETECTION_PHASES
-from m2mkd_jax.evaluate.intervals import interval
+from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
 from m2mkd_jax.parallel.process import is_main
+from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_files import job_directory
+
+TITLES = {"pt": "meta", "ft": "teacher"}  # in the results, of phases of one network
 
 
 def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
@@ -47,12 +50,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     held_out = any(plan.config[key].validation for key in ("data", "teaching_data"))
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
     if held_out:
-        alone = any("validation" in job.get("splits", {}).values() for job in jobs)
-        summary["accuracy_of"] = "validation images" + (
-            ", eval's too: there are no test images"
-            if alone
-            else "; of eval and of the networks below test images"
-        )
+        summary["accuracy_of"] = _accuracy_of(jobs)
     if is_main():
         write_json(workdir / "summary.json", summary)
     return summary
@@ -66,23 +64,21 @@ def results(jobs: list[dict], held_out: bool = False) -> dict:
         held_out: what jobs measured of the networks that they trained is of validation images, and
             gives way to what the job eval measured of test images.
     """
-    accuracy = {j["name"]: j["metrics"].get("eval_accuracy") for j in jobs if j["metrics"]}
-    measured = {n: m for j in jobs for n, m in j.get("networks", {}).items()}  # given, not trained
-    tested = {n: m["eval_accuracy"] for n, m in measured.items() if "eval_accuracy" in m}
-    accuracy = accuracy | tested if held_out else tested | accuracy
+    accuracy = _trained(jobs)
+    accuracy = accuracy | _tested(jobs) if held_out else _measured(jobs) | accuracy
     found = _detection(jobs)
-    for name, title in (("pt", "meta"), ("ft", "teacher")):
+    for name, title in TITLES.items():
         if name in accuracy:
             found[title] = accuracy[name]
-    seeds: dict[str, list[float]] = {}
+    seeds: dict[str, dict[int, float]] = {}
     for name, value in accuracy.items():
-        if name.startswith("e2e"):
-            seeds.setdefault(name.split("/")[0], []).append(value)
+        phase, _, seed = name.partition("/")
+        if phase in END_TO_END:
+            seeds.setdefault(phase, {})[int(seed or 0)] = value
     for phase, values in seeds.items():
-        found[phase] = interval(values)
-    if {"e2e", "e2e_scratch"} <= seeds.keys():
-        pairs = zip(seeds["e2e"], seeds["e2e_scratch"], strict=False)
-        found["e2e_minus_scratch"] = interval([a - b for a, b in pairs])
+        found[phase] = interval(list(values.values()))
+    gap = paired_gap(seeds.get("e2e", {}), seeds.get("e2e_scratch", {}))
+    found |= {"e2e_minus_scratch": gap} if gap else {}
     found |= {j["name"]: interval(j["episodes"]) for j in jobs if "episodes" in j}
     hybrids = [j for j in jobs if "teacher_accuracy" in j["metrics"]]
     if hybrids:
@@ -95,6 +91,43 @@ def results(jobs: list[dict], held_out: bool = False) -> dict:
             for j in hybrids
         ]
     return found
+
+
+def _trained(jobs: list[dict]) -> dict[str, float]:
+    """The accuracies that jobs ended with, of the images that training looks at."""
+    return {
+        j["name"]: j["metrics"]["eval_accuracy"] for j in jobs if "eval_accuracy" in j["metrics"]
+    }
+
+
+def _measured(jobs: list[dict]) -> dict[str, float]:
+    """The accuracies that the job eval has measured, of its images."""
+    networks = {n: own for job in jobs for n, own in job.get("networks", {}).items()}
+    return {n: own["eval_accuracy"] for n, own in networks.items() if "eval_accuracy" in own}
+
+
+def _tested(jobs: list[dict]) -> dict[str, float]:
+    """Those of `_measured` that stand in the results, where validation images are held out.
+
+    Networks that are compared are measured on the same images: of the end-to-end ones all, or none.
+    """
+    found = _measured(jobs)
+    compared = {name for name in _trained(jobs) if name.partition("/")[0] in END_TO_END}
+    left_out = set() if compared <= found.keys() else compared
+    return {name: value for name, value in found.items() if name not in left_out}
+
+
+def _accuracy_of(jobs: list[dict]) -> str:
+    """Which images the accuracies are of, where validation images are held out."""
+    splits = [split for job in jobs for split in job.get("splits", {}).values()]
+    if not splits:
+        return "validation images"
+    if "validation" in splits:
+        return "validation images, eval's too: there are no test images"
+    phases = dict.fromkeys(name.partition("/")[0] for name in _tested(jobs))
+    names = [TITLES.get(phase, phase) for phase in phases]
+    below = f", and of {', '.join(names)} below" if names else ""
+    return f"validation images; of eval{below}: test images"
 
 
 DETECTION = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")
@@ -130,8 +163,9 @@ def table(summary: dict) -> Iterator[str]:
     for name, value in summary["results"].items():
         if isinstance(value, dict):
             half = value["interval95"]
+            over = "episodes" if name == "fewshot" else "seeds"
             yield f"{name}: {value['mean']:.4f}" + (
-                "" if half is None else f" +- {half:.4f} (95%, {len(value['values'])} seeds)"
+                "" if half is None else f" +- {half:.4f} (95%, {len(value['values'])} {over})"
             )
 
 

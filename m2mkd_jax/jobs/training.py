@@ -167,7 +167,7 @@ class Training:
         loop = Loop(
             members=[self._member(name, release) for name in self._records],
             step_of=self._step_of,
-            log_every=config.log_every,
+            log_every=config.log_every * accumulate,
             evaluate_every=every and max(round(every * self._updates), 1) * accumulate,
             evaluate=self._evaluate,
             save_seconds=60.0 * config.checkpoint_minutes,
@@ -271,7 +271,8 @@ class Training:
             ((_, step),) = self._steps.items()
             images, dtype = recipe.batch // recipe.accumulate, setup.program.dtype
             entry = entry | pace(entry, images, record.total, step.flops, dtype)
-            self._done[name] = entry["step"] / record.total
+            # All jobs of the program have done as many steps.
+            self._done |= {n: entry["step"] / r.total for n, r in self._records.items()}
             left = self._schedule.seconds_left(self._done) if self._schedule else None
             entry |= {} if left is None else {"run_seconds_left": left}
         record.log(entry)

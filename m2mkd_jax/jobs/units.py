@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def si(number: float) -> str:
     """A number with three digits and a prefix: 1.23 T."""
-    unit, prefix = unit_of(number)
+    unit, prefix = unit_of(float(f"{number:.3g}"))  # 999.9 k is 1 M
     return f"{number / unit:.3g} {prefix}".strip()
 
 
@@ -18,9 +18,9 @@ def unit_of(number: float) -> tuple[float, str]:
 
 
 def binary_size(count: float) -> str:
-    """Bytes as KiB, MiB or GiB."""
-    for unit in ("B", "KiB", "MiB"):
+    """Bytes as B, KiB, MiB, GiB or TiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
         count /= 1024
-    return f"{count:.4g} GiB"
+    return f"{count:.4g} TiB"

@@ -26,6 +26,7 @@ RESULTS = {
     "e2e_upcycled": "the same network, experts from the teacher's MLPs",
     "e2e_minus_scratch": "m2mKD minus scratch, paired by seed",
 }
+TEACHING = ("pt", "mt", "ft", "m2mkd")  # phases on config.teaching_data, where it is given
 METRICS = {
     "eval_accuracy": "accuracy",
     "eval_top5": "top-5 accuracy",
@@ -149,16 +150,30 @@ def _measured(description: Mapping[str, Any], record: TrainingRecord) -> Iterato
         yield "Nothing is recorded."
         return
     if metrics:
-        yield "| of these weights, on the test split | |"
+        yield f"| of these weights, {_images_of(description, record)} | |"
         yield "|---|---|"
         for name, value in metrics.items():
             yield f"| {METRICS[name]} | {value:.4g} |"
     if results:
         yield ""
+        if record.accuracy_of:
+            yield f"Accuracies in the run are of {record.accuracy_of}."
+            yield ""
         yield "| accuracy in the run | mean | 95% interval (Student) | seeds |"
         yield "|---|---|---|---|"
         for name, value in results.items():
             yield _result(RESULTS[name], value)
+
+
+def _images_of(description: Mapping[str, Any], record: TrainingRecord) -> str:
+    """Of which images the metrics of weights are: those that the job has looked at in training."""
+    config, phase = record.config, str(description.get("job", "")).partition("/")[0]
+    if not config:
+        return "at the end of their training" if phase else "as recorded"
+    data = config.get("data", {})
+    if phase in TEACHING and config.get("teaching_data", {}).get("name"):
+        data = config["teaching_data"]
+    return "on held-out validation images" if data.get("validation") else "on the test split"
 
 
 def _result(title: str, value: Any) -> str:

@@ -17,10 +17,12 @@ class TrainingRecord:
     Attributes:
         config: of the run; {}: the weights are not in a run's directory.
         results: of its summary.json, by title.
+        accuracy_of: which images they are of, where validation images are held out; else "".
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
+    accuracy_of: str = ""
 
 
 def read_training_record(path: Path, description: Mapping[str, Any]) -> TrainingRecord:
@@ -39,5 +41,9 @@ def read_training_record(path: Path, description: Mapping[str, Any]) -> Training
         if (directory / "config.json").is_file() and (directory / "jobs").is_dir():
             summary = directory / "summary.json"
             found = read_json(summary) if summary.is_file() else {}
-            return TrainingRecord(read_json(directory / "config.json"), found.get("results", {}))
+            return TrainingRecord(
+                read_json(directory / "config.json"),
+                found.get("results", {}),
+                found.get("accuracy_of", ""),
+            )
     return TrainingRecord()

@@ -22,6 +22,7 @@ from m2mkd_jax.checkpoint.files import read_record, replace_file, write_record
 from m2mkd_jax.config.defaults import teaching_data
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
+from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases.build import END_TO_END, build_phase
@@ -61,7 +62,7 @@ class Analysis:
 
     @property
     def costs(self) -> Mapping[str, Mapping[str, float]]:
-        """By job, flops_per_step and memory."""
+        """By job, flops_per_step, memory, and of kept targets flops_once."""
         return self.numbers.get("costs", {})
 
 
@@ -77,7 +78,7 @@ def analyse(run: RunRecord, images: int, say: Callable[[str], object] = print) -
     kept = read_kept(run.path, key)
     if kept is not None:
         return kept
-    found = Analysis(numbers={"key": key})
+    found = Analysis(numbers={"key": key, "images_at_most": images})
     try:
         config = run.restored
     except UserError as error:
@@ -105,6 +106,19 @@ def _key(run: RunRecord, images: int) -> str:
     jobs = {name: job.result for name, job in run.jobs.items()}
     text = json.dumps([__version__, images, run.config, jobs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kept_analysis(run: RunRecord) -> Analysis:
+    """What is kept, with a note where it is of an earlier state of the run; else nothing."""
+    kept = read_kept(run.path)
+    if kept is None:
+        return Analysis()
+    if kept.numbers.get("key") != _key(run, kept.numbers.get("images_at_most", 0)):
+        kept.notes.append(
+            "What the analysis has found is of an earlier state of this run; without --no_analysis "
+            "it is found anew."
+        )
+    return kept
 
 
 def read_kept(path: Path, key: str | None = None) -> Analysis | None:
@@ -153,6 +167,13 @@ def _costs(run: RunRecord, config: ConfigDict, images: int, found: Analysis) -> 
             "memory": counted.memory,
             "flops_per_image": counted.forward,
         }
+        if counted.targets:
+            try:
+                trained_on = len(image_source(phase.data, "train"))
+            except UserError as error:
+                found.notes.append(f"FLOPs of {job.name} are without its kept targets: {error}.")
+                continue
+            costs[job.name]["flops_once"] = counted.targets * phase.views * trained_on
     found.numbers["costs"] = costs
 
 

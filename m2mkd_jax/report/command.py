@@ -8,7 +8,7 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.files.paths import as_path
-from m2mkd_jax.report.analysis import FOLDER, Analysis, analyse, read_kept
+from m2mkd_jax.report.analysis import FOLDER, Analysis, analyse, kept_analysis
 from m2mkd_jax.report.charts import require_matplotlib
 from m2mkd_jax.report.page import page
 from m2mkd_jax.report.records import RunRecord, read_run
@@ -36,7 +36,7 @@ def make_report(args: argparse.Namespace) -> Path:
 
 def _analysis(record: RunRecord, args: argparse.Namespace) -> Analysis:
     if args.no_analysis:
-        return read_kept(record.path) or Analysis()
+        return kept_analysis(record)
     return analyse(record, args.images)
 
 

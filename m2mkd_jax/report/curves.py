@@ -9,7 +9,7 @@ import numpy as np
 
 from m2mkd_jax.jobs.units import unit_of
 from m2mkd_jax.report.charts import COLOURS, DASHES, INK, SERIES, SHAPES, Figure, draw, legend_below
-from m2mkd_jax.report.overview import teaching_flops
+from m2mkd_jax.report.overview import teaching_flops, uncharged
 from m2mkd_jax.report.records import ARMS, JobRecord, RunRecord
 
 Costs = Mapping[str, Mapping[str, float]]
@@ -141,7 +141,9 @@ def _compute(run: RunRecord, jobs: Sequence[JobRecord], costs: Costs, charged: b
         "FLOPs of all training steps so far. "
         + (
             "A network starts where the phases that it stands on have ended (m2mKD: pt, mt, ft and "
-            "m2mkd, all of them; kd and upcycled: pt, mt and ft): what a first run costs."
+            "m2mkd, all of them; kd and upcycled: pt, mt and ft): what a first run costs, each job "
+            "by itself; modules that train in one program take less together."
+            + _left_out(run, jobs, costs)
             if charged
             else "Phases before the end-to-end one are not charged: what it costs where teacher or "
             "students are there already."
@@ -149,6 +151,18 @@ def _compute(run: RunRecord, jobs: Sequence[JobRecord], costs: Costs, charged: b
         + " Lines: training accuracy; points: measured accuracy.",
         f"{title}: {spoken}.",
         plot,
+    )
+
+
+def _left_out(run: RunRecord, jobs: Sequence[JobRecord], costs: Costs) -> str:
+    """A sentence on teaching whose compute is not known, or nothing."""
+    phases = dict.fromkeys(job.phase for job in jobs)
+    missing = dict.fromkeys(name for phase in phases for name in uncharged(run, phase, costs))
+    if not missing:
+        return ""
+    return (
+        f" Not charged, because this directory does not have their steps: {', '.join(missing)}; "
+        "networks that stand on these cost more than is shown."
     )
 
 

@@ -52,6 +52,8 @@ class Images:
 def test_images(data: ConfigDict, count: int) -> Images:
     """At most `count` test images, evenly spread over the split, which may be sorted by class.
 
+    Damaged ones are left out, as in evaluation.
+
     Raises:
         UserError: the data are not there or cannot be read.
     """
@@ -59,6 +61,8 @@ def test_images(data: ConfigDict, count: int) -> Images:
     chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
     reader = source.reader()
     pixels = reader.evaluation_images(chosen, data.image_size)
+    sound = ~np.isin(chosen, list(reader.replaced))
+    pixels, chosen = pixels[sound], chosen[sound]
     return Images(pixels, np.asarray(reader.labels_of(chosen)), tuple(source.class_names), data)
 
 

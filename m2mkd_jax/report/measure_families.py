@@ -112,7 +112,9 @@ def measure_experts(stages: Sequence[LoadedStage], images: Images) -> Arrays:
     x, loads = images.normalised, []
     for label in chosen:
         own = x[images.labels == label][:PER_CLASS]
-        y = own[np.arange(PER_CLASS) % len(own)]  # one shape for all classes
+        # One shape for all classes, in which a power of two of images come equally often.
+        own = own[: 2 ** (len(own).bit_length() - 1)]
+        y = own[np.arange(PER_CLASS) % len(own)]
         seen = []
         for stage in stages:
             y, aux = stage.outputs(y)

@@ -62,10 +62,10 @@ def pipeline(run: RunRecord) -> Figure:
     return Figure(
         "",
         f'<ol class="pipeline">{"".join(rows)}</ol>',
-        "From top to bottom, each phase stands on those above it; a box is a job, with its test "
-        "accuracy, behind the slash the accuracy that it is measured by (mt: the meta model's, "
-        "m2mkd: the teacher hybrid's), its steps and its wall time. Solid: done; dashed: begun; "
-        "dotted: not begun or not needed.",
+        "From top to bottom, each phase stands on those above it; a box is a job, with its "
+        "accuracy on test images (with data.validation on those held out), behind the slash the "
+        "accuracy that it is measured by (mt: the meta model's, m2mkd: the teacher hybrid's), its "
+        "steps and its wall time. Solid: done; dashed: begun; dotted: not begun or not needed.",
         wide=True,
     )
 
@@ -162,13 +162,12 @@ def costs(run: RunRecord, found: Mapping[str, Mapping[str, float]]) -> str:
 
     Args:
         run: the run.
-        found: by job what the analysis has counted: flops (of all steps), memory (bytes).
+        found: by job what the analysis has counted (`Analysis.costs`).
     """
     rows = []
     for job in run.jobs.values():
         own = found.get(job.name, {})
-        measured = job.result.get("peak_memory", own.get("memory"))
-        flops = own.get("flops_per_step", 0.0) * job.steps
+        planned, flops = own.get("memory"), job_flops(job, found)
         rows.append(
             [
                 job.name,
@@ -176,7 +175,7 @@ def costs(run: RunRecord, found: Mapping[str, Mapping[str, float]]) -> str:
                 job.steps,
                 duration(job.seconds) if job.seconds else None,
                 cell(si(flops), flops) if flops else None,
-                cell(binary_size(measured), measured) if measured else None,
+                cell(binary_size(planned), planned) if planned else None,
                 percent(job.accuracy),
             ]
         )
@@ -184,16 +183,37 @@ def costs(run: RunRecord, found: Mapping[str, Mapping[str, float]]) -> str:
         ("job", "status", "steps", "wall time", "FLOPs", "memory", "accuracy"),
         rows,
         "What it cost. FLOPs are those of the matrix products of all training steps, teacher and "
-        "frozen stages included, evaluations not; memory is the device's peak where the job has "
-        "measured it, else what the plan counts on one device. Jobs m2mkd/i that trained in one "
-        "program each show the time since that program began, so their times overlap.",
+        "frozen stages (with distillation.views once for each view) included, evaluations not; "
+        "memory is what the plan counts on one device. Jobs mt/i and m2mkd/i that trained in one "
+        "program each show the time since that program began, so their times overlap; their FLOPs "
+        "are those of each by itself, and together they took fewer.",
     )
 
 
+def job_flops(job: JobRecord, found: Mapping[str, Mapping[str, float]]) -> float:
+    """FLOPs of a job so far, by itself; 0: not counted."""
+    own = found.get(job.name, {})
+    once = own.get("flops_once", 0.0) if job.steps else 0.0
+    return own.get("flops_per_step", 0.0) * job.steps + once
+
+
+def uncharged(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What a network of a phase stands on, and whose FLOPs are not known.
+
+    Jobs that were deleted or have not begun, and phases whose weights came from elsewhere.
+    """
+    missing = []
+    for teaching in TEACHING.get(phase, ()):
+        jobs = run.of_phase(teaching)
+        missing += [job.name for job in jobs if not job_flops(job, found)]
+        missing += [] if jobs else [teaching]
+    return missing
+
+
 def teaching_flops(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, float]]) -> float:
-    """FLOPs of the jobs that a network of a phase stands on."""
+    """FLOPs of the jobs that a network of a phase stands on, each by itself."""
     return sum(
-        found.get(job.name, {}).get("flops_per_step", 0.0) * job.steps
+        job_flops(job, found)
         for teaching in TEACHING.get(phase, ())
         for job in run.of_phase(teaching)
     )

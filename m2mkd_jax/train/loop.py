@@ -107,7 +107,8 @@ class Member:
             numbers = {"loss": values["loss"], "gradient": values.get("gradient_norm", 0.0)}
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             if not wrong:
-                if step % accumulate:  # the norm of a part of the gradient
+                # A skipped step is no part of a batch; the next one takes its place.
+                if (step - self.skipped) % accumulate:  # the norm of a part of the gradient
                     values = {k: v for k, v in values.items() if k != "gradient_norm"}
                 self._taken.append(values)
                 continue
@@ -163,14 +164,13 @@ class Loop:
             NotFinite: a loss, gradient or evaluation is not; its state is not saved, the states of
                 the other jobs were saved first.
         """
-        self._saved = time.monotonic()
-        for member in self.members:
-            member._logged = self._clock()
-        done = start
+        self._saved, done = time.monotonic(), start
         with stopping() as asked_to_stop:
             ended = self._ended_before(states, start)
             results = self._finish(states, ended, start)
             members = [member for member in self.members if member.name not in ended]
+            for member in members:
+                member._logged = self._clock()
             while members:
                 names = tuple(member.name for member in members)
                 step = self.step_of(names)
@@ -182,6 +182,8 @@ class Loop:
                     self._waited += arrived - asked
                     stepped, step_metrics = step(states, batch)
                     if not compiled:  # the first call does not return before it is
+                        for member in members:  # compiles the schedule, for the log
+                            member.learning_rate(0)
                         self._paused += time.monotonic() - arrived
                         compiled = True
                     states.update(stepped)
@@ -330,10 +332,14 @@ class Loop:
 
     def _log(self, done: int, due: list[Member], states: dict) -> None:
         """Logs the means of the pending metrics of the jobs that are due, after `done` steps."""
-        update = max(done // self.accumulate - 1, 0)
-        rates = self._check_pending(done, due, states, [m.learning_rate(update) for m in due])
+        # A skipped step moves neither the weights nor the schedule. Those of the pending steps are
+        # known once their metrics are here: only then is another rate asked for.
+        before = [(m.skipped, m.learning_rate(self._update(m, done))) for m in due]
+        fetched = self._check_pending(done, due, states, [rate for _, rate in before])
         now = self._clock()
-        for member, rate in zip(due, rates, strict=True):
+        for member, (skipped, _), rate in zip(due, before, fetched, strict=True):
+            if member.skipped > skipped:
+                rate = jax.device_get(member.learning_rate(self._update(member, done)))
             values, member._taken = member._taken, []
             steps, member._steps = member._steps, 0
             # Scalars become numbers, arrays per layer become lists.
@@ -344,6 +350,10 @@ class Loop:
             entry = {"step": done, "lr": float(rate), "seconds_per_step": seconds / steps, **mean}
             entry["data_wait"] = waited / max(seconds, 1e-9)
             member.log(entry | ({"skipped": member.skipped} if member.skipped else {}))
+
+    def _update(self, member: Member, done: int) -> int:
+        """The number of a job's last optimizer update after `done` steps, from 0."""
+        return max((done - member.skipped) // self.accumulate - 1, 0)
 
     def _clock(self) -> float:
         """The time, without that of compiling and evaluating."""

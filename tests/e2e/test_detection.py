@@ -58,6 +58,11 @@ def test_killed_and_resumed_it_ends_alike(whole, environment, network, tmp_path)
     assert records(tmp_path, "detect") == records(whole, "detect")
 
 
+def test_a_line_of_the_log_comes_every_so_many_updates_not_steps(whole):
+    steps = [record["step"] for record in records(whole, "detect") if "lr" in record]
+    assert steps == [4, 8, 12, 16, 20, 24]  # two updates of two parts each
+
+
 def test_results_weights_and_pictures(whole):
     jobs = {job["name"]: job for job in summary(whole)["jobs"]}
     metrics = jobs["detect"]["metrics"]

@@ -44,7 +44,7 @@ def test_episodes_end_in_a_mean_and_an_interval(whole):
     few = found["results"]["fewshot"]
     assert len(few["values"]) == 4 and few["mean"] == pytest.approx(np.mean(few["values"]))
     assert few["mean"] > 1 / 3 and few["interval95"] > 0
-    assert "fewshot: " in result.stdout and "(95%, 4 seeds)" in result.stdout
+    assert "fewshot: " in result.stdout and "(95%, 4 episodes)" in result.stdout
     # Nine times four queries, each counted once.
     lines = (workdir / "jobs" / "fewshot" / "episodes.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -60,7 +60,7 @@ def test_episodes_end_in_a_mean_and_an_interval(whole):
 
 def test_an_interrupted_job_goes_on_with_the_next_episode(whole, environment):
     workdir, directory = whole[0], whole[0] / "jobs" / "fewshot"
-    before = summary(workdir)
+    before, seconds = summary(workdir), _seconds(workdir)
     lines = (directory / "episodes.jsonl").read_text().splitlines(keepends=True)
     (directory / "done.json").unlink()
     drawn = (directory / "images.png").stat().st_mtime_ns
@@ -69,7 +69,14 @@ def test_an_interrupted_job_goes_on_with_the_next_episode(whole, environment):
     assert result.returncode == 0, result.stderr
     assert "episode 4/4" in result.stdout and "episode 3/4" not in result.stdout
     assert summary(workdir) == before
+    # Those of the start before count too, up to its last episode.
+    third = json.loads(lines[2])["seconds"]
+    assert 0 < third < seconds and third < _seconds(workdir)
     assert (directory / "images.png").stat().st_mtime_ns == drawn  # once per job
+
+
+def _seconds(workdir):
+    return json.loads((workdir / "jobs" / "fewshot" / "done.json").read_text())["seconds"]
 
 
 def test_data_and_weights_that_are_missing_are_one_line(environment, tmp_path):

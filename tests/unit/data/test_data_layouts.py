@@ -7,11 +7,13 @@ import tarfile
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from m2mkd_jax.data import check, layouts, prepare, sources
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.damaged_images import DamagedImageCounter
+from m2mkd_jax.report import measure
 from tests.data_files import CLASSES, make_config, message, write_cub, write_folders
 
 
@@ -340,6 +342,16 @@ def test_a_damaged_image_is_replaced_by_the_next_with_its_label(damaged):
     assert last.reader().evaluation_images(np.array([1]), 16).shape == (1, 16, 16, 3)
     none = damaged.select(np.array([4, 5]))
     assert "none of the 2 images" in message(none.reader().read, 0)
+
+
+def test_the_report_measures_undamaged_images(damaged, monkeypatch):
+    monkeypatch.setattr(measure, "load_source", lambda data, split: damaged)
+    data = ConfigDict({"image_size": 16})
+    found = measure.test_images(data, 9)
+    rest = np.array([0, 1, 2, 3, 6, 7, 8])
+    np.testing.assert_array_equal(found.labels, np.asarray(damaged.labels)[rest])
+    pixels = damaged.reader().evaluation_images(rest, 16)
+    np.testing.assert_array_equal(found.pixels, pixels)
 
 
 def test_damaged_images_are_named_once_and_counted_up_to_the_limit(damaged, capsys):

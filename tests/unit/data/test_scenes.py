@@ -44,6 +44,11 @@ def test_what_is_there_is_found_again():
     for kind in ("bbox", "segm"):
         stats = evaluate_coco(truth, results, kind).stats
         assert stats["AP"] == stats["AP50"] == stats["AR100"] == pytest.approx(1, abs=1e-9)
+    # Annotations that are numbered from 0 are as good, and stay as they are.
+    for number, annotation in enumerate(truth["annotations"]):
+        annotation["id"] = number
+    assert evaluate_coco(truth, results, "bbox").stats["AP"] == pytest.approx(1, abs=1e-9)
+    assert truth["annotations"][0]["id"] == 0
 
 
 def test_a_batch_depends_on_its_step_alone():

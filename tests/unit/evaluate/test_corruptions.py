@@ -19,8 +19,18 @@ def images():
 
 def test_noise_has_its_deviation(images):
     for level, wanted in enumerate(corruptions.NOISE):
-        found = np.std(corruptions.noise(images, KEY, level) - images)
+        found = np.std(corruptions.noise(images, jax.random.split(KEY, 3), level) - images)
         assert found == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_corrupted_alike_in_whatever_batch_it_comes(kind, images):
+    pixels = (255 * images).astype(jnp.uint8)
+    whole = corrupt(pixels, KEY, 4, kind, 3)
+    parts = [corrupt(pixels[i : i + 1], KEY, 4 + i, kind, 3) for i in range(3)]
+    np.testing.assert_array_equal(whole, jnp.concatenate(parts))
+    alike = corrupt(jnp.broadcast_to(pixels[:1], pixels.shape), KEY, 4, kind, 3)
+    assert (alike[0] == alike[1]).all() == (kind != "noise")
 
 
 def test_blur_is_scipys(images):
@@ -55,7 +65,7 @@ def test_severities_rise(images):
     pixels = jnp.asarray((255 * (smooth - low) / (high - low)).round(), jnp.uint8)
     for kind in KINDS:
         wrong = [
-            np.abs(np.float64(corrupt(pixels, KEY, kind, s)) - np.float64(pixels)).mean()
+            np.abs(np.float64(corrupt(pixels, KEY, 0, kind, s)) - np.float64(pixels)).mean()
             for s in SEVERITIES
         ]
         assert wrong[0] > 0 and wrong == sorted(wrong), kind

@@ -1,8 +1,11 @@
 """Counts of FLOPs and of kept activations against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.models.moe.grouped import METHODS, grouped_linear
@@ -33,6 +36,23 @@ def test_loops_count_every_round():
 def test_inside_jit_vmap_and_remat():
     f = jax.jit(jax.vmap(jax.checkpoint(lambda x, w: x @ w), (0, None)))
     assert count_flops(f, shape(L, B, C), shape(C, D)) == 2 * L * B * C * D
+
+
+def test_what_is_cut_over_devices_counts_on_all_of_them():
+    mesh = AbstractMesh((2, 4), ("data", "expert"))
+
+    def local(x, w, cut):
+        spec = PartitionSpec(cut)
+        product = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+        specs = {"in_specs": (spec, PartitionSpec()), "out_specs": spec}
+        return jax.shard_map(product, mesh=mesh, check_vma=False, **specs)(x, w)
+
+    expected = 2 * L * 8 * C * C
+    cut = functools.partial(local, cut=("data", "expert"))
+    assert count_flops(cut, shape(8, C), shape(L, C, C)) == expected
+    # Cut over four, and done twice.
+    cut = functools.partial(local, cut="expert")
+    assert count_flops(cut, shape(8, C), shape(L, C, C)) == 2 * expected
 
 
 def test_convolutions():

@@ -3,14 +3,19 @@
 import re
 import runpy
 
+import jax
+import numpy as np
 import pytest
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.checks import missing_data, validate_jobs
-from m2mkd_jax.jobs.dry_run import dry_run
+from m2mkd_jax.jobs.dry_run import describe_costs, dry_run, job_costs, planned_mesh
 from m2mkd_jax.jobs.plan import Plan
+from m2mkd_jax.jobs.setup import abstract_stages, set_up
+from m2mkd_jax.jobs.units import si
 from m2mkd_jax.parallel import process
 from m2mkd_jax.parallel.mesh import make_mesh
+from m2mkd_jax.phases.build import build_phase
 from tests.e2e import tiny_vmoe
 from tests.e2e.command import ROOT
 
@@ -38,6 +43,46 @@ def test_it_plans_for_a_mesh_that_is_not_here(capsys, tmp_path):
     assert experts == 3 * 4 * (2 * 16 * 64 + 64 + 16)
     assert whole == pytest.approx((rest + experts) / 256, rel=1e-3)
     assert apart == pytest.approx((rest + experts / 4) / 256, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "copies"),
+    [
+        ({"optimizer": "lamb"}, 2),
+        ({"optimizer": "adamw", "ema": 0.9}, 3),
+        ({"optimizer": "lion", "accumulate": 2}, 2),
+        ({"optimizer": "adafactor"}, None),
+    ],
+)
+def test_memory_of_the_optimizer_is_that_of_a_training_state(recipe, copies):
+    """Moments, accumulated gradients, moving average: as many bytes as the weights each."""
+    config = tiny_vmoe.get_config()
+    config.recipes.e2e.update(recipe)
+    phase = build_phase(config, "e2e_scratch")
+    costs = job_costs(config, phase, planned_mesh(config))
+    shapes = set_up(config, phase, abstract_stages(phase))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.params)
+    state = shapes.begin(params, {})
+    beside = jax.tree.leaves({k: state[k] for k in ("opt_state", "ema") if k in state})
+    assert costs.optimizer == sum(leaf.nbytes for leaf in beside)
+    if copies:
+        assert costs.optimizer == pytest.approx(copies * costs.weights, rel=1e-3)
+    assert costs.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(state["params"]))
+
+
+@pytest.mark.parametrize("job", ["m2mkd/0", "m2mkd/1", "m2mkd/2"])
+def test_kept_targets_are_counted_once_and_not_in_every_step(job):
+    config = tiny_vmoe.get_config()
+    mesh = planned_mesh(config)
+    every = job_costs(config, build_phase(config, job), mesh)
+    config.distillation.views = 2
+    kept = job_costs(config, build_phase(config, job), mesh)
+    assert every.targets == 0 < kept.targets
+    assert kept.training + kept.targets == every.training
+    assert kept.forward == every.forward and kept.frozen < every.frozen
+    assert f"{si(kept.targets)} for each kept view, once" in describe_costs(kept)
+    config.distillation.keep_targets = False
+    assert job_costs(config, build_phase(config, job), mesh) == every
 
 
 def test_it_refuses_what_could_not_run_there(capsys, tmp_path):

@@ -227,6 +227,9 @@ def test_time_left_is_fitted_to_finished_jobs(tmp_path):
     assert schedule.seconds_left({}) == pytest.approx(4 * 4 + 2 * 10)
     assert schedule.seconds_left({"m2mkd/0": 0.5}) == pytest.approx(36 - 4)
     finished(tmp_path, "m2mkd/0", 18.0)
+    # What the program takes is known when its last module has ended: till then as before.
+    left = schedule.seconds_left({"m2mkd/0": 1.0, "m2mkd/1": 0.5})
+    assert left == pytest.approx((4 + 2 * 3) / 2 + (4 + 2 * 5) + 4)
     finished(tmp_path, "m2mkd/1", 18.0)  # in one program: 2 * 4 + 2 * 5 together
     assert schedule.seconds_left({"e2e": 0.5}) == pytest.approx(14 / 2 + 4)
     assert schedule.place("e2e") == "job 5 of 6"

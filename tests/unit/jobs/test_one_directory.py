@@ -8,6 +8,7 @@ import pytest
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.log import Log
+from m2mkd_jax.jobs.pipeline import _counted
 from m2mkd_jax.jobs.plan import (
     Plan,
     inputs_path,
@@ -41,6 +42,15 @@ def test_a_run_goes_on_with_other_machines(tmp_path):
     plan = Plan(config)
     check_same_config(plan, tmp_path, plan.names)
     assert jobs_to_run(plan, tmp_path) == ["e2e_kd", "eval"]
+
+
+def test_jobs_that_are_not_needed_any_more_are_not_counted_as_left(tmp_path):
+    plan = Plan(tiny_vmoe.get_config())
+    finish(plan, tmp_path, [n for n in plan.names if n.partition("/")[0] in ("m2mkd", "e2e")])
+    todo = jobs_to_run(plan, tmp_path)
+    assert todo == ["e2e_scratch", "eval"]
+    kept = ["m2mkd/0", "m2mkd/1", "m2mkd/2", "e2e", "e2e_scratch", "eval"]
+    assert _counted(plan, plan.names, tmp_path, todo) == kept
 
 
 CHANGES = [  # what is set, the first job it touches, and the key that is named

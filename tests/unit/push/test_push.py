@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import constants
 
 import m2mkd_jax
-from m2mkd_jax.push import main
+from m2mkd_jax.push import card, main
+from m2mkd_jax.push.training_record import TrainingRecord
 from tests import hub_server
 
 REPOSITORY = "me/small-vit"
@@ -67,6 +68,24 @@ def test_pushed_weights_give_the_same_logits(run, hub, capsys):
         assert said in card
     # Again: a commit to the repository that is there.
     assert main([str(directory / "jobs/e2e"), REPOSITORY]) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "job", "words"),
+    [
+        ({}, "e2e", "at the end of their training"),
+        ({"data": {"validation": 0.0}}, "e2e", "on the test split"),
+        ({"data": {"validation": 0.1}}, "e2e", "on held-out validation images"),
+        ({"data": {"validation": 0.1}, "teaching_data": {"name": ""}}, "mt/1", "on held-out"),
+        ({"data": {"validation": 0.1}, "teaching_data": {"name": "cub"}}, "mt/1", "on the test"),
+    ],
+)
+def test_the_card_says_which_images_a_metric_is_of(config, job, words):
+    description = {"kind": "vit", "job": job, "metrics": METRICS}
+    record = TrainingRecord(config, {"e2e": 0.5}, "validation images")
+    text = "\n".join(card._measured(description, record))
+    assert f"| of these weights, {words}" in text
+    assert "Accuracies in the run are of validation images.\n\n| accuracy in the run" in text
 
 
 def test_a_flipped_bit_is_found(run, hub, tmp_path):

@@ -2,14 +2,19 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.report import analysis, curves, overview
 from m2mkd_jax.report.__main__ import main
 from m2mkd_jax.report.analysis import Analysis, _keep
+from m2mkd_jax.report.measure import Images
+from m2mkd_jax.report.measure_families import measure_experts
 from m2mkd_jax.report.records import read_run, restore_config
 from tests.unit.report import runs
 
@@ -186,6 +191,59 @@ def test_what_the_analysis_has_kept_is_shown(tmp_path, capsys):
     )
     assert "<class" not in text  # names of classes are text, not tags
     assert page.tags.count("img") == 4 + 4 * 5
+
+
+COSTS = {"flops_per_step": 10.0, "memory": 1.0}
+
+
+def counted(run, **more):
+    return {name: COSTS | more.get(name.partition("/")[0], {}) for name in run.jobs}
+
+
+def test_teaching_is_charged_whole_or_what_is_left_out_is_said(tmp_path):
+    """Jobs of 20 steps: pt, three of mt, ft, three of m2mkd with targets that are kept."""
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    run = read_run(workdir)
+    costs = counted(run, m2mkd={"flops_once": 7.0})
+    assert overview.teaching_flops(run, "e2e", costs) == 8 * 200 + 3 * 7
+    assert overview.teaching_flops(run, "e2e_kd", costs) == 5 * 200
+    assert overview.teaching_flops(run, "e2e_scratch", costs) == 0
+    assert "1.82 kFLOP" in curves.against_compute(run, costs)[0].body
+    assert "Not charged" not in curves.against_compute(run, costs)[0].caption
+    assert ">207<" in overview.costs(run, costs)
+    # A directory may be deleted once what needed it is done: what it cost is not known then.
+    shutil.rmtree(workdir / "jobs" / "mt" / "1")
+    run = read_run(workdir)
+    charged, given = curves.against_compute(run, costs)
+    assert "1.62 kFLOP" in charged.body
+    assert "does not have their steps: mt/1;" in charged.caption
+    assert "Not charged" not in given.caption
+    assert overview.uncharged(run, "e2e_scratch", costs) == []
+
+
+def test_every_image_of_a_class_counts_equally_in_its_load():
+    """Six images go to experts 0 to 5, one each; four of them count."""
+
+    class Router:
+        def outputs(self, x):
+            return x, {"load": np.eye(8)[x[:, 0, 0, 0].astype(int)].mean(0)[None]}
+
+    pixels = np.zeros((6, 1, 1, 3), np.uint8)
+    pixels[:, 0, 0, 0] = range(6)
+    data = ConfigDict({"mean": (0.0,) * 3, "std": (1 / 255,) * 3})
+    images = Images(pixels, np.zeros(6, int), ("0",), data)
+    load = measure_experts([Router()], images)["class_load"]
+    np.testing.assert_allclose(load, [[[0.25] * 4 + [0] * 4]])
+
+
+def test_kept_numbers_of_an_earlier_state_are_said_to_be(tmp_path):
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    key = analysis._key(read_run(workdir), 300)
+    _keep(workdir, Analysis({"key": key, "images_at_most": 300}))
+    assert analysis.kept_analysis(read_run(workdir)).notes == []
+    shutil.rmtree(workdir / "jobs" / "e2e")
+    (note,) = analysis.kept_analysis(read_run(workdir)).notes
+    assert "earlier state" in note
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_resume_after_the_last_step_only_evaluates():
 
 
 class Clock:
-    """Stands still but for what `takes` adds: each step 2 s, its batch 1 s."""
+    """Moves by what `takes` adds alone: each step 2 s, its batch 1 s."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
@@ -134,6 +134,34 @@ def test_the_seconds_of_a_step_are_those_of_steps_alone(monkeypatch):
     # The first call compiles: of it only the time for the batch counts.
     assert [entry["seconds_per_step"] for entry in logs] == [10 / 4, 3.0, 3.0]
     assert [entry["data_wait"] for entry in logs] == pytest.approx([4 / 10, 1 / 3, 1 / 3])
+
+
+def test_the_first_line_does_not_count_that_the_schedule_is_compiled(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = Recorder(total=4, log_every=2)
+    recorder.step = clock.takes(2.0, recorder.step)
+    compiled = []
+
+    def rate(update):
+        clock.now += 0.0 if compiled else 30.0
+        compiled.append(update)
+        return 0.5
+
+    recorder.loop.members[0].learning_rate = rate
+    recorder.run()
+    seconds = [entry["seconds_per_step"] for entry in recorder.logs if "lr" in entry]
+    assert seconds == [2 / 2, 2.0]  # the first call compiles
+
+
+def test_an_evaluation_that_is_made_up_for_is_no_step(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = Recorder(total=10, log_every=2, evaluate_every=4)
+    recorder.step = clock.takes(2.0, recorder.step)
+    recorder.loop.evaluate = clock.takes(50.0, recorder.evaluate)
+    batches = map(clock.takes(1.0, lambda n: n), itertools.count(4))
+    recorder.loop.run({"job": {"n": 4}}, batches, 4)
+    seconds = [entry["seconds_per_step"] for entry in recorder.logs if "lr" in entry]
+    assert seconds == [4 / 2, 3.0, 3.0]  # the first call compiles
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -164,6 +192,24 @@ def test_the_gradient_norm_is_that_of_updates():
     recorder = Recorder(total=8, accumulate=2, norms={0: 9.0, 1: 3.0, 2: 9.0, 3: 5.0})
     recorder.run()
     assert [r["gradient_norm"] for r in recorder.logs if "lr" in r] == [4.0, 2.0]
+
+
+def test_rate_and_gradient_norm_are_those_of_updates_also_after_skipped_steps():
+    """A batch of two parts, whose second update's first part is skipped: the next ones move up."""
+    norms = dict(enumerate([9.0, 1.0, float("nan"), 9.0, 3.0, 9.0, 5.0, 9.0]))
+    recorder = Recorder(total=8, log_every=4, accumulate=2, norms=norms, allowed=1)
+    recorder.run()
+    logs = [entry for entry in recorder.logs if "lr" in entry]
+    # Of 4 and 8 steps 3 and 7 count: 1 and 3 updates, of which the last is number 0 and 2.
+    assert [entry["lr"] for entry in logs] == [0.5 * 0, 0.5 * 2]
+    assert [entry["gradient_norm"] for entry in logs] == [1.0, 4.0]
+    # Another start knows from the state how many were skipped.
+    again = Recorder(total=8, log_every=4, accumulate=2, norms=norms, allowed=1)
+    again.loop.members[0].skipped = 1
+    again.run(start=3)
+    logs = [entry for entry in again.logs if "lr" in entry]
+    assert [(entry["step"], entry["lr"]) for entry in logs] == [(7, 0.5 * 2), (8, 0.5 * 2)]
+    assert logs[0]["gradient_norm"] == 4.0
 
 
 def test_nothing_is_saved_after_a_step_that_was_one_too_many():
