@@ -37,7 +37,7 @@ from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
-from m2mkd_jax.jobs.plan import Job, Kind, Plan
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
 from m2mkd_jax.jobs.recipe_checks import check_recipe_choices, check_trained
 from m2mkd_jax.jobs.run import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
@@ -49,7 +49,7 @@ from m2mkd_jax.phases.detection import DENSE
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
 from m2mkd_jax.phases.initial_weights import check_given, check_measured
 from m2mkd_jax.phases.phase import FRESH, StageSpec
-from m2mkd_jax.phases.weight_files import weights_directory
+from m2mkd_jax.phases.weight_files import init_path, weights_directory
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 
@@ -318,6 +318,9 @@ def check_weights(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
         for needed in job.needs:
             if needed not in todo:
                 weights_directory(plan.config, workdir, needed)
+                # Weights without a result are of a job that goes on; mt looks at that of pt, too.
+                if not init_path(plan.config, needed)[1] and not is_done(workdir, needed):
+                    raise UserError(f"{workdir}: job {needed} is not done; run it first")
     training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
     check_given(plan.config, workdir, training)
     for job in jobs:

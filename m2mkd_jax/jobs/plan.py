@@ -19,6 +19,7 @@ from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_digests import changed, digests
 from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, job_directory
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
@@ -40,8 +41,12 @@ NEUTRAL: Mapping[str, Any] = {
     "train_only": (),
     "linear_probe": False,
 }
+# What a phase depends on and its network, once it is trained, does not.
+TRAINING_ONLY = ("regulariser", "distillation", *(f"recipes.{name}" for name in defaults.RECIPES))
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
+EPISODES = "episodes.jsonl"  # in the directory of a few-shot job
+WEIGHTS = "weights"  # in inputs.json, beside a job's inputs
 
 
 class Kind(enum.Enum):
@@ -109,6 +114,9 @@ class Plan:
             phases = tuple(self.job(needed).phase for needed in needs)
             values: dict[str, Any] = {"evaluation.sampled": config.evaluation.sampled}
             values |= {p.data_key: p.data for p in phases}
+            for phase in phases:  # those of this run's own networks are in their fingerprints
+                if init_path(config, phase.job)[1]:
+                    values |= {k: v for k, v in phase.depends_on.items() if k not in TRAINING_ONLY}
             further = {key: config.evaluation[key] for key in FURTHER}
             values |= {f"evaluation.{key}": value for key, value in further.items() if value}
         else:
@@ -258,9 +266,31 @@ def inputs_path(workdir: Path, name: str) -> Path:
     return job_directory(workdir, name) / "inputs.json"
 
 
-def write_inputs(workdir: Path, job: Job) -> None:
-    """Keeps a job's inputs beside its results, before it starts."""
-    write_record(inputs_path(workdir, job.name), job.inputs)
+def write_inputs(workdir: Path, job: Job, weights: Mapping[str, str] | None = None) -> None:
+    """Keeps a job's inputs beside its results, before it starts.
+
+    Args:
+        workdir: the run's directory.
+        job: that starts.
+        weights: digests of those that it stands on (`standing_on`).
+    """
+    record = {**job.inputs, WEIGHTS: dict(weights)} if weights else job.inputs
+    write_record(inputs_path(workdir, job.name), record)
+
+
+def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `write_inputs` has kept: a job's inputs, and the digests of what it stands on.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    record = read_record(inputs_path(workdir, name))
+    return record, record.pop(WEIGHTS, {})
+
+
+def standing_on(config: ConfigDict, workdir: Path, job: Job) -> dict[str, str]:
+    """Digests of the weights that a job starts from or measures, as far as they are there."""
+    return digests(config, workdir, job.needs, job.phases if job.kind is Kind.TRAINING else ())
 
 
 def is_done(workdir: Path, name: str) -> bool:
@@ -287,7 +317,10 @@ def is_current(plan: Plan, workdir: Path, name: str) -> bool:
     if job.kind is not Kind.EVALUATION:
         return True
     path = inputs_path(workdir, name)
-    if not path.is_file() or read_record(path) != job.inputs:
+    if not path.is_file():
+        return False
+    before, weights = read_inputs(workdir, name)
+    if before != job.inputs or changed(weights, standing_on(plan.config, workdir, job)):
         return False
     networks = read_record(job_directory(workdir, name) / "done.json").get("networks", {})
     wanted = {f"{name}_accuracy" for name in plan.config.evaluation.renditions}
