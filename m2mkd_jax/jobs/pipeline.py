@@ -129,11 +129,12 @@ def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:
 
     Another process may have done it since this one began: with --only they share a directory.
     """
-    done_already = name not in todo
-    done = done_already or from_main(is_current(plan, workdir, name))
-    if done:
-        say(f"[{name}] done already" if done_already else f"[{name}] done elsewhere")
-    return not done
+    done = from_main(is_current(plan, workdir, name))
+    if name not in todo:
+        say(f"[{name}] done already" if done else f"[{name}] not needed any more")
+    elif done:
+        say(f"[{name}] done elsewhere")
+    return name in todo and not done
 
 
 def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -> None:
