@@ -166,8 +166,8 @@ def check_same_weights(
         known = inputs_path(workdir, name).is_file() and job.kind is not Kind.EVALUATION
         if name in again or not known:
             continue
-        before, weights = read_inputs(workdir, name)[1], standing_on(plan.config, workdir, job)
-        for needed in changed(before, weights):
+        before, now = read_inputs(workdir, name)[1], standing_on(plan.config, workdir, job)
+        for needed in changed(before["weights"], now):
             field = needed if needed == NETWORK else f"init.{init_path(plan.config, needed)[0]}"
             given = needed == NETWORK or init_path(plan.config, needed)[1]
             raise UserError(

@@ -107,7 +107,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
     if is_main():
         directory = run.directory(job.name)
         make_directory(directory)
-        write_inputs(run.workdir, job, standing_on(run.config, run.workdir, job))
+        write_inputs(run.workdir, job, weights=standing_on(run.config, run.workdir, job))
     metrics = {phase.job: _measure(run, phase) for phase in job.phases}
     first = metrics.get("e2e", next(iter(metrics.values()), {}))
     result = {

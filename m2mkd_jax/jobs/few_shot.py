@@ -24,6 +24,7 @@ from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
+from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import EPISODES, Job, standing_on, write_inputs
@@ -70,7 +71,12 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     directory = run.directory(job.name)
     make_directory(directory)
     if is_main():
-        write_inputs(run.workdir, job, standing_on(config, run.workdir, job))
+        write_inputs(
+            run.workdir,
+            job,
+            weights=standing_on(config, run.workdir, job),
+            images=image_facts(phase),
+        )
     train, test = (image_source(phase.data, split) for split in ("train", "test"))
     episode = Episode(run, phase)
     path = directory / EPISODES

@@ -14,7 +14,7 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
@@ -86,6 +86,8 @@ def run(
     asked = plan.select(extend, "--extend") if extend else []
     extended = from_main(jobs_to_extend(plan, workdir, asked))
     check_not_running(workdir, [*stale, *extended])
+    for name in extended:
+        require(name in chosen, f"--extend={name}: --only={only} leaves it out; name it there too")
     todo = from_main(jobs_to_run(plan, workdir, only, [*stale, *extended]))
     checks.validate_jobs(plan, workdir, mesh, todo, stale, extended)
     check_same_data(plan, todo)

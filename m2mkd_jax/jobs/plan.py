@@ -46,7 +46,7 @@ TRAINING_ONLY = ("regulariser", "distillation", *(f"recipes.{name}" for name in 
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
 EPISODES = "episodes.jsonl"  # in the directory of a few-shot job
-WEIGHTS = "weights"  # in inputs.json, beside a job's inputs
+BESIDE = ("weights", "images")  # in inputs.json, beside a job's inputs
 
 
 class Kind(enum.Enum):
@@ -266,26 +266,27 @@ def inputs_path(workdir: Path, name: str) -> Path:
     return job_directory(workdir, name) / "inputs.json"
 
 
-def write_inputs(workdir: Path, job: Job, weights: Mapping[str, str] | None = None) -> None:
+def write_inputs(workdir: Path, job: Job, **beside: Mapping[str, str]) -> None:
     """Keeps a job's inputs beside its results, before it starts.
 
     Args:
         workdir: the run's directory.
         job: that starts.
-        weights: digests of those that it stands on (`standing_on`).
+        beside: what its inputs do not tell: `weights`, digests of those that it stands on
+            (`standing_on`); `images`, by the key of their section (`data_checks.image_facts`).
     """
-    record = {**job.inputs, WEIGHTS: dict(weights)} if weights else job.inputs
-    write_record(inputs_path(workdir, job.name), record)
+    found = {name: dict(beside[name]) for name in BESIDE if beside.get(name)}
+    write_record(inputs_path(workdir, job.name), {**job.inputs, **found})
 
 
-def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What `write_inputs` has kept: a job's inputs, and the digests of what it stands on.
+def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """What `write_inputs` has kept: a job's inputs, and what is beside them.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     record = read_record(inputs_path(workdir, name))
-    return record, record.pop(WEIGHTS, {})
+    return record, {key: record.pop(key, {}) for key in BESIDE}
 
 
 def standing_on(config: ConfigDict, workdir: Path, job: Job) -> dict[str, str]:
@@ -319,8 +320,9 @@ def is_current(plan: Plan, workdir: Path, name: str) -> bool:
     path = inputs_path(workdir, name)
     if not path.is_file():
         return False
-    before, weights = read_inputs(workdir, name)
-    if before != job.inputs or changed(weights, standing_on(plan.config, workdir, job)):
+    before, beside = read_inputs(workdir, name)
+    now = standing_on(plan.config, workdir, job)
+    if before != job.inputs or changed(beside["weights"], now):
         return False
     networks = read_record(job_directory(workdir, name) / "done.json").get("networks", {})
     wanted = {f"{name}_accuracy" for name in plan.config.evaluation.renditions}

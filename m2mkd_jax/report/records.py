@@ -211,7 +211,7 @@ def _measured_before(path: Path, jobs: Mapping[str, JobRecord]) -> list[str]:
     if "eval" not in jobs or jobs["eval"].status != "done":
         return []
     try:
-        known = read_inputs(path, "eval")[1]
+        known = read_inputs(path, "eval")[1]["weights"]
         own = {name: path / "jobs" / name / "weights" for name in known}
         now = {n: digest(w) for n, w in own.items() if (w / "description.json").is_file()}
     except UserError:  # noted where it is read

@@ -9,8 +9,10 @@ import pytest
 from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs import pipeline
 from m2mkd_jax.jobs.changes import check_not_running, check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.checks import check_weights
+from m2mkd_jax.jobs.data_checks import check_same_images, image_facts
 from m2mkd_jax.jobs.few_shot import _finished
 from m2mkd_jax.jobs.locks import acquire
 from m2mkd_jax.jobs.plan import (
@@ -41,7 +43,7 @@ def finish(plan, workdir, names, value=1.0):
     """Leaves what finished jobs leave, with small weights."""
     for name in names:
         job = plan.job(name)
-        write_inputs(workdir, job, standing_on(plan.config, workdir, job))
+        write_inputs(workdir, job, weights=standing_on(plan.config, workdir, job))
         result = {"name": name, "status": "done", "steps": 1, "seconds": 1.0}
         result |= {"metrics": {"eval_accuracy": value / 10}}
         if name == "eval":
@@ -133,7 +135,8 @@ def test_what_measures_the_network_that_a_run_trains_from_a_given_one_stands_on_
     with pytest.raises(UserError, match="job e2e is not done; run it first"):
         weights_directory(config, workdir, "e2e")
     finish(plan, workdir, plan.names)
-    assert read_inputs(workdir, "e2e")[1] == {"init.network": digest(given / "jobs/e2e/weights")}
+    known = read_inputs(workdir, "e2e")[1]["weights"]
+    assert known == {"init.network": digest(given / "jobs/e2e/weights")}
     assert stale_after(workdir, ["e2e"]) == ["e2e", "eval"]
     leave_weights(given, "e2e", 2.0)
     with pytest.raises(UserError, match=r"e2e stands on other weights of init.network than"):
@@ -219,3 +222,37 @@ def test_episodes_after_a_damaged_line_are_done_again(tmp_path):
     assert [entry["episode"] for entry in _finished(path)] == [0, 1]
     path.write_text("\n".join([lines[0], lines[2]]))
     assert [entry["episode"] for entry in _finished(path)] == [0]
+
+
+def test_what_a_job_needs_is_not_dropped_without_being_done_again(tmp_path):
+    plan = Plan(tiny_vmoe.get_config())
+    finish(plan, tmp_path, plan.names[: plan.names.index("e2e") + 1])
+    stale = stale_after(tmp_path, ["pt"])
+    with pytest.raises(UserError, match="--only leaves out m2mkd/0, which is done again and which"):
+        check_weights(plan, tmp_path, ["e2e"], stale)
+    check_weights(plan, tmp_path, [n for n in plan.names if n in stale], stale)
+
+
+def test_a_job_that_is_to_be_extended_is_named_in_only(tmp_path):
+    config = tiny.get_config()
+    finish(Plan(config), tmp_path, ["pt"])
+    (tmp_path / "jobs" / "pt" / "checkpoints" / "40").mkdir(parents=True)
+    config.recipes.pt.epochs = 6
+    with pytest.raises(UserError, match="--extend=pt: --only=mt/0 leaves it out"):
+        pipeline.run(config, tmp_path, only="mt/0", extend="pt")
+    assert (tmp_path / "jobs" / "pt" / "done.json").is_file()
+
+
+def test_images_that_were_added_since_are_refused(tmp_path):
+    plan = Plan(tiny.get_config())
+    facts = image_facts(plan.job("pt").phase)
+    assert facts["data"].startswith("160 training images (labels ")
+    write_inputs(tmp_path, plan.job("pt"), images=facts)
+    check_same_images(plan, tmp_path, ["pt"])
+    check_same_images(plan, tmp_path, ["mt/0"])
+    write_inputs(tmp_path, plan.job("pt"), images={"data": "150 training images (labels 0)"})
+    for job in ("pt", "mt/0"):  # which goes on, and which stands on it
+        with pytest.raises(UserError, match=r"pt was made with 150 .* there are 160 training"):
+            check_same_images(plan, tmp_path, [job])
+    check_same_images(plan, tmp_path, ["pt"], stale=["pt"])
+    check_same_images(plan, tmp_path, ["e2e_scratch"])  # stands on nothing
