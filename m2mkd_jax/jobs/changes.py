@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.locks import is_held
@@ -16,6 +17,7 @@ from m2mkd_jax.jobs.plan import (
     Plan,
     inputs_path,
     is_done,
+    is_harmless,
     read_inputs,
     standing_on,
 )
@@ -130,7 +132,8 @@ def check_same_config(
         if epochs := raised_epochs(plan, workdir, name):
             hint = f"--extend={name} goes on with it to {epochs[1]:g} epochs; {hint}"
         for key in sorted({*before["config"], *job.inputs["config"]}):
-            neutral = NEUTRAL.get(key.rpartition(".")[2])
+            left_out = NEUTRAL.get(key.rpartition(".")[2])
+            neutral = left_out if is_harmless(key, left_out) else None
             old, new = (inputs["config"].get(key, neutral) for inputs in (before, job.inputs))
             if old != new:
                 raise UserError(
@@ -145,6 +148,24 @@ def check_same_config(
 def _has_begun(directory: Path) -> bool:
     """Whether an unfinished job has left what it would go on from."""
     return bool(latest_step(directory / "checkpoints")) or (directory / EPISODES).is_file()
+
+
+def check_finished(workdir: Path, name: str) -> None:
+    """Refuses to stand on a job of this run without a result, or on weights of another result.
+
+    Raises:
+        UserError: one line that names the job.
+    """
+    if not is_done(workdir, name):  # weights alone are of a job that goes on
+        raise UserError(f"{workdir}: job {name} is not done; run it first")
+    directory = job_directory(workdir, name)
+    made = read_record(directory / "weights" / "description.json").get("description", {})
+    metrics = read_record(directory / "done.json")["metrics"]
+    if made.get("job", name) != name or made.get("metrics", metrics) != metrics:
+        raise UserError(
+            f"{directory / 'weights'} are not those that {name} ended with, as its done.json has "
+            f"it; restore them, or --redo={name} does it and what stands on it again"
+        )
 
 
 def check_same_weights(

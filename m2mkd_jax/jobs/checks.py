@@ -31,13 +31,13 @@ from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require, require_known
 from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
-from m2mkd_jax.jobs.changes import check_same_config
+from m2mkd_jax.jobs.changes import check_finished, check_same_config
 from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation, check_same_images
 from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
 from m2mkd_jax.jobs.kept_targets import check_disk
-from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
+from m2mkd_jax.jobs.plan import Job, Kind, Plan
 from m2mkd_jax.jobs.recipe_checks import check_recipe_choices, check_trained
 from m2mkd_jax.jobs.run import Run, count_updates, image_source
 from m2mkd_jax.jobs.shape_checks import check_shapes
@@ -336,9 +336,8 @@ def check_weights(
                 )
             if needed not in todo:
                 weights_directory(plan.config, workdir, needed)
-                # Weights without a result are of a job that goes on; mt looks at that of pt, too.
-                if not init_path(plan.config, needed)[1] and not is_done(workdir, needed):
-                    raise UserError(f"{workdir}: job {needed} is not done; run it first")
+                if not init_path(plan.config, needed)[1]:
+                    check_finished(workdir, needed)
     training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
     check_given(plan.config, workdir, training)
     for job in jobs:

@@ -41,6 +41,7 @@ NEUTRAL: Mapping[str, Any] = {
     "train_only": (),
     "linear_probe": False,
 }
+NEUTRAL_IN = {"data", "teaching_data", "recipes", "recipe"}  # groups that have such keys
 # What a phase depends on and its network, once it is trained, does not.
 TRAINING_ONLY = ("regulariser", "distillation", *(f"recipes.{name}" for name in defaults.RECIPES))
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
@@ -251,9 +252,18 @@ def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, A
     for key, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in HARMLESS and not (key in NEUTRAL and value == NEUTRAL[key]):
+        elif not is_harmless(f"{prefix}{key}", value):
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def is_harmless(key: str, value: Any) -> bool:
+    """Whether a value of the config does not change what a job computes."""
+    *groups, last = key.split(".")
+    if "options" in groups:  # of modules of one's own, whose names mean what they like
+        return False
+    left_out = last in NEUTRAL and value == NEUTRAL[last]
+    return last in HARMLESS or (left_out and not NEUTRAL_IN.isdisjoint(groups))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

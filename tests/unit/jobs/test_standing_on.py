@@ -10,7 +10,12 @@ from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline
-from m2mkd_jax.jobs.changes import check_not_running, check_same_config, jobs_to_extend
+from m2mkd_jax.jobs.changes import (
+    check_finished,
+    check_not_running,
+    check_same_config,
+    jobs_to_extend,
+)
 from m2mkd_jax.jobs.checks import check_weights
 from m2mkd_jax.jobs.data_checks import check_same_images, image_facts
 from m2mkd_jax.jobs.few_shot import _finished
@@ -256,3 +261,36 @@ def test_images_that_were_added_since_are_refused(tmp_path):
             check_same_images(plan, tmp_path, [job])
     check_same_images(plan, tmp_path, ["pt"], stale=["pt"])
     check_same_images(plan, tmp_path, ["e2e_scratch"])  # stands on nothing
+
+
+def test_weights_of_another_result_are_refused(tmp_path):
+    """As where those of another run, or of another seed, were copied in their place."""
+    plan = Plan(tiny.get_config())
+    finish(plan, tmp_path, ["pt"])
+    done = read_record(tmp_path / "jobs/pt/done.json")
+    weights, arrays = tmp_path / "jobs/pt/weights", {"all": {"w": np.ones(3)}}
+    save_weights(weights, arrays, {"job": "pt", "metrics": done["metrics"]})
+    check_finished(tmp_path, "pt")
+    for other in ({"job": "pt", "metrics": {"eval_accuracy": 0.9}}, {"job": "ft"}):
+        save_weights(weights, arrays, other)
+        with pytest.raises(UserError, match="weights are not those that pt ended with") as error:
+            check_weights(plan, tmp_path, ["mt/0"])
+        assert "--redo=pt " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_of_modules_of_ones_own_count_whatever_they_are_called():
+    """Other keys of these names are where data lie, or are left out at their defaults."""
+    config = tiny.get_config()
+    config.teacher.options = {"root": "here", "channels": 3}
+    config.data.root = "there"
+    known = Plan(config).job("ft").inputs["config"]
+    assert known["teacher.options.root"] == "here" and known["teacher.options.channels"] == 3
+    assert {"data.root", "data.channels", "recipes.ft.freeze"}.isdisjoint(known)
+
+
+def test_an_option_that_is_given_since_is_a_change(tmp_path):
+    config = tiny.get_config()
+    finish(Plan(config), tmp_path, ["ft"])
+    config.teacher.options = {"channels": 3}
+    with pytest.raises(UserError, match=r"ft was made with config.teacher.options.channels = None"):
+        check_same_config(Plan(config), tmp_path, ["ft"])
