@@ -294,3 +294,31 @@ def test_an_option_that_is_given_since_is_a_change(tmp_path):
     config.teacher.options = {"channels": 3}
     with pytest.raises(UserError, match=r"ft was made with config.teacher.options.channels = None"):
         check_same_config(Plan(config), tmp_path, ["ft"])
+
+
+def test_a_job_that_another_command_began_otherwise_meanwhile_is_refused(tmp_path, monkeypatch):
+    config = made(tiny_vmoe.get_config(), phases=("e2e_scratch",), e2e_seeds=2)
+    config.vmoe.keep_stitches = False
+    other = made(config.copy_and_resolve_references(), e2e_seeds=2)
+    other.recipes.e2e.lr = 0.5
+    trained = []
+
+    def run_training(run, jobs, schedule):
+        trained.extend(job.name for job in jobs)
+        finish(Plan(config), tmp_path, ["e2e_scratch"])
+        finish(Plan(other), tmp_path, ["e2e_scratch/1"])  # by the other command
+
+    monkeypatch.setattr(pipeline, "run_training", run_training)
+    with pytest.raises(UserError, match=r"e2e_scratch/1 was made with config.recipes.e2e.lr = 0.5"):
+        pipeline.run(config, tmp_path)
+    assert trained == ["e2e_scratch"]
+
+
+def test_what_is_not_needed_is_not_said_to_be_done(tmp_path, capsys):
+    config = made(tiny_vmoe.get_config(), phases=("e2e_scratch", "eval"))
+    config.vmoe.keep_stitches = False
+    finish(Plan(config), tmp_path, Plan(config).names)
+    shutil.rmtree(tmp_path / "jobs" / "e2e_scratch")
+    pipeline.run(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "[e2e_scratch] not needed any more" in said and "[eval] done already" in said
