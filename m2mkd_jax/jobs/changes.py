@@ -9,8 +9,21 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs.plan import NEUTRAL, Kind, Plan, inputs_path, is_done
-from m2mkd_jax.phases.weight_files import job_directory
+from m2mkd_jax.jobs.locks import is_held
+from m2mkd_jax.jobs.plan import (
+    EPISODES,
+    NEUTRAL,
+    Kind,
+    Plan,
+    inputs_path,
+    is_done,
+    is_harmless,
+    read_inputs,
+    standing_on,
+)
+from m2mkd_jax.parallel.process import from_main, is_main
+from m2mkd_jax.phases.weight_digests import NETWORK, changed
+from m2mkd_jax.phases.weight_files import init_path, job_directory
 
 
 def raised_epochs(plan: Plan, workdir: Path, name: str) -> tuple[float, float] | None:
@@ -18,8 +31,8 @@ def raised_epochs(plan: Plan, workdir: Path, name: str) -> tuple[float, float] |
     path, job = inputs_path(workdir, name), plan.job(name)
     if job.kind is not Kind.TRAINING or not path.is_file():
         return None
-    before, key = read_record(path), f"{job.phase.recipe_key}.epochs"
-    if not isinstance(before, dict) or before.get("needs") != job.inputs["needs"]:
+    (before, _), key = read_inputs(workdir, name), f"{job.phase.recipe_key}.epochs"
+    if before.get("needs") != job.inputs["needs"]:
         return None
     old, new = before.get("config", {}), job.inputs["config"]
     if {**old, key: None} != {**new, key: None} or not old.get(key, math.inf) < new[key]:
@@ -48,7 +61,7 @@ def jobs_to_extend(plan: Plan, workdir: Path, names: Iterable[str]) -> list[str]
         if job.kind is not Kind.TRAINING:
             raise UserError(f"--extend={name}: only a job that trains a network can be extended")
         path = inputs_path(workdir, name)
-        if path.is_file() and read_record(path) == job.inputs:
+        if path.is_file() and read_inputs(workdir, name)[0] == job.inputs:
             continue
         if raised_epochs(plan, workdir, name) is None:
             raise UserError(
@@ -62,6 +75,24 @@ def jobs_to_extend(plan: Plan, workdir: Path, names: Iterable[str]) -> list[str]
             )
         found.append(name)
     return found
+
+
+def check_not_running(workdir: Path, names: Iterable[str]) -> None:
+    """Refuses to start jobs again, or to go on with them otherwise, under a process that runs them.
+
+    Args:
+        workdir: the run's directory.
+        names: the jobs.
+
+    Raises:
+        UserError: names the first job that another process runs.
+    """
+    for name in names:
+        if from_main(is_main() and is_held(job_directory(workdir, name))):
+            raise UserError(
+                f"{name}: another process is running it in {workdir}; stop that one first, or wait "
+                "for it"
+            )
 
 
 def check_same_config(
@@ -90,18 +121,19 @@ def check_same_config(
             continue
         hint = f"--redo={name} does it and what stands on it again; or use another --workdir"
         if not path.is_file():
-            if is_done(workdir, name):
+            if is_done(workdir, name) or _has_begun(path.parent):
                 raise UserError(
                     f"{path} is missing, so that what {name} came from is unknown; {hint}"
                 )
             continue
-        before = read_record(path)
-        if not isinstance(before, dict) or not {"config", "needs"} <= before.keys():
+        before, _ = read_inputs(workdir, name)
+        if not {"config", "needs"} <= before.keys():
             raise UserError(f"{path} is damaged; {hint}")
         if epochs := raised_epochs(plan, workdir, name):
             hint = f"--extend={name} goes on with it to {epochs[1]:g} epochs; {hint}"
         for key in sorted({*before["config"], *job.inputs["config"]}):
-            neutral = NEUTRAL.get(key.rpartition(".")[2])
+            left_out = NEUTRAL.get(key.rpartition(".")[2])
+            neutral = left_out if is_harmless(key, left_out) else None
             old, new = (inputs["config"].get(key, neutral) for inputs in (before, job.inputs))
             if old != new:
                 raise UserError(
@@ -110,3 +142,57 @@ def check_same_config(
         for needed in sorted({*before["needs"], *job.inputs["needs"]}):
             if before["needs"].get(needed) != job.inputs["needs"].get(needed):
                 raise UserError(f"{workdir}: {name} stands on another {needed}; {hint}")
+    check_same_weights(plan, workdir, names, {*stale, *extended})
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether an unfinished job has left what it would go on from."""
+    return bool(latest_step(directory / "checkpoints")) or (directory / EPISODES).is_file()
+
+
+def check_finished(workdir: Path, name: str) -> None:
+    """Refuses to stand on a job of this run without a result, or on weights of another result.
+
+    Raises:
+        UserError: one line that names the job.
+    """
+    if not is_done(workdir, name):  # weights alone are of a job that goes on
+        raise UserError(f"{workdir}: job {name} is not done; run it first")
+    directory = job_directory(workdir, name)
+    made = read_record(directory / "weights" / "description.json").get("description", {})
+    metrics = read_record(directory / "done.json")["metrics"]
+    if made.get("job", name) != name or made.get("metrics", metrics) != metrics:
+        raise UserError(
+            f"{directory / 'weights'} are not those that {name} ended with, as its done.json has "
+            f"it; restore them, or --redo={name} does it and what stands on it again"
+        )
+
+
+def check_same_weights(
+    plan: Plan, workdir: Path, names: Iterable[str], again: Collection[str] = ()
+) -> None:
+    """Refuses jobs that stand on other weights than those that are there now.
+
+    Args:
+        plan: of the config that is given.
+        workdir: the run's directory.
+        names: jobs that are to be kept, gone on with, or built on.
+        again: those of them, and of what they need, that change now.
+
+    Raises:
+        UserError: names the first job, and what it stands on.
+    """
+    for name in plan.closure(names):
+        job = plan.job(name)
+        known = inputs_path(workdir, name).is_file() and job.kind is not Kind.EVALUATION
+        if name in again or not known:
+            continue
+        before, now = read_inputs(workdir, name)[1], standing_on(plan.config, workdir, job)
+        for needed in changed(before["weights"], now):
+            field = needed if needed == NETWORK else f"init.{init_path(plan.config, needed)[0]}"
+            given = needed == NETWORK or init_path(plan.config, needed)[1]
+            raise UserError(
+                f"{workdir}: {name} stands on other weights of {needed} than "
+                f"{f'config.{field}' if given else job_directory(workdir, needed)} has now; "
+                f"restore them, or --redo={name} does it and what stands on it again"
+            )

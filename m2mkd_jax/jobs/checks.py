@@ -31,8 +31,8 @@ from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require, require_known
 from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
-from m2mkd_jax.jobs.changes import check_same_config
-from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation
+from m2mkd_jax.jobs.changes import check_finished, check_same_config
+from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation, check_same_images
 from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
@@ -49,7 +49,7 @@ from m2mkd_jax.phases.detection import DENSE
 from m2mkd_jax.phases.families import StudentFamily, students, teacher
 from m2mkd_jax.phases.initial_weights import check_given, check_measured
 from m2mkd_jax.phases.phase import FRESH, StageSpec
-from m2mkd_jax.phases.weight_files import weights_directory
+from m2mkd_jax.phases.weight_files import init_path, weights_directory
 from m2mkd_jax.train.optimizer import DECAY_RULES, OPTIMIZERS
 from m2mkd_jax.train.schedule import SCHEDULES
 
@@ -105,8 +105,9 @@ def validate_jobs(
     check_same_config(plan, workdir, plan.names, stale, extended)
     if missing := missing_data(plan, todo):
         raise UserError("; ".join(missing))
-    check_weights(plan, workdir, todo)
+    check_weights(plan, workdir, todo, [*stale, *extended])
     _check_images(plan, todo)
+    check_same_images(plan, workdir, todo, stale)
     check_classes(plan, workdir, todo)
     _check_partition(plan, todo, mesh)
     training = [plan.job(name) for name in todo if plan.job(name).kind is Kind.TRAINING]
@@ -311,13 +312,32 @@ def _check_networks(config: ConfigDict, devices: int) -> None:
         )
 
 
-def check_weights(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
-    """Refuses a job whose weights neither exist nor are about to be made, or do not fit."""
+def check_weights(
+    plan: Plan, workdir: Path, todo: Collection[str], again: Collection[str] = ()
+) -> None:
+    """Refuses a job whose weights neither exist nor are about to be made, or do not fit.
+
+    Args:
+        plan: of the run.
+        workdir: its directory.
+        todo: the jobs that are to run.
+        again: jobs that start again or go on, whose results are dropped before.
+
+    Raises:
+        UserError: one line that names the job.
+    """
     jobs = [plan.job(name) for name in todo]
     for job in jobs:
         for needed in job.needs:
+            if needed in again and needed not in todo:
+                raise UserError(
+                    f"--only leaves out {needed}, which is done again and which {job.name} needs; "
+                    "name it there too"
+                )
             if needed not in todo:
                 weights_directory(plan.config, workdir, needed)
+                if not init_path(plan.config, needed)[1]:
+                    check_finished(workdir, needed)
     training = [job.phase for job in jobs if job.kind is Kind.TRAINING]
     check_given(plan.config, workdir, training)
     for job in jobs:

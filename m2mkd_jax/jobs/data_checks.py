@@ -6,6 +6,7 @@ the order of the logits (training.py). Converted weights record no classes, torc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
 from m2mkd_jax.errors import UserError, printable
-from m2mkd_jax.jobs.plan import Kind, Plan
+from m2mkd_jax.jobs.plan import Kind, Plan, inputs_path, read_inputs
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.families import students
@@ -41,6 +42,45 @@ class _Use:
     job: str
     initial: bool = False
     order_only: bool = False
+
+
+def image_facts(phase: Phase) -> dict[str, str]:
+    """What there is of a job's training images, which are opened, by the key of their section."""
+    source = image_source(phase.data, "train")
+    names = "\n".join(source.class_names).encode("utf-8", "replace")
+    labels = np.asarray(getattr(source, "labels", ()), np.int64).tobytes()
+    known = hashlib.sha256(names + labels).hexdigest()[:8]
+    return {phase.data_key: f"{len(source)} training images (labels {known})"}
+
+
+def check_same_images(
+    plan: Plan, workdir: Path, todo: Collection[str], stale: Collection[str] = ()
+) -> None:
+    """Refuses jobs whose images are others than when they began, or what they stand on did.
+
+    Args:
+        plan: of the run.
+        workdir: its directory.
+        todo: the jobs that are to run; their images can be opened.
+        stale: jobs that start again.
+
+    Raises:
+        UserError: one line that names the job and says what there was, and is.
+    """
+    now: dict[str, str] = {}
+    for job in map(plan.job, todo):
+        if job.kind is not Kind.EVALUATION and job.phase.data_key not in now:
+            now |= image_facts(job.phase)
+    for name in plan.closure(todo):
+        if name in stale or not inputs_path(workdir, name).is_file():
+            continue
+        for key, before in read_inputs(workdir, name)[1]["images"].items():
+            if now.get(key, before) != before:
+                raise UserError(
+                    f"{workdir}: {name} was made with {before} of config.{key}, and there are "
+                    f"{now[key]}; restore those, or --redo={name} does it and what stands on it "
+                    "again"
+                )
 
 
 def check_normalisation(plan: Plan, workdir: Path, todo: Collection[str]) -> None:

@@ -24,9 +24,10 @@ from m2mkd_jax.data.pipeline import eval_batches, train_batches
 from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
+from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluation_batch
 from m2mkd_jax.jobs.inputs import draw_images
-from m2mkd_jax.jobs.plan import Job, write_inputs
+from m2mkd_jax.jobs.plan import EPISODES, Job, standing_on, write_inputs
 from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.jobs.setup import set_up
 from m2mkd_jax.models import chain
@@ -70,10 +71,15 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     directory = run.directory(job.name)
     make_directory(directory)
     if is_main():
-        write_inputs(run.workdir, job)
+        write_inputs(
+            run.workdir,
+            job,
+            weights=standing_on(config, run.workdir, job),
+            images=image_facts(phase),
+        )
     train, test = (image_source(phase.data, split) for split in ("train", "test"))
     episode = Episode(run, phase)
-    path = directory / "episodes.jsonl"
+    path = directory / EPISODES
     done = from_main(_finished(path) if is_main() else [])
     # A line has the seconds that all starts of the job had taken by then.
     earlier = done[-1].get("seconds", 0.0) if done else 0.0
@@ -145,8 +151,18 @@ def check_episodes(config: ConfigDict, phase: Phase) -> None:
 
 
 def _finished(path: Path) -> list[dict]:
-    lines = path.read_bytes().decode().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The episodes that are done, in their order, up to a line that is damaged."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found: list[dict] = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # UnicodeDecodeError, too
+            break
+        if not isinstance(entry, dict) or entry.get("episode") != len(found):
+            break
+        found.append(entry)
+    return found
 
 
 class Episode:

@@ -14,7 +14,7 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
@@ -24,7 +24,12 @@ from m2mkd_jax.files.paths import (
 )
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.agreement import check_same_data, check_same_start
-from m2mkd_jax.jobs.changes import jobs_to_extend, raised_epochs
+from m2mkd_jax.jobs.changes import (
+    check_not_running,
+    check_same_config,
+    jobs_to_extend,
+    raised_epochs,
+)
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import (
@@ -80,6 +85,9 @@ def run(
     stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
     asked = plan.select(extend, "--extend") if extend else []
     extended = from_main(jobs_to_extend(plan, workdir, asked))
+    check_not_running(workdir, [*stale, *extended])
+    for name in extended:
+        require(name in chosen, f"--extend={name}: --only={only} leaves it out; name it there too")
     todo = from_main(jobs_to_run(plan, workdir, only, [*stale, *extended]))
     checks.validate_jobs(plan, workdir, mesh, todo, stale, extended)
     check_same_data(plan, todo)
@@ -94,6 +102,8 @@ def run(
     schedule = Schedule.of(plan, _counted(plan, chosen, workdir, todo), workdir)
     try:
         for names in _phases(chosen):
+            # Others may have begun or made them since, or what they stand on, and otherwise.
+            check_same_config(plan, workdir, [n for n in names if n in todo], (), extended)
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
             if jobs and jobs[0].kind is Kind.TRAINING:
                 run_training(this, jobs, schedule)
@@ -121,11 +131,12 @@ def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:
 
     Another process may have done it since this one began: with --only they share a directory.
     """
-    done_already = name not in todo
-    done = done_already or from_main(is_current(plan, workdir, name))
-    if done:
-        say(f"[{name}] done already" if done_already else f"[{name}] done elsewhere")
-    return not done
+    done = from_main(is_current(plan, workdir, name))
+    if name not in todo:
+        say(f"[{name}] done already" if done else f"[{name}] not needed any more")
+    elif done:
+        say(f"[{name}] done elsewhere")
+    return name in todo and not done
 
 
 def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -> None:

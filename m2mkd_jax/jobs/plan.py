@@ -19,6 +19,7 @@ from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_digests import changed, digests
 from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, job_directory
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
@@ -40,8 +41,13 @@ NEUTRAL: Mapping[str, Any] = {
     "train_only": (),
     "linear_probe": False,
 }
+NEUTRAL_IN = {"data", "teaching_data", "recipes", "recipe"}  # groups that have such keys
+# What a phase depends on and its network, once it is trained, does not.
+TRAINING_ONLY = ("regulariser", "distillation", *(f"recipes.{name}" for name in defaults.RECIPES))
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
+EPISODES = "episodes.jsonl"  # in the directory of a few-shot job
+BESIDE = ("weights", "images")  # in inputs.json, beside a job's inputs
 
 
 class Kind(enum.Enum):
@@ -109,6 +115,9 @@ class Plan:
             phases = tuple(self.job(needed).phase for needed in needs)
             values: dict[str, Any] = {"evaluation.sampled": config.evaluation.sampled}
             values |= {p.data_key: p.data for p in phases}
+            for phase in phases:  # those of this run's own networks are in their fingerprints
+                if init_path(config, phase.job)[1]:
+                    values |= {k: v for k, v in phase.depends_on.items() if k not in TRAINING_ONLY}
             further = {key: config.evaluation[key] for key in FURTHER}
             values |= {f"evaluation.{key}": value for key, value in further.items() if value}
         else:
@@ -243,9 +252,18 @@ def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, A
     for key, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in HARMLESS and not (key in NEUTRAL and value == NEUTRAL[key]):
+        elif not is_harmless(f"{prefix}{key}", value):
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def is_harmless(key: str, value: Any) -> bool:
+    """Whether a value of the config does not change what a job computes."""
+    *groups, last = key.split(".")
+    if "options" in groups:  # of modules of one's own, whose names mean what they like
+        return False
+    left_out = last in NEUTRAL and value == NEUTRAL[last]
+    return last in HARMLESS or (left_out and not NEUTRAL_IN.isdisjoint(groups))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -258,9 +276,32 @@ def inputs_path(workdir: Path, name: str) -> Path:
     return job_directory(workdir, name) / "inputs.json"
 
 
-def write_inputs(workdir: Path, job: Job) -> None:
-    """Keeps a job's inputs beside its results, before it starts."""
-    write_record(inputs_path(workdir, job.name), job.inputs)
+def write_inputs(workdir: Path, job: Job, **beside: Mapping[str, str]) -> None:
+    """Keeps a job's inputs beside its results, before it starts.
+
+    Args:
+        workdir: the run's directory.
+        job: that starts.
+        beside: what its inputs do not tell: `weights`, digests of those that it stands on
+            (`standing_on`); `images`, by the key of their section (`data_checks.image_facts`).
+    """
+    found = {name: dict(beside[name]) for name in BESIDE if beside.get(name)}
+    write_record(inputs_path(workdir, job.name), {**job.inputs, **found})
+
+
+def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """What `write_inputs` has kept: a job's inputs, and what is beside them.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    record = read_record(inputs_path(workdir, name))
+    return record, {key: record.pop(key, {}) for key in BESIDE}
+
+
+def standing_on(config: ConfigDict, workdir: Path, job: Job) -> dict[str, str]:
+    """Digests of the weights that a job starts from or measures, as far as they are there."""
+    return digests(config, workdir, job.needs, job.phases if job.kind is Kind.TRAINING else ())
 
 
 def is_done(workdir: Path, name: str) -> bool:
@@ -287,7 +328,11 @@ def is_current(plan: Plan, workdir: Path, name: str) -> bool:
     if job.kind is not Kind.EVALUATION:
         return True
     path = inputs_path(workdir, name)
-    if not path.is_file() or read_record(path) != job.inputs:
+    if not path.is_file():
+        return False
+    before, beside = read_inputs(workdir, name)
+    now = standing_on(plan.config, workdir, job)
+    if before != job.inputs or changed(beside["weights"], now):
         return False
     networks = read_record(job_directory(workdir, name) / "done.json").get("networks", {})
     wanted = {f"{name}_accuracy" for name in plan.config.evaluation.renditions}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.joint import (
     alike,
@@ -23,7 +24,7 @@ from m2mkd_jax.jobs.joint import (
 )
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
 from m2mkd_jax.jobs.locks import Lock, acquire
-from m2mkd_jax.jobs.plan import Job, is_done, write_inputs
+from m2mkd_jax.jobs.plan import Job, is_done, standing_on, write_inputs
 from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.run import Run, count_updates
 from m2mkd_jax.jobs.training import Training, total_steps
@@ -113,7 +114,12 @@ def _train_round(
         release(job.name)
     phases = {job.name: job.phase for job in chosen}
     for job in chosen if is_main() else ():
-        write_inputs(run.workdir, job)
+        write_inputs(
+            run.workdir,
+            job,
+            weights=standing_on(run.config, run.workdir, job),
+            images=image_facts(job.phase),
+        )
     stages, origins = _load(run, phases)
     references = _references(run, phases, stages)
     setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)

@@ -12,7 +12,7 @@ from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.locks import is_held
-from m2mkd_jax.jobs.plan import Plan, is_done, open_jobs
+from m2mkd_jax.jobs.plan import Plan, is_current, open_jobs
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_files import job_directory
@@ -24,12 +24,12 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     """workdir/summary.json: every job, and the accuracies that matter side by side.
 
     A job's status is done, running (in another process), interrupted, pending, or not needed: what
-    it was needed for is done.
+    it was needed for is done. What eval has measured of other networks does not count.
     """
     jobs, still_open = [], open_jobs(plan, workdir)
     for name in plan.names:
         directory = job_directory(workdir, name)
-        if is_done(workdir, name):
+        if is_current(plan, workdir, name):
             jobs.append(read_record(directory / "done.json"))
             continue
         checkpoints = directory / "checkpoints"

@@ -48,23 +48,30 @@ def job_directory(workdir: Path, job: str) -> Path:
 def init_path(config: ConfigDict, job: str) -> tuple[str, str]:
     """The field of `config.init` that stands for `job`, and the path in it ("": none)."""
     phase, _, index = job.partition("/")
-    field = "" if phase == "e2e" and index else INIT_FIELD.get(phase, "")  # no other seed's
+    # Not for another seed's network, nor for the one that this run trains from it.
+    own = phase == "e2e" and (index or "e2e" in config.phases)
+    field = "" if own else INIT_FIELD.get(phase, "")
     return field, config.init[field] if field else ""
 
 
 def weights_directory(config: ConfigDict, workdir: Path, job: str) -> Path:
     """The weights of `job`, a directory or a file: those that `config.init` names, else this run's.
 
-    A network is given to be trained, too: once this run has trained it, that is the one.
+    A network is given to be trained, too: where this run trains it, that is the one.
 
     Raises:
         UserError: they are not there.
     """
     field, given = init_path(config, job)
     path = job_directory(workdir, job) / "weights"
-    if given and not (job == "e2e" and _is_whole(path)):
+    if given:
         return _given_weights(job, field, given)
     if not _is_whole(path):
+        if (path.parent / "done.json").is_file():
+            raise UserError(
+                f"{path} is missing, though {job} is done; restore it, or --redo={job} does it and "
+                "what stands on it again"
+            )
         phase = job.partition("/")[0]
         listed = "" if phase in config.phases else f' ("{phase}" in config.phases)'
         hint = listed + (f", or set config.init.{field}" if field else "")
@@ -135,7 +142,7 @@ def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
     return vit_fields(spec) | {"depths": list(describe["depths"])}
 
 
-def _path(config: ConfigDict, workdir: Path, job: str, initial: bool) -> Path:
+def weights_path(config: ConfigDict, workdir: Path, job: str, initial: bool) -> Path:
     """Where the weights of `job` are; `initial`: those that config.init.network names."""
     if initial:
         return _given_weights(job, "network", config.init.network)
@@ -171,7 +178,7 @@ def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = F
     Raises:
         UserError: they are not there, or the description is damaged.
     """
-    path = _path(config, workdir, job, initial)
+    path = weights_path(config, workdir, job, initial)
     if not (path / "description.json").is_file():
         return Recorded(path)
     description = open_weights(path).description
@@ -196,7 +203,7 @@ def read_tree(config: ConfigDict, workdir: Path, weights: WeightsFrom) -> tuple[
     """
     initial = weights.kind == "init"
     job, name = "e2e" if initial else weights.job, weights.tree
-    path = _path(config, workdir, job, initial)
+    path = weights_path(config, workdir, job, initial)
     if (path / "description.json").is_file():
         found = open_weights(path)
     else:

@@ -24,8 +24,9 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import file_names, read_text
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.log import is_evaluation
-from m2mkd_jax.jobs.plan import Plan
+from m2mkd_jax.jobs.plan import Plan, read_inputs
 from m2mkd_jax.phases.build import END_TO_END
+from m2mkd_jax.phases.weight_digests import changed, digest
 
 ARMS = {"e2e": "m2mKD", "e2e_scratch": "scratch", "e2e_kd": "kd", "e2e_upcycled": "upcycled"}
 
@@ -196,7 +197,27 @@ def read_run(path: Path) -> RunRecord:
     listed = {job["name"]: job for job in summary.get("jobs", ()) if isinstance(job, dict)}
     names = _job_names(path, config, listed, notes)
     jobs = {name: _read_job(path, name, listed.get(name, {}), notes) for name in names}
+    if other := _measured_before(path, jobs):
+        jobs["eval"] = JobRecord("eval", "pending", needs=jobs["eval"].needs)
+        notes.append(
+            f"The job eval has measured other weights of {', '.join(other)} than there are now, "
+            "and is left out; run it again."
+        )
     return RunRecord(path, config, jobs, tuple(notes))
+
+
+def _measured_before(path: Path, jobs: Mapping[str, JobRecord]) -> list[str]:
+    """The jobs that have been trained on or anew since the job eval has measured their networks."""
+    if "eval" not in jobs or jobs["eval"].status != "done":
+        return []
+    try:
+        known = read_inputs(path, "eval")[1]["weights"]
+        own = {name: path / "jobs" / name / "weights" for name in known}
+        now = {n: digest(w) for n, w in own.items() if (w / "description.json").is_file()}
+    except UserError:  # noted where it is read
+        return []
+    under_way = [n for n in now if n in jobs and jobs[n].status != "done"]
+    return sorted({*changed(known, now), *under_way})
 
 
 def _readable(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -191,12 +191,13 @@ def test_config_init_takes_them(finished, form, tmp_path):
 
 
 def test_a_given_network_and_the_one_trained_from_it(finished, tmp_path):
-    """What is measured is what this run trained, and what was given only where it trained none."""
+    """What is measured is what this run trains, and what was given only where it trains none."""
     config, workdir = finished
     given = CONFIGS[config.family]()
     given.init.network = str(workdir)
     theirs, own = (where / "jobs" / "e2e" / "weights" for where in (workdir, tmp_path))
-    assert weights_directory(given, tmp_path, "e2e") == theirs
+    with pytest.raises(UserError, match="e2e is not done"):
+        weights_directory(given, tmp_path, "e2e")
     shutil.copytree(theirs, own)
     assert weights_directory(given, tmp_path, "e2e") == own
     network, origin = load_stages(given, tmp_path, build_phase(given, "e2e"))
@@ -205,6 +206,7 @@ def test_a_given_network_and_the_one_trained_from_it(finished, tmp_path):
         weights_directory(given, tmp_path, "e2e/1")
     given.phases = ("eval",)
     assert Plan(given).job("eval").needs == ("e2e",)
+    assert weights_directory(given, tmp_path, "e2e") == theirs
 
 
 def test_config_init_refuses_what_does_not_fit(finished, tmp_path):
