@@ -5,6 +5,7 @@ Axes: B batch, H height, W width, S size in pixels, K damaged images of a batch.
 """
 
 import sys
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -82,19 +83,37 @@ class DamagedImageCounter:
         for index, instead in replaced:
             if index < 0 or index in self._seen:
                 continue
-            self._seen.add(index)
+            self._seen.add(int(index))
             reason = self._reason(int(index))
-            if len(self._seen) > self._limit:
-                raise UserError(
-                    f"{len(self._seen)} damaged images are more than {self._share:.2%} of"
-                    f" {len(self._source)} (data.damaged_share); the last: {reason}"
-                )
+            self._check(reason)
             what = "it is not counted"
             if instead >= 0:
                 what = f"{self._source.name(int(instead))} stands in for it"
             print(
                 f"warning: {reason}; {what} ({len(self._seen)} of at most {self._limit})",
                 file=sys.stderr,
+            )
+
+    def note_others(self, union: Callable[[Collection[int]], set[int]]) -> None:
+        """Counts what other processes have seen, each in its share of the batches.
+
+        Args:
+            union: of the numbers that each process gives; all make this call.
+
+        Raises:
+            UserError: together they are more than the limit allows.
+        """
+        others = union(self._seen) - self._seen
+        if others:
+            self._seen |= others
+            self._check(self._reason(max(self._seen)))
+
+    def _check(self, reason: str) -> None:
+        """Raises UserError where more images are damaged than the limit allows."""
+        if len(self._seen) > self._limit:
+            raise UserError(
+                f"{len(self._seen)} damaged images are more than {self._share:.2%} of"
+                f" {len(self._source)} (data.damaged_share); the last: {reason}"
             )
 
     def _reason(self, index: int) -> str:

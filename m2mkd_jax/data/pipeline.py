@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grain
@@ -313,6 +313,10 @@ class BatchIterator:
         }
         self._damaged.note(batch.pop(REPLACED))
         return batch
+
+    def note_others(self, union: Callable[[Collection[int]], set[int]]) -> None:
+        """Counts the damaged images of all processes, as `DamagedImageCounter.note_others`."""
+        self._damaged.note_others(union)
 
 
 def _shut_down(open_iterators: list[Any], from_processes: bool) -> None:

@@ -136,6 +136,12 @@ def check_config(config: ConfigDict, devices: int = 1) -> None:
         require(config.data.name == PARENTS[name], message)
     for name in config.trackers:
         tracker_class(name)
+    batch = config.evaluation.batch
+    require(
+        not config.evaluation.sampled or batch % devices == 0,
+        f"config.evaluation.batch is {batch}; config.evaluation.sampled draws noise batch by batch,"
+        f" so that it must be a multiple of the {devices} devices",
+    )
     for kind in config.evaluation.corruptions:
         require_known(kind, (*CORRUPTIONS, "all"), "evaluation.corruptions")
     for name in RECIPES:

@@ -11,7 +11,8 @@ from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.data.scenes import NAMES
 from m2mkd_jax.detection import optimizer
 from m2mkd_jax.detection.spec import DIVISIBLE_BY
-from m2mkd_jax.errors import UserError, did_you_mean, located, require
+from m2mkd_jax.errors import did_you_mean, located, require
+from m2mkd_jax.models.moe import dispatch
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.detection import DENSE, detection_recipe, detector_spec
 
@@ -50,7 +51,7 @@ def check_detection(config: ConfigDict, devices: int) -> None:
     )
     _check_data(section.data)
     _check_recipe(config, devices)
-    _check_model(config)
+    _check_model(config, devices)
 
 
 def _check_data(data: ConfigDict) -> None:
@@ -117,7 +118,7 @@ def _check_recipe(config: ConfigDict, devices: int) -> None:
     )
 
 
-def _check_model(config: ConfigDict) -> None:
+def _check_model(config: ConfigDict, devices: int) -> None:
     spec, model = detector_spec(config), config.detection.model
     window = model.window
     require(
@@ -125,10 +126,7 @@ def _check_model(config: ConfigDict) -> None:
         f"config.detection.model.global_blocks is {model.global_blocks} and window is 0: every "
         "block is global",
     )
-    if spec.backbone.vmoe.dispatch != "capacity":
-        return
-    recipe = config.detection.recipe
-    group, images = spec.backbone.vmoe.group_images, recipe.batch // recipe.accumulate
-    with located("config.vmoe.group_images"):
-        if group and images % group:
-            raise UserError(f"{group} images share slots; {images} of a step are no multiple of it")
+    vmoe, recipe = spec.backbone.vmoe, detection_recipe(config)
+    if vmoe.moe_pos:
+        with located("config.detection.recipe"):
+            dispatch.count_groups(recipe.batch // recipe.accumulate, vmoe.group, devices)

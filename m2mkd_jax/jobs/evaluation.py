@@ -29,7 +29,7 @@ from m2mkd_jax.jobs.setup import frozen_program, make_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import barrier, interrupted, is_main, reached, say
+from m2mkd_jax.parallel.process import barrier, interrupted, is_main, reached, say, union
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.families import students
@@ -77,7 +77,9 @@ def evaluator(
             placed = (
                 {**b, "image": change(b["image"], key, i * batch)} for i, b in enumerate(placed)
             )
-        return evaluate(count, trainable, frozen, placed, key, len(images))
+        metrics = evaluate(count, trainable, frozen, placed, key, len(images))
+        batches.note_others(union)
+        return metrics
 
     return measure
 
@@ -192,7 +194,7 @@ def reductions(
 ) -> list[dict]:
     """Accuracy of a network with parts removed, and the share of its FLOPs that this saves."""
     data, found = phase.data, []
-    shape = (evaluation_batch(run.config, SEEN, run.mesh), *image_shape(data))
+    shape = (min(run.config.evaluation.batch, SEEN), *image_shape(data))
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     whole = count_flops(program.logits, {}, frozen, image)
     seen = _seen(run, phase, program, frozen)
@@ -211,15 +213,19 @@ def reductions(
 
 
 def _seen(run: Run, phase: Phase, program: Program, frozen: dict) -> dict[str, Any]:
-    """Auxiliary outputs of a network for the first SEEN validation images."""
-    images = image_source(phase.data, "validation")
-    batches = eval_batches(
-        images, phase.data, batch_size=evaluation_batch(run.config, SEEN, run.mesh)
-    )
-    batch = next(iter(batches))
+    """Auxiliary outputs of a network for the first SEEN validation images, or a batch of them.
+
+    Every process looks at all of them, and on any number of devices at no others: neither at
+    damaged images nor at those that fill up a batch.
+    """
+    source = image_source(phase.data, "validation")
+    count = min(run.config.evaluation.batch, SEEN, len(source))
+    batch = next(eval_batches(source, phase.data, batch_size=count))
+    pixels = batch["image"][batch["mask"] > 0]
 
     def observe(frozen: dict, pixels: jax.Array) -> dict[str, jax.Array]:
         images = normalise(pixels, phase.data.mean, phase.data.std)
         return program.run_with_aux(program.student, {}, frozen, images.astype(program.dtype))[1]
 
-    return jax.device_get(backend.jit(observe)(frozen, batch["image"]))
+    seen = backend.jit(observe, out_shardings=meshes.replicated(run.mesh))
+    return jax.device_get(seen(frozen, pixels))

@@ -33,7 +33,7 @@ from m2mkd_jax.jobs.setup import set_up
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
+from m2mkd_jax.parallel.process import barrier, from_main, is_main, say, union
 from m2mkd_jax.phases.families import students
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import FRESH, Phase, WeightsFrom
@@ -263,7 +263,9 @@ class Episode:
         placed = (meshes.put_batch(self._mesh, b) for b in batches)
         frozen = with_fixed(self._frozen, state["fixed"])
         key = jax.random.key(self._config.seed)
-        return evaluate(self._count, evaluated_params(state), frozen, placed, key, len(query))
+        metrics = evaluate(self._count, evaluated_params(state), frozen, placed, key, len(query))
+        batches.note_others(union)
+        return metrics
 
 
 def _processes() -> dict[str, Any]:

@@ -39,7 +39,7 @@ from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
-from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say
+from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say, union
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
@@ -287,6 +287,8 @@ class Training:
 
     def _evaluate(self, states: dict[str, dict]) -> dict[str, dict]:
         """Metrics by job, from one pass over the validation images."""
+        if self._stream is not None:
+            self._stream.note_others(union)
         names, setup = tuple(states), self._setup.only(states)
         phase = next(iter(setup.setups.values())).phase
         if isinstance(phase, DetectionPhase):

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -120,6 +120,18 @@ def any_process(value: bool) -> bool:
     if alone():
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
+def union(numbers: Collection[int]) -> set[int]:
+    """The numbers, 0 or larger, that any of the processes gives; every process makes this call."""
+    reached()
+    if alone():
+        return set(numbers)
+    most = int(multihost_utils.process_allgather(np.array(len(numbers))).max())
+    padded = np.full(most, -1)
+    padded[: len(numbers)] = sorted(numbers)
+    found = multihost_utils.process_allgather(padded) if most else padded
+    return {int(number) for number in found.flat if number >= 0}
 
 
 @contextlib.contextmanager

@@ -59,9 +59,9 @@ class VMoEFamily(StudentFamily):
             if any(recipe_name(phase) == name for phase in config.phases):
                 for index in range(self.modules) if name == "m2mkd" else (None,):
                     self._check_recipe(name, index, spec.group, devices)
-        self._check_surroundings()
+        self._check_surroundings(devices)
 
-    def _check_surroundings(self) -> None:
+    def _check_surroundings(self, devices: int) -> None:
         """Refuses phases or a mesh that a V-MoE has no use for."""
         config, fields = self.config, self.config.vmoe
         require(
@@ -76,6 +76,20 @@ class VMoEFamily(StudentFamily):
             f"config.mesh.expert is {expert}; it must divide the {fields.experts} experts of "
             "config.vmoe.experts",
         )
+        group = devices // max(config.mesh.data, 1) if expert < 1 else expert
+        left = [count for count in self._fewer_experts() if count % group]
+        require(
+            not (left and config.evaluation.reductions and "eval" in config.phases),
+            f"config.evaluation.reductions leaves {left[0] if left else 0} of {fields.experts} "
+            f"experts, which cannot be dealt over the {group} devices of config.mesh.expert; set it"
+            " False here, and measure with --only=eval on another mesh",
+        )
+
+    def _fewer_experts(self) -> list[int]:
+        """How many experts the reductions leave, falling."""
+        fields = self.config.vmoe
+        counts = {max(fields.experts // n, fields.top_k) for n in (2, 4)}
+        return sorted((count for count in counts if count < fields.experts), reverse=True)
 
     def _check_recipe(self, name: str, index: int | None, group: int, devices: int) -> None:
         fields, recipe = self.config.vmoe, module_recipe(self.config, name, index)
@@ -147,14 +161,13 @@ class VMoEFamily(StudentFamily):
         if "load" not in seen:
             return
         order = np.argsort(-np.asarray(seen["load"]), axis=-1, kind="stable")
-        for count in sorted({max(spec.experts // n, spec.top_k) for n in (2, 4)}, reverse=True):
-            if count < spec.experts:
-                kept, smaller = np.sort(order[:, :count]), {}
-                for name, tree in trees.items():
-                    params, kept = assembly.keep_experts(tree["params"], kept)
-                    smaller[name] = {**tree, "params": params}
-                title = "experts, least load first"
-                yield Reduction(title, count, self._smaller(spec, experts=count), smaller)
+        for count in self._fewer_experts():
+            kept, smaller = np.sort(order[:, :count]), {}
+            for name, tree in trees.items():
+                params, kept = assembly.keep_experts(tree["params"], kept)
+                smaller[name] = {**tree, "params": params}
+            title = "experts, least load first"
+            yield Reduction(title, count, self._smaller(spec, experts=count), smaller)
 
     def _smaller(self, spec: VMoESpec, **fields: Any) -> dict[str, StageSpec]:
         """The network's stages with other fields of the spec."""

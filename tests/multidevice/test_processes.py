@@ -48,15 +48,29 @@ def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
     """Called by the config file of some runs: batches come slowly, after some an error comes."""
     original = training.train_batches
 
-    def batches(*args, **options):
+    def slowly(batches):
         time.sleep(first)
-        for i, batch in enumerate(original(*args, **options)):
+        for i, batch in enumerate(batches):
             if i == good:
                 raise UserError("seven.jpg cannot be decoded")
             time.sleep(seconds)
             yield batch
 
-    training.train_batches = batches
+    class Batches:
+        def __init__(self, *args, **options):
+            self.batches = original(*args, **options)
+            self.slow = slowly(self.batches)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.slow)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    training.train_batches = Batches
 
 
 @pytest.fixture(scope="module")

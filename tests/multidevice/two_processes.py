@@ -10,13 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, checksum, load_weights, save_weights
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch, replicated
-from m2mkd_jax.parallel.process import barrier, from_main, is_main
+from m2mkd_jax.parallel.process import barrier, from_main, is_main, union
 
 
 def main(port: str, index: str, directory: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, int(index))
     assert len(jax.devices()) == 4 and is_main() == (index == "0")
     assert from_main(["said by", index] * (1 + int(index))) == ["said by", "0"]
+    for own, all_of_them in (({int(index), 5}, {0, 1, 5}), (set(), set())):
+        assert union(own) == all_of_them
+    assert union([3] * int(index)) == {3}  # process 0 has none
     whole = np.arange(16.0, dtype=np.float32).reshape(8, 2)
     for expert in (1, 4):  # 4: one group spans both processes
         mesh = make_mesh(expert=expert)

@@ -365,6 +365,15 @@ def test_damaged_images_are_named_once_and_counted_up_to_the_limit(damaged, caps
     assert "2 damaged images are more than 20.00% of 9" in text and damaged.name(5) in text
 
 
+def test_damaged_images_of_other_processes_count(damaged, capsys):
+    counter = DamagedImageCounter(damaged, share=0.2)  # of nine: one
+    counter.note(np.array([[4, 6]]))
+    counter.note_others(set)  # no other process, or none that has seen another
+    text = message(counter.note_others, lambda own: {*own, 5})
+    assert "2 damaged images are more than 20.00% of 9" in text and damaged.name(5) in text
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_limit_is_the_share_rounded_down(folders, capsys):
     """29% of 100 are 28.999... in floating point."""
     source = sources.load_source(make_config("imagenet", folders), "train")

@@ -139,6 +139,25 @@ def test_the_batch_must_be_cut_over_the_devices():
         checks.check_config(digits(), devices=8)
 
 
+def test_what_is_measured_must_fit_the_devices():
+    config = load("vmoe_digits")
+    config.vmoe.experts, config.vmoe.top_k, config.evaluation.reductions = 8, 2, True
+    config.recipes.m2mkd.modules = {}
+    for data, expert, devices in ((-1, 4, 4), (1, -1, 4), (2, -1, 8)):
+        config.mesh.data, config.mesh.expert = data, expert
+        with pytest.raises(UserError, match=r"leaves 2 of 8 experts, .* over the 4 devices"):
+            checks.check_config(config, devices=devices)
+    config.mesh.data, config.mesh.expert = -1, 2
+    checks.check_config(config, devices=4)
+    # Evaluation's batches are filled up to a multiple of the devices, but not where each has noise
+    # of its own.
+    config.evaluation.batch = 90
+    checks.check_config(config, devices=4)
+    config.evaluation.sampled = True
+    with pytest.raises(UserError, match=r"config\.evaluation\.batch is 90; .* the 4 devices"):
+        checks.check_config(config, devices=4)
+
+
 KEPT = [
     ("recipes.m2mkd.mixup", 0.8, "recipes.m2mkd.mixup=0"),
     ("recipes.m2mkd.modules", {"1": {"cutmix": 1.0}}, "recipes.m2mkd.cutmix=0"),

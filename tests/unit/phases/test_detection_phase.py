@@ -197,3 +197,20 @@ def test_a_patch_that_is_not_16_is_refused():
     config.vmoe.patch = 8
     with pytest.raises(UserError, match=r"config.detection.model.*patch of 8"):
         checks.check_config(config)
+
+
+def test_groups_that_share_slots_must_fit_the_devices():
+    """Of the images of a step, which are two parts of a batch of 8: 4."""
+    config = tiny_detect.get_config()
+    config.vmoe.dispatch, config.detection.recipe.batch = "capacity", 8
+    for group, devices in ((0, 4), (1, 4), (2, 2), (4, 1), (16, 1)):
+        config.vmoe.group_images = group
+        checks.check_config(config, devices)
+    for dispatch, router in (("capacity", "published"), ("dropless", "expert_choice")):
+        config.vmoe.update(dispatch=dispatch, router=router, group_images=2)
+        with pytest.raises(UserError) as error:
+            checks.check_config(config, devices=4)
+        assert str(error.value) == (
+            "config.detection.recipe: moe: a batch of 4 images cannot be cut into groups of 2 "
+            "images on 4 device(s); change the batch size or vmoe.group_images"
+        )
