@@ -18,7 +18,6 @@ from m2mkd_jax.config.defaults import (
     few_shot_data,
     module_recipe,
     recipe_name,
-    renditions_data,
     teaching_data,
 )
 from m2mkd_jax.config.values import check_value, check_values
@@ -26,13 +25,15 @@ from m2mkd_jax.data.augment import Augmentation
 from m2mkd_jax.data.channels import check_channels
 from m2mkd_jax.data.class_lists import PARENTS
 from m2mkd_jax.data.few_shot import SELECTIONS
-from m2mkd_jax.data.scenes import describe_missing as missing_scenes
-from m2mkd_jax.data.scenes import is_scenes
-from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, did_you_mean, located, require, require_known
 from m2mkd_jax.evaluate.corruptions import KINDS as CORRUPTIONS
 from m2mkd_jax.jobs.changes import check_finished, check_same_config
-from m2mkd_jax.jobs.data_checks import check_classes, check_normalisation, check_same_images
+from m2mkd_jax.jobs.data_checks import (
+    check_classes,
+    check_normalisation,
+    check_same_images,
+    missing_data,
+)
 from m2mkd_jax.jobs.detection_checks import check_detection
 from m2mkd_jax.jobs.distillation_checks import check_distillation
 from m2mkd_jax.jobs.few_shot import check_episodes
@@ -369,22 +370,6 @@ def _check_partition(plan: Plan, todo: Iterable[str], mesh: Mesh) -> None:
     for job in (plan.job(name) for name in todo):
         for spec in job.phase.stages.values() if job.kind is not Kind.EVALUATION else ():
             partition.shardings(mesh, chain.abstract(spec.build).params, plan.config.mesh.fsdp)
-
-
-def missing_data(plan: Plan, names: Iterable[str]) -> list[str]:
-    """What stands between jobs and their data: a line for each data set that is not there."""
-    wanted = []  # and what says where each is
-    for job in (plan.job(name) for name in names):
-        wanted += [(phase.data, f"config.{phase.data_key}.root") for phase in job.phases]
-        if job.kind is Kind.EVALUATION:
-            renditions = plan.config.evaluation.renditions
-            wanted += [(renditions_data(plan.config, name), "$M2MKD_DATA") for name in renditions]
-    lines = [(_missing(data), where) for data, where in wanted]
-    return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
-
-
-def _missing(data: ConfigDict) -> str | None:
-    return missing_scenes(data) if is_scenes(data) else describe_missing(data)
 
 
 def _check_images(plan: Plan, todo: Iterable[str]) -> None:

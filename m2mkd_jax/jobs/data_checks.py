@@ -1,4 +1,4 @@
-"""Refuses data that are not what weights were trained on: other pixel values, other classes.
+"""Refuses data that are missing, or not what weights were trained on: other pixel values or classes.
 
 Finished weights record their normalisation and, where they give logits, the names of the classes in
 the order of the logits (training.py). Converted weights record no classes, torch files nothing.
@@ -7,7 +7,7 @@ the order of the logits (training.py). Converted weights record no classes, torc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
+from m2mkd_jax.data.scenes import describe_missing as missing_scenes
+from m2mkd_jax.data.scenes import is_scenes
+from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.jobs.plan import Kind, Plan, inputs_path, read_inputs
 from m2mkd_jax.jobs.run import image_source
@@ -199,3 +203,19 @@ def _names(phase: Phase) -> tuple[str, ...]:
 def _numbered(names: Sequence[str]) -> bool:
     """Whether classes have no names but their numbers in shards (data/formats/tar.py)."""
     return all(name == f"{i:06d}" for i, name in enumerate(names))
+
+
+def missing_data(plan: Plan, names: Iterable[str]) -> list[str]:
+    """What stands between jobs and their data: a line for each data set that is not there."""
+    wanted = []  # and what says where each is
+    for job in (plan.job(name) for name in names):
+        wanted += [(phase.data, f"config.{phase.data_key}.root") for phase in job.phases]
+        if job.kind is Kind.EVALUATION:
+            renditions = plan.config.evaluation.renditions
+            wanted += [(renditions_data(plan.config, name), "$M2MKD_DATA") for name in renditions]
+    lines = [(_missing(data), where) for data, where in wanted]
+    return list(dict.fromkeys(line.replace("data.root", where) for line, where in lines if line))
+
+
+def _missing(data: ConfigDict) -> str | None:
+    return missing_scenes(data) if is_scenes(data) else describe_missing(data)

@@ -22,7 +22,8 @@ from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.detection.training import STAGE, batch_shapes
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
-from m2mkd_jax.jobs.checks import check_weights, missing_data, validate
+from m2mkd_jax.jobs.checks import check_weights, validate
+from m2mkd_jax.jobs.data_checks import missing_data
 from m2mkd_jax.jobs.joint import JointSetup, keeps_targets
 from m2mkd_jax.jobs.plan import (
     Job,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs.checks import missing_data, validate_jobs
+from m2mkd_jax.jobs.checks import validate_jobs
+from m2mkd_jax.jobs.data_checks import missing_data
 from m2mkd_jax.jobs.dry_run import describe_costs, dry_run, job_costs, planned_mesh
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
