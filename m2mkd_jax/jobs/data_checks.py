@@ -1,4 +1,4 @@
-"""Refuses data that are missing, or not what weights were trained on: other pixel values or classes.
+"""Refuses data that are missing, or other than weights were trained on: pixel values, classes.
 
 Finished weights record their normalisation and, where they give logits, the names of the classes in
 the order of the logits (training.py). Converted weights record no classes, torch files nothing.
