@@ -91,10 +91,31 @@ def by_seed(jobs: Sequence[JobRecord]) -> dict[int, float]:
     return {j.index: j.accuracy for j in jobs if j.status == "done" and j.accuracy is not None}
 
 
-def results(run: RunRecord) -> list[str | Figure]:
-    """The end-to-end networks side by side; [] where none has finished."""
+def compared(run: RunRecord) -> tuple[dict[str, dict[int, float]], str]:
+    """Accuracies of the finished end-to-end networks by phase and seed, and of which images.
+
+    With data.validation they are of test images once the job eval has measured all of them, before
+    that of those held out: never some of each.
+    """
     arms = {phase: by_seed(jobs) for phase, jobs in run.arms().items()}
     arms = {phase: seeds for phase, seeds in arms.items() if seeds}
+    if not run.config.get("data", {}).get("validation"):
+        return arms, "test images"
+    tested = {}
+    for job in run.of_phase("eval"):
+        for name, metrics in job.result.get("networks", {}).items():
+            if job.result.get("splits", {}).get(name) == "test":
+                tested[name] = metrics["eval_accuracy"]
+    names = {(phase, i): f"{phase}/{i}" if i else phase for phase in arms for i in arms[phase]}
+    if not tested.keys() >= set(names.values()):
+        return arms, "images held out of the training images"
+    measured = {p: {i: tested[names[p, i]] for i in seeds} for p, seeds in arms.items()}
+    return measured, "test images, as the job eval has measured them"
+
+
+def results(run: RunRecord) -> list[str | Figure]:
+    """The end-to-end networks side by side; [] where none has finished."""
+    arms, images = compared(run)
     if not arms:
         return []
     rows = []
@@ -115,10 +136,9 @@ def results(run: RunRecord) -> list[str | Figure]:
     listed = table(
         ("network", "seeds", "accuracy", "± 95%", "minus scratch", "± 95%", "each seed"),
         rows,
-        "Accuracy at the end of the end-to-end budget, on test images, or with data.validation on "
-        "those held out. ± is the half-width of the 95% Student interval over seeds, and needs "
-        "two; 'minus scratch' pairs networks of the same seed, so that an interval without 0 is a "
-        "difference that seeds do not explain.",
+        f"Accuracy at the end of the end-to-end budget, on {images}. ± is the half-width of the "
+        "95% Student interval over seeds, and needs two; 'minus scratch' pairs networks of the "
+        "same seed, so that an interval without 0 is a difference that seeds do not explain.",
     )
     return [_dots(arms), listed]
 
@@ -252,12 +272,13 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     """The end-to-end networks of several runs, as a table."""
     rows = []
     for run in runs:
-        for phase, jobs in run.arms().items():
-            if seeds := by_seed(jobs):
-                own = interval(list(seeds.values()))
-                rows.append([str(run.path), ARMS[phase], len(seeds), own["mean"], _half_width(own)])
+        arms, images = compared(run)
+        for phase, seeds in arms.items():
+            own = interval(list(seeds.values()))
+            row = [str(run.path), ARMS[phase], len(seeds), own["mean"], _half_width(own), images]
+            rows.append(row)
     return table(
-        ("run", "network", "seeds", "accuracy", "± 95%"),
+        ("run", "network", "seeds", "accuracy", "± 95%", "of"),
         rows,
         "Networks of all runs. Intervals are over the seeds of one run.",
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.report import analysis, curves, overview
 from m2mkd_jax.report.__main__ import main
 from m2mkd_jax.report.analysis import Analysis, _keep
@@ -219,6 +219,32 @@ def test_teaching_is_charged_whole_or_what_is_left_out_is_said(tmp_path):
     assert "does not have their steps: mt/1;" in charged.caption
     assert "Not charged" not in given.caption
     assert overview.uncharged(run, "e2e_scratch", costs) == []
+
+
+def test_networks_are_compared_on_test_images_once_all_are_measured(tmp_path):
+    run = runs.add_run(tmp_path / "run", seeds=2)
+    assert overview.compared(read_run(run))[1] == "test images"
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["validation"] = 0.1
+    (run / "config.json").write_text(json.dumps(config))
+    found, images = overview.compared(read_run(run))
+    assert images == "images held out of the training images"
+    assert found["e2e_scratch"] == pytest.approx({0: 0.9, 1: 0.92})
+    runs.add_job(run, "eval", 0.5, ("e2e", "e2e/1", "e2e_scratch", "e2e_scratch/1"))
+    done = run / "jobs" / "eval" / "done.json"
+    result = read_record(done)
+    names = ["e2e", "e2e/1", "e2e_scratch", "e2e_scratch/1"]
+    measured = {name: {"eval_accuracy": i / 10} for i, name in enumerate(names)}
+    for networks in (measured, {**measured, "e2e/1": None}):
+        networks = {name: m for name, m in networks.items() if m}
+        more = {"networks": networks, "splits": dict.fromkeys(networks, "test")}
+        write_record(done, result | more)
+        found, images = overview.compared(read_run(run))
+        if len(networks) == 4:
+            assert images.startswith("test images")
+            assert found == {"e2e": {0: 0.0, 1: 0.1}, "e2e_scratch": {0: 0.2, 1: 0.3}}
+        else:  # never some of each
+            assert images.startswith("images held out") and found["e2e"][1] == 0.96
 
 
 def test_every_image_of_a_class_counts_equally_in_its_load():
