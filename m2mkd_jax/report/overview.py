@@ -108,9 +108,9 @@ def compared(run: RunRecord) -> tuple[dict[str, dict[int, float]], str]:
                 tested[name] = metrics["eval_accuracy"]
     names = {(phase, i): f"{phase}/{i}" if i else phase for phase in arms for i in arms[phase]}
     if not tested.keys() >= set(names.values()):
-        return arms, "images held out of the training images"
+        return arms, "held-out images"
     measured = {p: {i: tested[names[p, i]] for i in seeds} for p, seeds in arms.items()}
-    return measured, "test images, as the job eval has measured them"
+    return measured, "test images"
 
 
 def results(run: RunRecord) -> list[str | Figure]:
