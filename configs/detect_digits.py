@@ -1,10 +1,10 @@
 """Detection of digits on textured canvases, with the taught V-MoE as backbone, beside scratch.
 
 Command:  python -m m2mkd_jax.main --config=configs/detect_digits.py --workdir=runs/detect_digits
-Hardware: two cores of an AMD EPYC without AVX-512.
-Time:     15 minutes for pt to e2e, beside other work; 15 min 19 s for a detector.
-Result:   200 test scenes: box AP50 0.851 and 0.863, mask AP50 0.826 and 0.840 (two seeds) with the
-          taught V-MoE; 0.859 and 0.834 from scratch.
+Hardware: one core of an AMD EPYC with AVX-512, beside other work.
+Time:     4 minutes for pt to e2e, 11 to 15 minutes for a detector.
+Result:   200 test scenes, three seeds: box AP50 0.864 +- 0.006, mask AP50 0.840 +- 0.002 with
+          the taught V-MoE; 0.861 +- 0.004 and 0.838 +- 0.008 from scratch.
 
 A V-MoE like that of vmoe_digits, with patches of 16 pixels on digits of 48, is taught by a small
 ViT; its blocks become the backbone of a Mask R-CNN on generated scenes of 128 pixels.
