@@ -14,6 +14,7 @@ from experiments.fashion.arms import ARMS, SCRATCH, TAUGHT, TEACHERS, Compute
 from m2mkd_jax.checkpoint.files import replace_file, write_json
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
+from m2mkd_jax.jobs.summary import measured
 from m2mkd_jax.jobs.units import si
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.report.records import ARMS as TITLES
@@ -74,10 +75,8 @@ def _accuracy(run: RunRecord, name: str) -> float | None:
 
 def _by_seed(run: RunRecord, phase: str) -> dict[int, float]:
     """Accuracy on the test images by seed, as the job eval has measured it."""
-    networks = [job.result.get("networks", {}) for job in run.of_phase("eval")]
-    measured = {name: m["eval_accuracy"] for found in networks for name, m in found.items()}
-    jobs = [job for job in run.of_phase(phase) if job.name in measured]
-    return {job.index: measured[job.name] for job in jobs}
+    found = measured([job.result for job in run.of_phase("eval")])
+    return {job.index: found[job.name] for job in run.of_phase(phase) if job.name in found}
 
 
 def _row(

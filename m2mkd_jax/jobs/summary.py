@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def results(jobs: list[dict], held_out: bool = False) -> dict:
             gives way to what the job eval measured of test images.
     """
     accuracy = _trained(jobs)
-    accuracy = accuracy | _tested(jobs) if held_out else _measured(jobs) | accuracy
+    accuracy = accuracy | _tested(jobs) if held_out else measured(jobs) | accuracy
     found = _detection(jobs)
     for name, title in TITLES.items():
         if name in accuracy:
@@ -100,18 +100,18 @@ def _trained(jobs: list[dict]) -> dict[str, float]:
     }
 
 
-def _measured(jobs: list[dict]) -> dict[str, float]:
+def measured(jobs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The accuracies that the job eval has measured, of its images."""
     networks = {n: own for job in jobs for n, own in job.get("networks", {}).items()}
     return {n: own["eval_accuracy"] for n, own in networks.items() if "eval_accuracy" in own}
 
 
 def _tested(jobs: list[dict]) -> dict[str, float]:
-    """Those of `_measured` that stand in the results, where validation images are held out.
+    """Those of `measured` that stand in the results, where validation images are held out.
 
     Networks that are compared are measured on the same images: of the end-to-end ones all, or none.
     """
-    found = _measured(jobs)
+    found = measured(jobs)
     compared = {name for name in _trained(jobs) if name.partition("/")[0] in END_TO_END}
     left_out = set() if compared <= found.keys() else compared
     return {name: value for name, value in found.items() if name not in left_out}

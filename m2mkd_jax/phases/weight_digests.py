@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -71,13 +72,17 @@ def digest(path: Path) -> str:
         files += sorted(path.parent.glob(f"{path.stem}.data-*"))
     whole = hashlib.sha256()
     for file in files:
-        facts = file.stat()
-        whole.update(_of_file(file, facts.st_size, facts.st_mtime_ns).encode())
+        facts: Any = file.stat()
+        if hasattr(facts, "st_size"):
+            size, written = facts.st_size, facts.st_mtime_ns
+        else:  # a file in a bucket
+            size, written = facts.length, facts.mtime
+        whole.update(_of_file(file, size, written).encode())
     return whole.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=64)
-def _of_file(path: Path, size: int, written: int) -> str:
+def _of_file(path: Path, size: int, written: float) -> str:
     """Of a file's bytes; read once as long as size and time of the last change are the same."""
     del size, written
     with path.open("rb") as file:

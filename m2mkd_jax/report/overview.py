@@ -10,6 +10,7 @@ import numpy as np
 
 from m2mkd_jax.config.defaults import PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
+from m2mkd_jax.jobs.summary import measured
 from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.report.charts import COLOURS, INK, SHAPES, Figure, draw
 from m2mkd_jax.report.records import ARMS, JobRecord, RunRecord
@@ -101,16 +102,14 @@ def compared(run: RunRecord) -> tuple[dict[str, dict[int, float]], str]:
     arms = {phase: seeds for phase, seeds in arms.items() if seeds}
     if not run.config.get("data", {}).get("validation"):
         return arms, "test images"
-    tested = {}
-    for job in run.of_phase("eval"):
-        for name, metrics in job.result.get("networks", {}).items():
-            if job.result.get("splits", {}).get(name) == "test":
-                tested[name] = metrics["eval_accuracy"]
+    results = [job.result for job in run.of_phase("eval")]
+    splits = {name: split for result in results for name, split in result.get("splits", {}).items()}
+    tested = {n: value for n, value in measured(results).items() if splits.get(n) == "test"}
     names = {(phase, i): f"{phase}/{i}" if i else phase for phase in arms for i in arms[phase]}
     if not tested.keys() >= set(names.values()):
         return arms, "held-out images"
-    measured = {p: {i: tested[names[p, i]] for i in seeds} for p, seeds in arms.items()}
-    return measured, "test images"
+    arms = {p: {i: tested[names[p, i]] for i in seeds} for p, seeds in arms.items()}
+    return arms, "test images"
 
 
 def results(run: RunRecord) -> list[str | Figure]:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import save_weights
@@ -322,3 +323,11 @@ def test_what_is_not_needed_is_not_said_to_be_done(tmp_path, capsys):
     pipeline.run(config, tmp_path)
     said = capsys.readouterr().out
     assert "[e2e_scratch] not needed any more" in said and "[eval] done already" in said
+
+
+def test_a_torch_file_in_a_bucket_has_the_digest_of_its_bytes(tmp_path):
+    """etils's paths, which those of buckets are, give other facts than pathlib's."""
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    there = epath.Path(tmp_path / "a.pth")
+    assert not hasattr(there.stat(), "st_size")
+    assert digest(there) == digest(tmp_path / "a.pth")
