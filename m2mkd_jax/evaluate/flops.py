@@ -71,6 +71,14 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
     return total
 
 
+def equations_of(jaxpr: core.Jaxpr) -> int:
+    """Equations of a jaxpr and the jaxprs in it, each once: the size of what is compiled."""
+    return sum(
+        sum(map(equations_of, inner)) if (inner := list(_inner(eqn.params.values()))) else 1
+        for eqn in jaxpr.eqns
+    )
+
+
 def _times(eqn: Any) -> int:
     """How often the jaxprs in an equation run: the rounds of a scan, the devices of a shard_map."""
     if eqn.primitive.name == "scan":

@@ -32,8 +32,8 @@ from m2mkd_jax.jobs.plan import (
     open_jobs,
     stale_after,
 )
-from m2mkd_jax.jobs.progress import detection_flops
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
+from m2mkd_jax.jobs.time_left import detection_flops
 from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import partition

@@ -41,10 +41,10 @@ from m2mkd_jax.jobs.plan import (
     jobs_to_run,
     stale_after,
 )
-from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.summary import summarise
+from m2mkd_jax.jobs.time_left import TimeLeft
 from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
@@ -99,14 +99,14 @@ def run(
     _prepare(plan, workdir, stale, extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
-    schedule = Schedule.of(plan, _counted(plan, chosen, workdir, todo), workdir)
+    time_left = TimeLeft.of(plan, _counted(plan, chosen, workdir, todo), workdir)
     try:
         for names in _phases(chosen):
             # Others may have begun or made them since, or what they stand on, and otherwise.
             check_same_config(plan, workdir, [n for n in names if n in todo], (), extended)
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
             if jobs and jobs[0].kind is Kind.TRAINING:
-                run_training(this, jobs, schedule)
+                run_training(this, jobs, time_left)
                 continue
             for job in jobs:
                 RUNNERS[job.kind](this, job)

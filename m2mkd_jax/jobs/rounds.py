@@ -25,15 +25,15 @@ from m2mkd_jax.jobs.joint import (
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
 from m2mkd_jax.jobs.locks import Lock, acquire
 from m2mkd_jax.jobs.plan import Job, is_done, standing_on, write_inputs
-from m2mkd_jax.jobs.progress import Schedule
 from m2mkd_jax.jobs.run import Run, count_updates
+from m2mkd_jax.jobs.time_left import TimeLeft
 from m2mkd_jax.jobs.training import Training, total_steps
 from m2mkd_jax.parallel.process import from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
 
 
-def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None) -> None:
+def run_training(run: Run, jobs: Sequence[Job], time_left: TimeLeft | None = None) -> None:
     """Runs jobs to their ends, those that see the same batches in one program.
 
     Of several jobs, one that another process trains is left to it.
@@ -41,7 +41,7 @@ def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None
     Args:
         run: the run.
         jobs: that are not done.
-        schedule: of the command, for the time that is left; None: it is not said.
+        time_left: of the command; None: it is not said.
 
     Raises:
         UserError: input that is wrong, another process at the only job, a diverging loss.
@@ -55,7 +55,7 @@ def run_training(run: Run, jobs: Sequence[Job], schedule: Schedule | None = None
         try:
             free = [job for job in candidates if _lock(run, job, locks, several)]
             if free:
-                left = _train_round(run, free, locks, schedule) + left
+                left = _train_round(run, free, locks, time_left) + left
         finally:
             for lock in locks.values():
                 lock.close()
@@ -91,7 +91,7 @@ def _lock(run: Run, job: Job, locks: dict[str, Lock], several: bool) -> bool:
 
 
 def _train_round(
-    run: Run, jobs: list[Job], locks: dict[str, Lock], schedule: Schedule | None
+    run: Run, jobs: list[Job], locks: dict[str, Lock], time_left: TimeLeft | None
 ) -> list[Job]:
     """Trains as many of some jobs as fit into memory in one program; returns the others.
 
@@ -99,7 +99,7 @@ def _train_round(
         run: the run.
         jobs: that can train in one program.
         locks: of the jobs; they are closed as jobs end or are put off.
-        schedule: as for `run_training`.
+        time_left: as for `run_training`.
     """
 
     def release(name: str) -> None:
@@ -129,7 +129,7 @@ def _train_round(
         inputs = {job.name: kept_inputs(job, stages, dtype) for job in chosen}
         steps = max(total_steps(phase, updates) for phase in phases.values())
         kept, setup = keep_targets(run, setup, inputs, steps), setup.on_kept()
-    training = Training(run, setup, updates, step, began, kept, schedule)
+    training = Training(run, setup, updates, step, began, kept, time_left)
     del stages, setup  # as jobs end, what they alone need is let go
     put_off = training.begin(origins, references)
     for name in put_off:

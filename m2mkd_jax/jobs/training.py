@@ -33,9 +33,10 @@ from m2mkd_jax.jobs.inputs import describe_inputs
 from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
-from m2mkd_jax.jobs.progress import Schedule, pace
+from m2mkd_jax.jobs.progress import pace
 from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.jobs.setup import Setup
+from m2mkd_jax.jobs.time_left import TimeLeft
 from m2mkd_jax.jobs.trackers import make_trackers
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.matrix_rate import matrix_rate
@@ -84,7 +85,7 @@ class Training:
         step: their joint step, if it is compiled already.
         began: when the jobs began, for their results.
         kept: what batches are read from, where the jobs keep their targets.
-        schedule: of the command, for the time that is left; None: it is not said.
+        time_left: of the command; None: it is not said.
     """
 
     def __init__(
@@ -95,10 +96,9 @@ class Training:
         step: FittingStep | None,
         began: float,
         kept: KeptBatches | None = None,
-        schedule: Schedule | None = None,
+        time_left: TimeLeft | None = None,
     ):
-        self._kept, self._schedule = kept, schedule
-        self._done: dict[str, float] = {}  # shares of the jobs
+        self._kept, self._time_left = kept, time_left
         self._stream: BatchIterator | None = None
         self._run, self._setup, self._updates, self._began = run, setup, updates, began
         self._steps = {tuple(setup.setups): step or setup.make_step()}
@@ -144,7 +144,7 @@ class Training:
                 name,
                 total,
                 start,
-                place=self._schedule.place(name) if self._schedule else "",
+                place=self._time_left.place(name) if self._time_left else "",
                 every=self._run.config.log_seconds,
                 trackers=make_trackers(self._run.config, directory, name) if is_main() else (),
             )
@@ -175,8 +175,8 @@ class Training:
         )
         if is_main():  # what takes long does so before the clock runs
             matrix_rate(next(iter(self._setup.setups.values())).program.dtype)
-            if self._schedule:
-                self._schedule.seconds_left({})
+            if self._time_left:
+                self._time_left.seconds()
         try:
             loop.run(self._states, self._batches(phase), self._start)
         except Preempted:
@@ -272,8 +272,10 @@ class Training:
             images, dtype = recipe.batch // recipe.accumulate, setup.program.dtype
             entry = entry | pace(entry, images, record.total, step.flops, dtype)
             # All jobs of the program have done as many steps.
-            self._done |= {n: entry["step"] / r.total for n, r in self._records.items()}
-            left = self._schedule.seconds_left(self._done) if self._schedule else None
+            steps = {n: (entry["step"], r.total) for n, r in self._records.items()}
+            per_step, left = entry["seconds_per_step"], None
+            if self._time_left:
+                left = self._time_left.seconds(steps, per_step)
             entry |= {} if left is None else {"run_seconds_left": left}
         record.log(entry)
 

@@ -1,4 +1,4 @@
-"""A job's log: what is kept, what is said when, what trackers get; how fast, and how long."""
+"""A job's log: what is kept, what is said when, what trackers get; how fast."""
 
 import json
 import subprocess
@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import base
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import progress, trackers
-from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
 from m2mkd_jax.jobs.log import Log, clock, shown
-from m2mkd_jax.jobs.progress import Schedule, pace
-from m2mkd_jax.phases.build import build_phase
-from tests.unit.report.runs import config as tiny_config
+from m2mkd_jax.jobs.progress import pace
 
 
 def entry(step, **numbers):
@@ -207,37 +203,3 @@ def test_pace_and_what_is_said_of_it(monkeypatch):
     assert text.startswith("left 1:00, run 1:02:05  100 images/s  25% of the matrix rate  ")
     assert text.endswith("25% waiting for data")
     assert clock(59.6) == "1:00"
-
-
-def finished(workdir, name, seconds):
-    path = workdir / "jobs" / name / "done.json"
-    path.parent.mkdir(parents=True)
-    write_record(path, {"name": name, "seconds": seconds, "metrics": {}})
-
-
-def test_time_left_is_fitted_to_finished_jobs(tmp_path):
-    work = {"pt": 10.0, "ft": 20.0, "m2mkd/0": 2.0, "m2mkd/1": 3.0, "e2e": 5.0, "eval": 0.0}
-    joins = lambda name: name.startswith("m2mkd/")
-    schedule = Schedule(list(work), work.__getitem__, tmp_path, joins)
-    assert schedule.seconds_left({"pt": 0.5}) is None
-    finished(tmp_path, "pt", 24.0)
-    assert schedule.seconds_left({}) == pytest.approx(2.4 * 30)
-    finished(tmp_path, "ft", 44.0)
-    # 4 s a job and 2 s per unit of work: four jobs and 10 units are left.
-    assert schedule.seconds_left({}) == pytest.approx(4 * 4 + 2 * 10)
-    assert schedule.seconds_left({"m2mkd/0": 0.5}) == pytest.approx(36 - 4)
-    finished(tmp_path, "m2mkd/0", 18.0)
-    # What the program takes is known when its last module has ended: till then as before.
-    left = schedule.seconds_left({"m2mkd/0": 1.0, "m2mkd/1": 0.5})
-    assert left == pytest.approx((4 + 2 * 3) / 2 + (4 + 2 * 5) + 4)
-    finished(tmp_path, "m2mkd/1", 18.0)  # in one program: 2 * 4 + 2 * 5 together
-    assert schedule.seconds_left({"e2e": 0.5}) == pytest.approx(14 / 2 + 4)
-    assert schedule.place("e2e") == "job 5 of 6"
-
-
-def test_the_work_of_a_job_is_near_that_of_its_step():
-    config = tiny_config()
-    for job in ("pt", "m2mkd/1"):
-        phase = build_phase(config, job)
-        counted = job_costs(config, phase, planned_mesh(config)).training
-        assert progress.work_per_image(phase) == pytest.approx(counted, rel=0.3)

@@ -1,0 +1,246 @@
+"""How long a run still takes, from the jobs that have ended and what those to come compute."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.config.defaults import MODULE_PHASES
+from m2mkd_jax.data.channels import image_shape
+from m2mkd_jax.detection.training import STAGE
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.evaluate.flops import equations_of, flops_of
+from m2mkd_jax.jobs.joint import can_join
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
+from m2mkd_jax.jobs.run import count_updates
+from m2mkd_jax.models import chain
+from m2mkd_jax.phases.detection import DetectionPhase
+from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import job_directory
+
+FORWARD, BACKWARD, TRAINED = 1, 2, 3  # passes through a stage: frozen, crossed by gradients, both
+REPEATED = 0.4  # of the time to start a program, where an earlier job has compiled it
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job computes, about.
+
+    Attributes:
+        work: FLOPs of all its steps; 0: unknown, or it has none.
+        size: equations of its program.
+        program: what is compiled; equal for jobs that run the same.
+    """
+
+    work: float
+    size: int
+    program: Hashable
+
+
+@dataclass
+class TimeLeft:
+    """The jobs of a command with the cost of each, for what is left of its time.
+
+    Attributes:
+        names: of all jobs of the command, in order.
+        cost_of: what a job computes; asked once for each.
+        workdir: of the run.
+        joins: whether a job trains in one program with the other modules of its phase.
+    """
+
+    names: list[str]
+    cost_of: Callable[[str], Cost]
+    workdir: Path
+    joins: Callable[[str], bool] = lambda name: False
+    _finished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> TimeLeft:
+        """For some jobs of a plan."""
+
+        def joins(name: str) -> bool:
+            module = name.partition("/")[0] in MODULE_PHASES
+            return module and can_join(plan.config, plan.job(name).phase)
+
+        return cls(list(names), lambda name: _cost(plan.job(name)), workdir, joins)
+
+    @functools.cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What each job computes, about."""
+        return {name: self.cost_of(name) for name in self.names}
+
+    def place(self, name: str) -> str:
+        """Which of how many jobs it is."""
+        at = self.names.index(name) + 1 if name in self.names else 0
+        return f"job {at} of {len(self.names)}"
+
+    def seconds(
+        self, under_way: Mapping[str, tuple[int, int]] | None = None, per_step: float = 0.0
+    ) -> float | None:
+        """Time until all jobs are done, as the finished ones went; None: none is finished.
+
+        Steps take time by their FLOPs. What else a job takes, for tracing, compiling, evaluating
+        and saving, goes by the size of its program.
+
+        Args:
+            under_way: the jobs in training, which have compiled: steps done, and all steps.
+            per_step: seconds of a step of theirs.
+        """
+        under_way = under_way or {}
+        groups: dict[str, list[str]] = {}  # of the jobs of one program, which end as one
+        for name in self.names:
+            group = name.partition("/")[0] if self.joins(name) else name
+            groups.setdefault(group, []).append(name)
+        stepping = starting = work = started = work_left = to_start = 0.0
+        compiled: set[Hashable] = set()
+        for names in groups.values():
+            cost = [self.costs[name] for name in names]
+            size = sum(c.size * (REPEATED if c.program in compiled else 1) for c in cost)
+            compiled |= {c.program for c in cost}
+            took = [self._took(name) for name in names]
+            known = [seconds for seconds in took if seconds is not None]
+            if len(known) == len(names) and all(c.work for c in cost):
+                # They show the same seconds.
+                stepping += max(steps for _, steps in known)
+                starting += max(all_ - steps for all_, steps in known)
+                work, started = work + sum(c.work for c in cost), started + size
+            elif not under_way.keys() & set(names):
+                open_ = [c for c, seconds in zip(cost, took, strict=True) if seconds is None]
+                work_left += sum(c.work for c in open_)
+                to_start += size * len(open_) / len(cost)
+        if not work:
+            return None
+        left = self._steps_left(under_way) * per_step
+        return left + work_left * stepping / work + to_start * starting / max(started, 1)
+
+    def _steps_left(self, under_way: Mapping[str, tuple[int, int]]) -> float:
+        """Steps left of some jobs in one program; those that fewer jobs make count for less."""
+        work = {name: self.costs[name].work for name in under_way}
+        a_step = sum(work[name] / total for name, (_, total) in under_way.items())
+        if not a_step:
+            return max((total - done for done, total in under_way.values()), default=0)
+        return sum(work[n] * (1 - done / total) for n, (done, total) in under_way.items()) / a_step
+
+    def _took(self, name: str) -> tuple[float, float] | None:
+        """Seconds of a finished job, and of its steps; read once, not at every log entry."""
+        if name not in self._finished and is_done(self.workdir, name):
+            directory = job_directory(self.workdir, name)
+            seconds = float(read_record(directory / "done.json").get("seconds", 0.0))
+            steps = min(_stepping(directory / "metrics.jsonl"), seconds)
+            self._finished[name] = seconds, steps or seconds
+        return self._finished.get(name)
+
+
+def _stepping(log: Path) -> float:
+    """Seconds of the steps of a job, from its log; 0 where it has none."""
+    seconds, before = 0.0, 0
+    try:
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if "seconds_per_step" in entry:
+                seconds += (entry["step"] - before) * entry["seconds_per_step"]
+                before = entry["step"]
+    except (OSError, ValueError, KeyError, TypeError):  # an estimate can do without
+        return 0.0
+    return seconds
+
+
+def _cost(job: Job) -> Cost:
+    """What a job computes; no work where it does not train, or its data cannot be read."""
+    if job.kind is not Kind.TRAINING:
+        programs = tuple(_program(phase) for phase in job.phases)
+        return Cost(0.0, sum(_forward_size(phase) for phase in job.phases), programs)
+    phase = job.phase
+    work, size = _per_image(phase)
+    try:
+        images = job_steps(phase) * (phase.recipe.batch // phase.recipe.accumulate)
+    except UserError:
+        images = 0
+    return Cost(images * work, size, _program(phase))
+
+
+def _program(phase: Phase) -> Hashable:
+    """What is compiled for a phase, about: its stages, which of them are trained, the batch."""
+    student = tuple((phase.stages[n].build, n in phase.trainable) for n in phase.student)
+    teacher = tuple(phase.stages[n].build for n in phase.teacher)
+    return student, teacher, phase.recipe.batch, phase.recipe.accumulate
+
+
+def job_steps(phase: Phase) -> int:
+    """Steps of a job. Raises UserError where its data cannot be read."""
+    return round(phase.recipe.epochs * count_updates(phase)) * phase.recipe.accumulate
+
+
+def work_per_image(phase: Phase) -> float:
+    """FLOPs per image of a training step, about: stage by stage, without tracing the step."""
+    return _per_image(phase)[0]
+
+
+def _per_image(phase: Phase) -> tuple[float, int]:
+    """FLOPs per image of a training step, and equations of its program, both about."""
+    if isinstance(phase, DetectionPhase):
+        jaxpr = _detection(phase)
+        return TRAINED * flops_of(jaxpr), TRAINED * equations_of(jaxpr)
+    work, size = 0.0, 0
+    first = min(phase.student.index(name) for name in phase.trainable)
+    shape: tuple[int, ...] = (1, *image_shape(phase.data))
+    for place, name in enumerate(phase.student):
+        flops, equations, shape = _stage_cost(phase.stages[name].build, shape)
+        passes = FORWARD if place < first else BACKWARD
+        passes = TRAINED if name in phase.trainable else passes
+        work, size = work + passes * flops, size + passes * equations
+    shape = (1, *image_shape(phase.data))
+    for name in phase.teacher:
+        flops, equations, shape = _stage_cost(phase.stages[name].build, shape)
+        if name not in phase.student[:first]:
+            work, size = work + flops, size + equations
+    return work, size
+
+
+def _forward_size(phase: Phase) -> int:
+    """Equations of a network's forward pass."""
+    if isinstance(phase, DetectionPhase):
+        return equations_of(_detection(phase))
+    shape: tuple[int, ...] = (1, *image_shape(phase.data))
+    size = 0
+    for name in phase.student:
+        _, equations, shape = _stage_cost(phase.stages[name].build, shape)
+        size += equations
+    return size
+
+
+def detection_flops(phase: DetectionPhase) -> int:
+    """FLOPs of a detector for one image, forward."""
+    return flops_of(_detection(phase))
+
+
+def _detection(phase: DetectionPhase) -> Any:
+    """A detector's jaxpr for one image."""
+    side = phase.data.image_size
+    program = phase.program(None, jnp.dtype(jnp.float32), False)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((1, 2), jnp.float32),
+    }
+    params = chain.abstract(phase.stages[STAGE].build).params
+    return jax.make_jaxpr(program.detect)(params, batch).jaxpr
+
+
+@functools.cache  # most stages are the same in most jobs
+def _stage_cost(build: Any, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """FLOPs and equations of a stage's forward pass, and its output's shape for this input's."""
+    stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def run(params: dict, fixed: dict, x: jax.Array) -> jax.Array:
+        return chain.merge(stage.graph, params, fixed)(x)
+
+    traced, out = jax.make_jaxpr(run, return_shape=True)(stage.params, stage.fixed, x)
+    return flops_of(traced.jaxpr), equations_of(traced.jaxpr), out.shape
