@@ -186,6 +186,7 @@ def test_wrong_contents(tmp_path, refused):
         "holds a Tensor": torch.zeros(3),
         "no weights": {"optimizer": {}, "epoch": 3},
         "weights twice": {"model": state, "state_dict": state},
+        "it has teacher, student": {"teacher": state, "student": state, "epoch": 3},
         "model_stages is no list": {"model": state, "model_stages": {"0": state}},
         "is no state dict": {"model": state, "model_stages": [state, 3]},
         "cannot be read safely": {"model": state, "args": torch.nn.Linear(2, 2)},
