@@ -181,6 +181,9 @@ def test_wrong_contents(tmp_path, refused):
     }
     for words, content in cases.items():
         assert words in refused(saved(tmp_path, {"model": content})), words
+    within = {f"model.{name}": tensor for name, tensor in state.items()}
+    other = within | {"loss.weight": torch.zeros(4)}
+    assert '; there is "model.cls_token"' in refused(saved(tmp_path, other))
     others = {
         "holds a list": [state],
         "holds a Tensor": torch.zeros(3),
