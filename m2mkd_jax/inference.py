@@ -45,6 +45,7 @@ class Model:
         class_names: of these, in their order; () where the weights have none.
         mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
         std: likewise.
+        oriented: whether it was trained on images turned as their EXIF tag says.
     """
 
     def __init__(self, weights: Weights, names: list[str], precision: str = "float32"):
@@ -74,6 +75,7 @@ class Model:
             raise ValueError(f"{len(self.class_names)} class_names, {self.classes} classes")
         normalisation = self.description["normalisation"]
         self.mean, self.std = normalisation["mean"], normalisation["std"]
+        self.oriented = bool(self.description.get("orientation", False))
 
     def _matched(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         parts = self._parts[name]

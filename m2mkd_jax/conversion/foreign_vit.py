@@ -19,18 +19,19 @@ from m2mkd_jax.conversion.torch_layouts import published_layout
 from m2mkd_jax.conversion.torch_weights import TorchWeights
 from m2mkd_jax.errors import UserError
 
-_DISTILLED = ("dist_token", "head_dist.weight", "head_dist.bias")
 _SCALE = re.compile(r"(blocks\.\d+)\.ls([12])\.gamma$")
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 # Patterns of names, and what has them.
 _REFUSED = {
     r"(reg_token|register_tokens)$": "register tokens",
+    r"(dist_token$|head_dist\.)": "a distillation token (DeiT)",
     r"pre_logits\.": "a layer between the class token and the head (pre-logits)",
     r"fc_norm\.": "average pooling (its norm is fc_norm)",
     r"attn_pool\.": "attention pooling",
     r"norm_pre\.": "a norm before the first block (norm_pre)",
     r"blocks\.\d+\.attn\.[qk]_norm\.": "normalised queries and keys (q_norm, k_norm)",
     r"blocks\.\d+\.attn\.(relative_position|rel_pos)": "relative positions",
+    r"blocks\.\d+\.(attns|ffns|in_proj|in_norm)\.": "parallel layers in its blocks",
     r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\.": "gated MLPs (SwiGLU)",
     r"blocks\.\d+\.gamma_[12]$": "BEiT's layer scale, and biases of queries and values alone",
     r"(rope|rotary)": "rotary positions",
@@ -59,33 +60,12 @@ def adapt_foreign_vit(
                 "the transformers here have no place for"
             )
     before = list(weights.tensors)
-    if "dist_token" in weights.tensors:
-        _drop_distillation_token(weights, report)
     if weights.tensors.pop("mask_token", None) is not None:
         report.ignore("mask_token", "used in pretraining alone")
     _fold_layer_scale(weights, report)
     _draw_head(weights, given, seed, report)
     if list(weights.tensors) != before:  # converted back, it is a plain ViT
         weights.layout = published_layout(list(weights.tensors), None)
-
-
-def _drop_distillation_token(weights: TorchWeights, report: Report) -> None:
-    """Removes the second token of a distilled DeiT, so that the rest is a plain ViT."""
-    for name in _DISTILLED:
-        if weights.tensors.pop(name, None) is not None:
-            report.ignore(name, "distillation token and its head: no place in a plain ViT")
-    positions = weights.tensors.get("pos_embed")
-    if positions is None or len(positions.shape) != 3:
-        return  # infer_description refuses it
-    before, count = positions, positions.shape[1]
-    keep = [0, *range(2, count)]
-    weights.tensors["pos_embed"] = dataclasses.replace(
-        before,
-        shape=(1, count - 1, before.shape[2]),
-        read=lambda: before.read()[:, keep],
-        mapped=False,
-    )
-    report.notes.append("pos_embed: the distillation token's position is left out")
 
 
 def _fold_layer_scale(weights: TorchWeights, report: Report) -> None:

@@ -240,7 +240,9 @@ def check_tensors(
     missing = [entry.torch for entry in entries if entry.torch not in tensors]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f'{path}: tensor "{missing[0]}" is missing{more}')
+        near = next((name for name in tensors if name.endswith(f".{missing[0]}")), "")
+        hint = f'; there is "{near}"' if near else ""
+        raise UserError(f'{path}: tensor "{missing[0]}" is missing{more}{hint}')
     seen: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for entry in entries:
         tensor, index = tensors[entry.torch], as_tuple(entry.index)

@@ -6,7 +6,7 @@ A file holds one or more state dicts ("containers"):
                               stages.i.blocks.j...; model_stages[i]: stage i, as blocks.j...
     split teacher module      block_state_dict: stage block_index of divided_depths, as blocks.j...
     student, NAC              model
-    plain ViT                 model, or the tensors themselves
+    plain ViT                 model, or the only entry that holds tensors, or the tensors themselves
 
 Weights come as one file, or as a directory of modules. The functions here translate every name to
 the canonical one, which the tensor has in the whole network, and keep the layout of the files, so
@@ -44,6 +44,9 @@ _STAGE = re.compile(r"stages\.(\d{1,6})\.(.+)$")
 BLOCK = re.compile(r"blocks\.(\d{1,6})\.(.+)$")
 _STUDENT = re.compile(r"student_(\d+)/(?:blocks\.(\d{1,6})\.)?(.+)$")
 _STITCH = re.compile(r"blocks\.\d{1,6}\.(pre|post)_stitch\.")
+# How a name begins that no wrapper has changed, and what a wrapper put before such a one.
+_ROOT = r"(?:blocks|stages|latent_graphs)\.\d|(?:patch_embed|pre_stitch|post_stitch)\.|cls_token$"
+_WRAPPED = re.compile(rf"(.+?\.)(?:{_ROOT})")
 _EXPERTS = re.compile(r"(.*\.moe\.experts)\.((?:htoh4|h4toh)\.(?:weight|bias))$")
 
 # The layout of one file as JSON: {"containers": [{"keys", "prefix", "module", "names"}, ...],
@@ -61,7 +64,7 @@ class Container:
     Attributes:
         keys: where it is in the file: ("model",), ("model_stages", 0), or () for the file itself.
         tensors: by name, without `prefix`.
-        prefix: what a wrapper of torch put before every name, such as "module.".
+        prefix: what a wrapper put before every name, such as "module." or "model.".
         module: the stage whose first block is called blocks.0 in it; None for a whole network.
     """
 
@@ -181,9 +184,10 @@ def _checkpoint(content: dict[str, Any], path: Path) -> Contents:
     def present(keys: tuple[str, ...]) -> list[str]:
         return [key for key in keys if isinstance(content.get(key), dict) and content[key]]
 
-    found = present(WEIGHT_KEYS) or present(_AVERAGES)
+    others = [k for k, v in content.items() if isinstance(v, dict) and _all_tensors(v)]
+    found = present(WEIGHT_KEYS) or present(_AVERAGES) or others
     if len(found) != 1:
-        listed = ", ".join(list(content)[:12]) or "nothing"
+        listed = ", ".join(found or list(content)[:12]) or "nothing"
         raise UserError(
             f"{path} has {'no weights' if not found else 'weights twice'}: one of "
             f"{', '.join(WEIGHT_KEYS)} should be in it; it has {listed}"
@@ -220,15 +224,28 @@ def _container(
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UserError(f'{path}: "{name}" in {where} is a {type(value).__name__}, no tensor')
-    # torch's data-parallel and compiling wrappers put a prefix before every name.
+    prefix = _prefix(list(tensors))
+    return Container(keys, {n.removeprefix(prefix): t for n, t in tensors.items()}, prefix, module)
+
+
+def _prefix(names: list[str]) -> str:
+    """What wrappers put before every name: torch's, or the module that holds the network."""
     prefix = ""
-    while tensors:
+    while names:
         longer = [prefix + word for word in _WRAPPERS]
-        longer = [start for start in longer if all(name.startswith(start) for name in tensors)]
+        longer = [start for start in longer if all(name.startswith(start) for name in names)]
         if not longer:
             break
         prefix = longer[0]
-    return Container(keys, {n.removeprefix(prefix): t for n, t in tensors.items()}, prefix, module)
+    inner = [name.removeprefix(prefix) for name in names]
+    if any(re.match(_ROOT, name) for name in inner):
+        return prefix
+    wrapped = next((m[1] for name in inner if (m := _WRAPPED.match(name))), "")
+    return prefix + (wrapped if all(name.startswith(wrapped) for name in inner) else "")
+
+
+def _all_tensors(value: dict[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def _is_plain(value: Any) -> bool:

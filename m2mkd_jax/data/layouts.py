@@ -116,7 +116,7 @@ def class_names(root: str | Path, layout: str, train_alone: bool = False) -> lis
 def has_test(root: str | Path, layout: str) -> bool:
     """Whether a directory has a test split beside its training images."""
     if layout == "folders":
-        return (Path(root) / "val").is_dir()
+        return bool(folder.test_folder(root))
     if layout == "shards":
         return bool(tar.shards(root, "test"))
     if layout == "prepared":

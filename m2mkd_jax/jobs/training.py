@@ -372,6 +372,8 @@ def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict)
     description = {**phase.describe, "job": phase.job, "step": steps, "metrics": metrics}
     data = phase.data
     description["normalisation"] = {"mean": list(data.mean), "std": list(data.std)}
+    if data.get("orientation", False):
+        description["orientation"] = True
     if phase.student[-1] in phase.trainable:  # which gives the logits
         description["class_names"] = list(image_source(data, "train").class_names)
     save_weights(directory / "weights", trees, description)

@@ -9,8 +9,9 @@ weights beside it are named by stage, PREFIX_INDEX:
     nac           nac                   spec
     nac_student   student_i             spec, modules, stitch_dim, states [, module]
 
-Weights that a job has trained also have `job`, `normalisation` (mean and std of the pixels), and
-where they give logits `class_names`, in their order. `register_kind` adds kinds of one's own.
+Weights that a job has trained also have `job`, `normalisation` (mean and std of the pixels),
+`orientation` if images were turned upright, and where they give logits `class_names`, in their
+order. `register_kind` adds kinds of one's own.
 """
 
 from __future__ import annotations

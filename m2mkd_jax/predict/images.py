@@ -55,7 +55,7 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         path: of the image file.
-        model: whose image size S, channels C, mean and standard deviation are used.
+        model: whose image size S, channels C, orientation, mean and standard deviation are used.
 
     Returns:
         Its pixels (S, S, C), uint8, and the same normalised, float32.
@@ -68,7 +68,8 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, np.ndarray]:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    pixels = evaluation_image(decode(content, path, form=Form(model.channels)), model.image_size)
+    form = Form(model.channels, model.oriented)
+    pixels = evaluation_image(decode(content, path, form=form), model.image_size)
     scaled = np.asarray(pixels, np.float32) / 255
     mean, std = np.asarray(model.mean, np.float32), np.asarray(model.std, np.float32)
     return pixels, (scaled - mean) / std

@@ -75,12 +75,13 @@ def make_optimizer(
     of n equal parts of a batch; it returns zeros for the first n - 1 calls, and the learning rate
     advances once per update.
 
-    AdamW (0.9, 0.999, eps 1e-8), Lion, LAMB, Adafactor and Muon are optax's with its defaults;
-    their decay is decoupled and multiplied by the current rate. SGD has Nesterov momentum, and its
-    decay is added to the gradient before the momentum, as in torch. Muon updates matrices between
-    hidden layers, scaled so that AdamW's learning rates fit it, and AdamW all else. Clipping is by
-    the global norm of the accumulated gradient of what is trained; torch divides by norm + 1e-6
-    instead of norm, a relative difference of at most 1e-6 / clip.
+    AdamW (0.9, 0.999, eps 1e-8), Lion, LAMB, Adafactor and Muon are optax's with its defaults,
+    layer by layer also where layers are stacked; their decay is decoupled and multiplied by the
+    current rate. SGD has Nesterov momentum, and its decay is added to the gradient before the
+    momentum, as in torch. Muon updates matrices between hidden layers, scaled so that AdamW's
+    learning rates fit it, and AdamW all else. Clipping is by the global norm of the accumulated
+    gradient of what is trained; torch divides by norm + 1e-6 instead of norm, a relative difference
+    of at most 1e-6 / clip.
 
     Args:
         recipe: see the top of the file.
@@ -134,9 +135,17 @@ def _update_rule(recipe: Any, rate: Callable, params: Any) -> list[optax.Gradien
     if recipe.optimizer == "adafactor":
         # Its own decay is not multiplied by the rate.
         return [
-            optax.adafactor(None),
-            optax.scale(-1.0),
+            optax.scale_by_factored_rms(),
+            _by_layer(optax.clip_by_block_rms(1.0)),
+            _by_layer(optax.scale_by_param_block_rms()),
             optax.add_decayed_weights(recipe.weight_decay, mask),
+            optax.scale_by_learning_rate(rate),
+        ]
+    if recipe.optimizer == "lamb":
+        return [
+            optax.scale_by_adam(eps=1e-6),
+            optax.add_decayed_weights(recipe.weight_decay, mask),
+            _by_layer(optax.scale_by_trust_ratio()),
             optax.scale_by_learning_rate(rate),
         ]
     if recipe.optimizer == "muon":
@@ -152,7 +161,27 @@ def _update_rule(recipe: Any, rate: Callable, params: Any) -> list[optax.Gradien
         return [muon]
     if recipe.optimizer == "adamw":
         return [optax.adamw(rate, 0.9, 0.999, 1e-8, **decay)]
-    return [{"lion": optax.lion, "lamb": optax.lamb}[recipe.optimizer](rate, **decay)]
+    return [optax.lion(rate, **decay)]
+
+
+def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule that looks at whole arrays, for each layer and expert of a stack by itself.
+
+    Args:
+        rule: without a state.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(path: tuple[Any, ...], change: jax.Array, array: jax.Array) -> jax.Array:
+            names = tree_paths.names(path)
+            changed = lambda change, array: rule.update(change, state, array)[0]
+            for _ in range(tree_paths.is_stacked(names) + ("experts" in names)):
+                changed = jax.vmap(changed)
+            return changed(change, array)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def hidden_matrices(params: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
+from m2mkd_jax.checkpoint.store import load_weights
 from tests import foreign_networks as foreign
 from tests import hub_server
 from tests.e2e.command import ROOT, environment
@@ -19,6 +20,7 @@ TINY = {
     "phases": "('pt', 'm2mkd', 'e2e')",
     "data.image_size": foreign.SIDE,
     "data.workers": 0,
+    "data.orientation": True,
     "teacher.patch": foreign.PATCH,
     "teacher.width": foreign.WIDTH,
     "teacher.heads": foreign.HEADS,
@@ -75,3 +77,5 @@ def test_from_a_folder_to_the_hub(tmp_path, tmp_path_factory):
     assert {row["name_1"] for row in rows} <= set(CLASSES)
     assert (run / "report" / "index.html").is_file()
     assert (run / "network.stablehlo.json").is_file()
+    _, description = load_weights(run / "jobs/e2e/weights", [])
+    assert description["orientation"] is True  # which predict needs

@@ -91,9 +91,24 @@ def test_names_of_classes_that_are_stored_with_the_weights(weights, images, tmp_
         m2mkd_jax.load(tmp_path / "few")
 
 
-def test_straight_from_a_torch_file(images, tmp_path):
+def test_images_are_turned_where_those_of_training_were(weights, tmp_path):
+    trees, description = load_weights(weights)
+    m2mkd_jax.save_weights(tmp_path / "turned", trees, {**description, "orientation": True})
+    pixels = np.random.default_rng(1).integers(0, 256, (90, 70, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its rows run downwards on the right
+    Image.fromarray(pixels).save(tmp_path / "stored.png", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.png")
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    said = lambda weights, name: run(predict, weights, tmp_path / name).split(": ")[1]
+    assert said(tmp_path / "turned", "stored.png") == said(weights, "upright.png")
+    assert said(weights, "stored.png") == said(weights, "plain.png") != said(weights, "upright.png")
+
+
+def test_straight_from_a_torch_file(images, tmp_path, capsys):
     flag = arch_flag(ARCH["a_meta"], tmp_path)
     direct = run(predict, VIT, images / "0.png", flag)
+    assert "records no mean and std; ImageNet's are used" in capsys.readouterr().err
     assert direct == run(predict, converted(VIT, tmp_path / "w", ARCH["a_meta"]), images / "0.png")
 
 

@@ -4,6 +4,8 @@
     root/val/CLASS/*.JPEG            or   root/val/images/*.JPEG with root/val/val_annotations.txt,
                                      or   root/val/*.JPEG with a list (flat_list.py)
 
+    root/train, root/test            likewise; test/ beside val/, as of ImageNet, is left alone
+
     root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
 Classes are the folder names, sorted. Files that are images by their names count, and in a folder
@@ -22,7 +24,6 @@ from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
 from m2mkd_jax.data.formats import flat_list
 from m2mkd_jax.errors import UserError, printable
 
-_FOLDERS = {"train": "train", "test": "val"}
 _ANNOTATIONS = "val_annotations.txt"
 _TEXTS = (".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".ini", ".db")  # beside images
 _NAMED = 10  # classes that a message names
@@ -61,7 +62,7 @@ class FolderFiles:
 
 
 def check_layout(root: str | Path) -> list[str]:
-    """Checks that train/ and val/ exist and have the same classes, by listing folders only.
+    """Checks that train/ and val/ (or test/) have the same classes, by listing folders only.
 
     Returns:
         The class names, sorted.
@@ -70,6 +71,9 @@ def check_layout(root: str | Path) -> list[str]:
         UserError: a missing folder, a val/ without classes, or with other classes than train/.
     """
     root, names = Path(root), train_classes(root)
+    if test_folder(root) == "test":
+        check_same_classes(root / "test", names, class_folders(root / "test"))
+        return names
     _require_folder(root, "val")
     if not (root / "val" / _ANNOTATIONS).is_file() and not flat_list.find(root):
         found = class_folders(root / "val")
@@ -83,6 +87,11 @@ def check_layout(root: str | Path) -> list[str]:
             )
         check_same_classes(root / "val", names, found)
     return names
+
+
+def test_folder(root: str | Path) -> str:
+    """The folder of the test images: val, or test where there is no val; "" if there is neither."""
+    return next((name for name in ("val", "test") if (Path(root) / name).is_dir()), "")
 
 
 def train_classes(root: str | Path) -> list[str]:
@@ -125,7 +134,7 @@ def list_images(
         return _annotated(root, names)
     if split == "test" and (path := flat_list.find(root)):
         return _listed(root, path, names)
-    return list_classes(root, _FOLDERS[split], names)
+    return list_classes(root, test_folder(root) if split == "test" else "train", names)
 
 
 def list_classes(

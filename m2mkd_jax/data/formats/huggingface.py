@@ -137,23 +137,35 @@ def list_images(
     table = tables[name]
     image, label = _columns(table, columns).choose(str(root), table.column_names)
     table = _undecoded(table, image)
-    given = table.with_format(None)[label][:]
-    names = getattr(table.features[label], "names", None)
-    if names is None:
-        names = _values(given)
-        train = next((tables[n] for n in _SPLITS["train"] if n in tables), None)
-        if split == "test" and train is not None:
-            own, names = names, _values(train.with_format(None)[label][:])
-            check_same_classes(root, _texts(names), _texts(own))
-        number = {value: i for i, value in enumerate(names)}
-        given = [number.get(value) for value in given]
-    labels = np.array([-1 if value is None else value for value in given], np.int32)
-    if (labels < 0).any() or (labels >= len(names)).any():
-        row = int(np.argmax((labels < 0) | (labels >= len(names))))
+    given, names = _classes(table, label, f"the split {name} of {root}")
+    train = next((tables[n] for n in _SPLITS["train"] if n in tables), None)
+    if split == "test" and train is not None:
+        own, (_, names) = names, _classes(train, label, f"the split train of {root}")
+        check_same_classes(root, _texts(names), _texts(own))
+    number = {value: i for i, value in enumerate(names)}
+    labels = np.array([number.get(value, -1) for value in given], np.int32)
+    if (labels < 0).any():
+        row = int(np.argmax(labels < 0))
         raise UserError(f"row {row} of the split {name} of {root} has no class (column {label})")
     images = table.select_columns([image])
     files = TableFiles(str(root), images, image, np.arange(len(table)))
     return files, labels, tuple(_texts(names))
+
+
+def _classes(table: Any, label: str, where: str) -> tuple[list[Any], list[Any]]:
+    """The classes of all rows, None where there is none, and the classes in their order.
+
+    Raises:
+        UserError: no such column, or one of lists.
+    """
+    if label not in table.features:
+        raise UserError(f"{where} has no column {label!r}")
+    given, names = table.with_format(None)[label][:], getattr(table.features[label], "names", None)
+    if any(isinstance(value, list | dict) for value in given):
+        raise UserError(f"{where}: column {label} holds lists; one class an image is expected")
+    if names is None:
+        return given, _values(given)
+    return [names[v] if v is not None and 0 <= v < len(names) else None for v in given], list(names)
 
 
 def _values(column: list[Any]) -> list[Any]:

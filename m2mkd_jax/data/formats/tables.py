@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from m2mkd_jax.errors import UserError, did_you_mean
 EXPECTED = "tables of paths and labels (train.csv and val.csv, metadata.csv, or .jsonl)"
 SUFFIXES = (".csv", ".jsonl")
 _STEMS = {"train": ("train",), "test": ("test", "val", "validation")}
+_SPLITS = {"train": ("train",), "test": ("test",), "val": ("val", "validation", "valid")}
 _WHOLE = ("metadata",)  # a table of all splits
 # Names of columns that are known, the first one found is taken.
 IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "img", "image_path")
@@ -102,14 +104,14 @@ def has_test(root: str | Path) -> bool:
     whole = _whole(root)
     if whole is None:
         return _table(root, _STEMS["test"]) is not None
-    return any(_split_of(row, "") == "test" for _, row in _rows(whole))
+    return any(_split_of(row, "") != "train" for _, row in _rows(whole))
 
 
-def _split_of(row: Mapping[str, str], where: str) -> str:
-    """The split that a row is of; 'train' without a column for it."""
+def _split_of(row: Mapping[str, Any], where: str) -> str:
+    """The split that a row is of, a key of _SPLITS; 'train' without a column for it."""
     name = str(row.get(_SPLIT_COLUMN, "train")).strip().lower()
-    for split, stems in _STEMS.items():
-        if name in (*stems, "valid"):
+    for split, names in _SPLITS.items():
+        if name in names:
             return split
     raise UserError(f"{where} is of split {name!r}: use train, val or test")
 
@@ -136,7 +138,10 @@ def list_images(
     path = whole or _table(root, _STEMS[split])
     if path is None:
         raise UserError(f"{root} has no table of {split} images: {EXPECTED}")
-    rows = list(_images(path, columns, split if whole else ""))
+    own = split if whole else ""
+    if own == "test" and all(_split_of(row, where) != "test" for where, row in _rows(path)):
+        own = "val"
+    rows = list(_images(path, columns, own))
     names = sorted({name for _, name in rows})
     if split == "test":
         train = whole or _table(root, _STEMS["train"])
@@ -154,7 +159,7 @@ def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str
     chosen: tuple[str, str] | None = None
     for where, row in _rows(path):
         chosen = chosen or columns.choose(str(path), list(row))
-        file, name = (str(row.get(column, "")).strip() for column in chosen)
+        file, name = (_text(row.get(column), where, column) for column in chosen)
         if not file or not name:
             missing = chosen[0] if not file else chosen[1]
             raise UserError(f"{where} has no {missing}: fill it in, or remove the row")
@@ -165,11 +170,19 @@ def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str
         yield file, name
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+def _text(value: Any, where: str, column: str) -> str:
+    """A value of a table as text; "" where there is none."""
+    if isinstance(value, list | dict):
+        raise UserError(f"{where}: {column} is a {type(value).__name__}, no text or number")
+    return "" if value is None else str(value).strip()
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row is, for messages, and its values by column."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not `splitlines`, which cuts at characters that a text of JSON may hold.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"{path} line {number}", _json_row(line, f"{path} line {number}")
         return
@@ -184,7 +197,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
         raise UserError(f"{path} line {reader.line_num} is no CSV ({error})") from None
 
 
-def _json_row(line: str, where: str) -> dict[str, str]:
+def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

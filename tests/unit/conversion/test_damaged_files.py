@@ -181,11 +181,15 @@ def test_wrong_contents(tmp_path, refused):
     }
     for words, content in cases.items():
         assert words in refused(saved(tmp_path, {"model": content})), words
+    within = {f"model.{name}": tensor for name, tensor in state.items()}
+    other = within | {"loss.weight": torch.zeros(4)}
+    assert '; there is "model.cls_token"' in refused(saved(tmp_path, other))
     others = {
         "holds a list": [state],
         "holds a Tensor": torch.zeros(3),
         "no weights": {"optimizer": {}, "epoch": 3},
         "weights twice": {"model": state, "state_dict": state},
+        "it has teacher, student": {"teacher": state, "student": state, "epoch": 3},
         "model_stages is no list": {"model": state, "model_stages": {"0": state}},
         "is no state dict": {"model": state, "model_stages": [state, 3]},
         "cannot be read safely": {"model": state, "args": torch.nn.Linear(2, 2)},

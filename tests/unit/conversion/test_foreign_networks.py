@@ -80,6 +80,8 @@ def test_shards_of_vmoe_hold_what_one_file_does(tmp_path):
     ("name", "words"),
     [
         ("reg_token", "register tokens"),
+        ("dist_token", "distillation token"),
+        ("blocks.0.attns.0.qkv.weight", "parallel layers"),
         ("pre_logits.fc.weight", "pre-logits"),
         ("fc_norm.weight", "average pooling"),
         ("norm_pre.weight", "norm_pre"),
@@ -94,6 +96,22 @@ def test_parts_without_a_place_are_refused_by_name(name, words, tmp_path):
     with pytest.raises(m2mkd_jax.UserError) as refused:
         load(tmp_path, state)
     assert words in str(refused.value) and name in str(refused.value)
+
+
+def test_what_shapes_do_not_show_is_asked_for(tmp_path):
+    """Without biases eps is 1e-5 in one published network and 1e-6 in timm's."""
+    state = {k: v for k, v in foreign.timm_vit().items() if not k.endswith("attn.qkv.bias")}
+    with pytest.raises(m2mkd_jax.UserError, match="eps cannot be read off"):
+        load(tmp_path, state)
+    assert load(tmp_path, state, eps=1e-6).description["spec"]["eps"] == 1e-6
+
+
+def test_positions_without_a_class_token_are_refused_as_that(tmp_path):
+    """As in DeiT III and in networks that pool all tokens."""
+    state = foreign.timm_vit()
+    state["pos_embed"] = np.ascontiguousarray(state["pos_embed"][:, 1:])
+    with pytest.raises(m2mkd_jax.UserError, match="4 positions, none for a class token"):
+        load(tmp_path, state)
 
 
 def test_damaged_and_unknown_npz_are_refused(tmp_path):

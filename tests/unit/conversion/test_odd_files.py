@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from m2mkd_jax import convert, predict
+from m2mkd_jax.conversion import torch_layouts
 from m2mkd_jax.conversion.arch_flag import read_arch
 from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.errors import UserError
@@ -157,9 +158,28 @@ def test_a_full_disk(tmp_path, refused, monkeypatch):
     assert line.endswith("weights cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.", "module.teacher.backbone.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_names_that_wrappers_give(prefix, tmp_path):
     source = saved(tmp_path, {"model": {prefix + k: v for k, v in tiny_state().items()}})
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    run(convert, tmp_path / "weights", tmp_path / "back.pth")
+    assert_same_tensors(source, tmp_path / "back.pth")
+
+
+def test_a_block_is_no_wrapper():
+    """Every tensor of a student of one block begins with its name."""
+    names = ["blocks.0.attn.qkv.weight", "blocks.0.pre_stitch.fc.weight", "blocks.0.norm1.bias"]
+    assert torch_layouts._prefix(names) == ""
+    assert torch_layouts._prefix([f"module.{name}" for name in names]) == "module."
+    assert torch_layouts._prefix([*(f"model.{name}" for name in names), "loss.weight"]) == ""
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "teacher"])
+def test_the_only_tensors_of_a_file_are_its_weights(key, tmp_path):
+    source = saved(tmp_path, {key: tiny_state(), "epoch": 3, "optimizer": {"state": {}}})
     run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
     run(convert, tmp_path / "weights", tmp_path / "back.pth")
     assert_same_tensors(source, tmp_path / "back.pth")

@@ -1,4 +1,4 @@
-"""Layouts beyond the recorded ones: plain and distilled ViTs, fused experts, other number types,
+"""Layouts beyond the recorded ones: plain ViTs, fused experts, other number types,
 safetensors, resized positions."""
 
 import json
@@ -63,26 +63,6 @@ def assert_same_files(file, other) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
-
-
-def test_distilled_deit(tmp_path):
-    """Its second token has no place in a plain ViT: the rest is taken, that is listed."""
-    state = plain_state()
-    dist = {
-        "dist_token": torch.ones(1, 1, 24),
-        "head_dist.weight": torch.ones(10, 24),
-        "head_dist.bias": torch.ones(10),
-    }
-    positions = state["pos_embed"]
-    longer = torch.cat([positions[:, :1], torch.full((1, 1, 24), 7.0), positions[:, 1:]], 1)
-    torch.save({"model": state | dist | {"pos_embed": longer}}, tmp_path / "deit.pth")
-    weights = converted(tmp_path / "deit.pth", tmp_path / "weights", {"kind": "vit", "heads": 3})
-    ignored = description(weights)["conversion"]["ignored"]
-    assert set(ignored) == {f"model.{name}" for name in dist}
-    run(convert, weights, tmp_path / "back.pth")
-    back = load_torch(tmp_path / "back.pth")["model"]
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -140,6 +140,54 @@ def test_faults_of_tables_are_named_by_line(folders, tmp_path):
     assert "line 1 is no JSON" in message(own, tmp_path, "train", 1)
 
 
+@pytest.mark.parametrize("label", ["null", "[1]", "{}"])
+def test_a_row_without_one_class_is_refused(label, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "train.jsonl").write_text(f'{{"image": "a.png", "label": {label}}}\n')
+    assert "train.jsonl line 1" in message(own, tmp_path, "train")
+
+
+def test_json_lines_end_where_lines_do(tmp_path):
+    """Texts of JSON may hold U+2028, at which Python's `splitlines` cuts."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "label": name} for name in ("a\u2028b", "c")]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    train = own(tmp_path, "train", 2, validation=0.0)
+    assert train.class_names == ("a\u2028b", "c")
+
+
+@pytest.mark.parametrize("splits", [("val",), ("val", "test")])
+def test_images_of_val_and_test_are_not_mixed(splits, folders, tmp_path):
+    """In one table, and in shards: those of test, or of val where there is no test."""
+    given = ("train", *splits)
+    rows = ["image,label,split"]
+    for i, split in enumerate(given):
+        for name in CLASSES:
+            image = folders / "train" / name / f"{name}_{i}.JPEG"
+            rows.append(f"{image},{name},{split}")
+            with tarfile.open(tmp_path / f"{split}-0.tar", "a") as tar:
+                tar.add(image, f"{name}/{i}.JPEG")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "metadata.csv").write_text("\n".join(rows))
+    wanted = [(folders / "train" / n / f"{n}_{len(splits)}.JPEG").read_bytes() for n in CLASSES]
+    for root in (tmp_path, tmp_path / "table"):
+        test = own(root, "test")
+        assert [test.files.content(i) for i in range(len(test))] == wanted
+
+
+def test_a_folder_called_test_serves_where_there_is_no_val(folders, tmp_path):
+    shutil.copytree(folders / "train", tmp_path / "train")
+    shutil.copytree(folders / "val", tmp_path / "test")
+    assert sources.has_test(make_config("image_folder", tmp_path))
+    assert pixels(own(tmp_path, "test")) == pixels(own(folders, "test"))
+    shutil.copytree(folders / "val", tmp_path / "val")
+    shutil.rmtree(tmp_path / "test" / CLASSES[0])  # is not looked at any more
+    assert pixels(own(tmp_path, "test")) == pixels(own(folders, "test"))
+    shutil.rmtree(tmp_path / "val")
+    assert "lacks 1 of the 3 classes" in message(own, tmp_path, "test")
+
+
 @pytest.mark.parametrize("kind", ["names", "numbers", "csv", "classes alone"])
 def test_a_list_gives_a_flat_validation_folder_its_classes(folders, tmp_path, kind):
     root = tmp_path / "flat"
@@ -234,6 +282,27 @@ def encoded(image, format, **options):
 
 
 RAMP = np.linspace(0, 255, 24 * 16).reshape(24, 16).round().astype(np.uint8)
+
+
+def test_hugging_face_classes_follow_the_order_of_the_training_split(tmp_path, monkeypatch):
+    """Whatever numbers the ClassLabel of another split gives them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = {name: Image.new("RGB", (4, 4), (70 * i,) * 3) for i, name in enumerate(CLASSES)}
+    for split, order in (("train", CLASSES), ("test", CLASSES[::-1])):
+        table = {
+            "image": [pictures[n] for n in CLASSES],
+            "label": [order.index(n) for n in CLASSES],
+        }
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(order))}
+        made = datasets.Dataset.from_dict(table, datasets.Features(features))
+        made.to_parquet(tmp_path / f"{split}.parquet")
+    train, test = (own(tmp_path, split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == CLASSES
+    assert np.asarray(train.labels).tolist() == np.asarray(test.labels).tolist() == [0, 1, 2]
+    lists = datasets.Dataset.from_dict({"image": [pictures["n01"]], "label": [[0]]})
+    lists.to_parquet(tmp_path / "train.parquet")
+    assert "holds lists; one class an image" in message(own, tmp_path, "train")
 
 
 def test_kinds_of_images_come_out_as_what_they_show():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m2mkd_jax.data.indices import balanced_weights
@@ -80,6 +81,37 @@ def test_optimizers_by_name_descend_and_decay():
         if name in ("adamw", "lion", "adafactor", "muon"):  # decoupled, times the rate
             np.testing.assert_allclose(decayed - plain, -0.1 * 0.05 * kernel, atol=1e-6)
         assert np.abs(decayed - plain).max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactor"])
+def test_layers_of_a_stack_are_measured_each_by_itself(name):
+    """LAMB's trust ratio and Adafactor's root mean squares, against optax on single layers."""
+    random = np.random.default_rng(3)
+    size = lambda *shape: (1.0 + np.arange(np.prod(shape[:-2]))).reshape(*shape[:-2], 1, 1)
+    draw = lambda *shape: jnp.asarray(size(*shape) * random.normal(size=shape), jnp.float32)
+    experts = {"experts": {"fc1": {"kernel": draw(2, 3, 4, 5)}}}
+    params = {"vmoe_0": {"blocks": {"fc": {"kernel": draw(2, 4, 5)}, "moe": experts}}}
+    gradient = jax.tree.map(lambda leaf: draw(*leaf.shape)[::-1], params)
+    optimizer = make_optimizer(recipe(optimizer=name), 1, params)
+    change, _ = optimizer.update(gradient, optimizer.init(params), params)
+
+    def single(tree):
+        leaves = jax.tree.leaves(tree)
+        return [layer for leaf in leaves for layer in leaf.reshape(-1, *leaf.shape[-2:])]
+
+    alone = {
+        "lamb": optax.lamb(0.1, weight_decay=0.05),
+        "adafactor": optax.chain(
+            optax.adafactor(None),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(0.05),
+            optax.scale(-0.1),
+        ),
+    }[name]
+    with jax.numpy_dtype_promotion("standard"):
+        wanted, _ = alone.update(single(gradient), alone.init(single(params)), single(params))
+    for mine, theirs in zip(single(change), wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_takes_the_matrices_between_hidden_layers():
