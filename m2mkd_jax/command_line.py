@@ -18,6 +18,7 @@ from absl import logging
 from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
+from m2mkd_jax.interruption import ended_by_signals
 
 WRONG_INPUT = 2
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
@@ -60,8 +61,9 @@ def run(name: str, command: Callable[[], None]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax logs every step, and stacks of its errors
     show_any_name()
     try:
-        command()
-        sys.stdout.flush()
+        with ended_by_signals():
+            command()
+            sys.stdout.flush()
         return 0
     except UserError as error:
         reason = str(error)

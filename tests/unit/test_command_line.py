@@ -1,5 +1,6 @@
-"""--help and --version of the small commands."""
+"""--help and --version of the small commands, and signals that end them."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,44 @@ def test_version(name, capsys):
         COMMANDS[name].main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"m2mkd_jax {m2mkd_jax.__version__}\n"
+
+
+INTERRUPTED = """
+import gc, os, signal, sys
+from m2mkd_jax.command_line import run
+
+def stop(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.{signal})
+
+def command():
+    try:
+        if {swallowed}:  # Python drops what is raised there
+            gc.callbacks.append(stop)
+            gc.collect()
+        else:
+            stop()
+        while True:
+            signal.pause()
+    except Exception:
+        sys.exit("taken for an error")
+    finally:
+        print("tidied up", flush=True)
+
+run("predict", command)
+"""
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_command_after_it_has_tidied_up(name, swallowed):
+    code = INTERRUPTED.format(signal=name, swallowed=swallowed)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -getattr(signal, name), done.stderr
+    assert done.stdout == "tidied up\n"
+    assert done.stderr == ""
 
 
 def test_help_and_version_load_no_jax():
