@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def has_test(root: str | Path) -> bool:
     return any(_split_of(row, "") == "test" for _, row in _rows(whole))
 
 
-def _split_of(row: Mapping[str, str], where: str) -> str:
+def _split_of(row: Mapping[str, Any], where: str) -> str:
     """The split that a row is of; 'train' without a column for it."""
     name = str(row.get(_SPLIT_COLUMN, "train")).strip().lower()
     for split, stems in _STEMS.items():
@@ -129,7 +130,7 @@ def list_images(
 
     Raises:
         UserError: no table of the split, a row without an image or class, a file that does not
-            exist, or classes of the test split that the training images lack.
+            exist or stands in two rows, or classes of the test split that the training images lack.
     """
     root = Path(root)
     whole = _whole(root)
@@ -140,7 +141,9 @@ def list_images(
     names = sorted({name for _, name in rows})
     if split == "test":
         train = whole or _table(root, _STEMS["train"])
-        known = _images(train, columns, "train" if whole else "") if train else ()
+        known = list(_images(train, columns, "train" if whole else "")) if train else []
+        if train and not whole:
+            _check_apart(path, [file for file, _ in rows], train, [file for file, _ in known])
         given, names = names, sorted({name for _, name in known}) or names
         check_same_classes(path, names, given)
     number = {name: label for label, name in enumerate(names)}
@@ -152,12 +155,15 @@ def list_images(
 def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str]]:
     """The path and class of each row; of one split, or of all ("")."""
     chosen: tuple[str, str] | None = None
+    seen: dict[str, str] = {}  # where each file stands
     for where, row in _rows(path):
         chosen = chosen or columns.choose(str(path), list(row))
-        file, name = (str(row.get(column, "")).strip() for column in chosen)
+        file, name = (_text(row.get(column)) for column in chosen)
         if not file or not name:
             missing = chosen[0] if not file else chosen[1]
             raise UserError(f"{where} has no {missing}: fill it in, or remove the row")
+        if (before := seen.setdefault(_whole_path(path, file), where)) != where:
+            raise UserError(f"{where}: {file} stands in {before} already: remove one of the rows")
         if split and _split_of(row, where) != split:
             continue
         if not (path.parent / file).is_file():
@@ -165,7 +171,25 @@ def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str
         yield file, name
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+def _text(value: Any) -> str:
+    """A value of JSON or CSV as a text; "" where there is none, or a list or an object."""
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _whole_path(table: Path, file: str) -> str:
+    return os.path.normpath(table.parent / file)
+
+
+def _check_apart(test: Path, tested: Sequence[str], train: Path, trained: Sequence[str]) -> None:
+    """Refuses images that are both trained on and tested."""
+    known = {_whole_path(train, file) for file in trained}
+    if both := [file for file in tested if _whole_path(test, file) in known]:
+        raise UserError(
+            f"{test}: {both[0]} is in {train.name} too ({len(both)} such images): keep them in one"
+        )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row is, for messages, and its values by column."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl":
@@ -184,11 +208,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
         raise UserError(f"{path} line {reader.line_num} is no CSV ({error})") from None
 
 
-def _json_row(line: str, where: str) -> dict[str, str]:
+def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object: {{'image': ..., 'label': ...}} is expected")
     return row
