@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m2mkd_jax.command_line import BROKEN_PIPE
+from m2mkd_jax.command_line import BROKEN_PIPE, named_file
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
         return process.fail(f"m2mkd_jax: nobody reads its output any more; {kept}", BROKEN_PIPE)
     except OSError as error:
         # A failed write to an open file names no file; a full disk is that of the run.
-        where = error.filename or (WORKDIR.value if error.errno in DISK_FULL else "")
+        where = named_file(error) or (WORKDIR.value if error.errno in DISK_FULL else "")
         if line := storage_failure(error):
             return _storage_failed(line)
         if error.errno not in USER_ERRORS or not where:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import m2mkd_jax
-from m2mkd_jax import convert, export, predict, push
+from m2mkd_jax import command_line, convert, export, predict, push
+from m2mkd_jax.checkpoint.files import write_json
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"convert": convert, "export": export, "predict": predict, "push": push}
@@ -47,6 +48,15 @@ def test_version(name, capsys):
         COMMANDS[name].main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"m2mkd_jax {m2mkd_jax.__version__}\n"
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path, capsys):
+    """Not the file beside it that was written first."""
+    (tmp_path / "summary.json").mkdir()
+    assert command_line.run("report", lambda: write_json(tmp_path / "summary.json", {})) == 2
+    said = capsys.readouterr().err
+    assert said == f"m2mkd_jax.report: {tmp_path}/summary.json: Is a directory\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 INTERRUPTED = """
