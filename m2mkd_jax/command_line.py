@@ -18,6 +18,7 @@ from absl import logging
 from m2mkd_jax import __version__
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
+from m2mkd_jax.interruption import ended_by_signals
 
 WRONG_INPUT = 2
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
@@ -60,8 +61,9 @@ def run(name: str, command: Callable[[], None]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax logs every step, and stacks of its errors
     show_any_name()
     try:
-        command()
-        sys.stdout.flush()
+        with ended_by_signals():
+            command()
+            sys.stdout.flush()
         return 0
     except UserError as error:
         reason = str(error)
@@ -69,7 +71,7 @@ def run(name: str, command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{named_file(error)}: " if named_file(error) else ""
         reason = f"{where}{error.strerror or error}"
     except Exception as error:
         if not (reason := storage_failure(error)):
@@ -79,6 +81,11 @@ def run(name: str, command: Callable[[], None]) -> int:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     print(f"m2mkd_jax.{name}: {line}", file=sys.stderr)
     return WRONG_INPUT
+
+
+def named_file(error: OSError) -> str:
+    """The file that an error is about; of a rename, the name that was meant."""
+    return os.fsdecode(error.filename2 or error.filename or "")
 
 
 def run_module(name: str, parser: Parser, argv: Sequence[str] | None) -> int:

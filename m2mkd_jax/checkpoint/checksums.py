@@ -34,7 +34,7 @@ class CheckedPyTreeHandler(ocp.PyTreeCheckpointHandler):
     _facts: Mapping[str, Any] = MappingProxyType({})
 
     async def async_save(self, directory: Any, *others: Any, args: Any = None) -> Any:
-        self._facts = {"step": args.step, "metrics": args.metrics}
+        self._facts = {"step": args.step, "job": args.job, "metrics": args.metrics}
         return await super().async_save(directory, *others, args=args)
 
     def finalize(self, directory: epath.Path) -> None:
@@ -50,10 +50,12 @@ class CheckedPyTreeSave(ocp.args.PyTreeSave):
 
     Attributes:
         step: of the checkpoint.
+        job: whose state it is.
         metrics: kept beside the checksums, because Orbax keeps them in a file of its own.
     """
 
     step: int = 0
+    job: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,18 +75,21 @@ def file_checksums(directory: Path) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def damage(directory: Path, step: int) -> str:
+def damage(directory: Path, step: int, job: str = "") -> str:
     """What is wrong with a checkpoint's files: one line, "" where nothing is.
 
     Args:
         directory: that `CheckedPyTreeHandler` wrote.
         step: whose checkpoint it should be.
+        job: likewise; one that was saved without a job's name is of any.
     """
     try:
         content = read_record(directory / FILE)
         expected: dict[str, str] = content["files"]
         if content["step"] != step:
             return f"it is the checkpoint of step {content['step']}"
+        if (owner := content.get("job") or job) != job:
+            return f"it is a checkpoint of {owner}"
         have = file_checksums(directory)
     except UserError as error:
         return str(error)

@@ -74,13 +74,19 @@ class RunCheckpoints:
     Args:
         directory: made if it does not exist; the remains of an interrupted save are removed.
         best_metric: the checkpoint with its largest value is the best one; None keeps no best one.
+        job: its name, which its checkpoints carry: those of another job are not used.
 
     Raises:
         UserError: the directory cannot be made.
     """
 
-    def __init__(self, directory: str | os.PathLike, best_metric: str | None = "eval_accuracy"):
-        self.directory = absolute(directory)
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        best_metric: str | None = "eval_accuracy",
+        job: str = "",
+    ):
+        self.directory, self._job = absolute(directory), job
         try:
             make_directory(self.directory)
         except OSError as error:
@@ -139,7 +145,7 @@ class RunCheckpoints:
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **{_STATE: CheckedPyTreeSave(arrays, step=step, metrics=numbers)}
+                    **{_STATE: CheckedPyTreeSave(arrays, step=step, job=self._job, metrics=numbers)}
                 ),
                 metrics=numbers,
             )
@@ -182,7 +188,7 @@ class RunCheckpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step) / _STATE
-            reason = from_main(damage(path, step) if is_main() else "")
+            reason = from_main(damage(path, step, self._job) if is_main() else "")
             if not reason:
                 held, reason = attempt(functools.partial(stored_shapes, path))
             if not reason:
@@ -232,7 +238,7 @@ def latest_step(directory: str | os.PathLike) -> int:
         names = [parts[0] for parts in whole if len(parts) == 2]
     else:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def save_weights(

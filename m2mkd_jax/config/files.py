@@ -58,10 +58,13 @@ def read_config(path: str, argument: Sequence[str] = ()) -> ConfigDict:
         OSError: the file cannot be read.
     """
     try:
-        config = runpy.run_path(path)["get_config"](*argument)
+        found = runpy.run_path(path)
+        if "get_config" not in found:
+            raise UserError(f"--config={path} defines no get_config; see configs/")
+        config = found["get_config"](*argument)
     except (UserError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         # A KeyError's text is the repr of its argument.
@@ -94,7 +97,7 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
                 f"config.{key}: one entry cannot be set alone; give all of them, such as "
                 f'--config.{key}="{_at(config, key)}"'
             )
-        if any(part.isdigit() for part in key.split(".")):
+        if any(part.isdecimal() for part in key.split(".")):
             raise UserError(
                 f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
                 "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 # Groups of keys whose subkeys are free, under whatever prefix they stand.
 FREE = ("modules", "options")
 
@@ -27,6 +29,15 @@ class Range:
 def is_finite(value: Any) -> bool:
     """Whether a value is an int or a float, and neither NaN nor infinite."""
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def in_single(value: Any) -> Any:
+    """A number as the networks compute with it; a float below the least normal one is 0 there."""
+    if type(value) is not float:
+        return value
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else rounded
 
 
 ABOVE_0 = Range("above 0", lambda v: v > 0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import all_keys
-from m2mkd_jax.config.keys import FREE, Key, flatten, is_finite
+from m2mkd_jax.config.keys import FREE, Key, flatten, in_single, is_finite
 from m2mkd_jax.errors import UserError, did_you_mean, require
 
 
@@ -33,15 +34,22 @@ def check_value(name: str, value: Any, key: Key) -> None:
         raise UserError(f"config.{name} must be {wanted.__name__}, not {value!r}")
     words = key.range.words if key.range else "a finite number"
     allows = key.range.allows if key.range else lambda v: True
-    if type(value) in (int, float) and not (is_finite(value) and allows(value)):
-        raise UserError(f"config.{name} is {value}; it must be {words}")
+    rounded = in_single(value)
+    if type(value) in (int, float) and not (is_finite(rounded) and allows(rounded)):
+        raise UserError(f"config.{name} is {_said(value, rounded)}; it must be {words}")
     if type(value) is str and not allows(value):
         raise UserError(f"config.{name} is {value!r}; it must be {words}")
     if type(value) is tuple:
-        if not all(allows(entry) for entry in value):
+        if not all(allows(in_single(entry)) for entry in value):
             raise UserError(f"config.{name} is {value}; its entries must be {words}")
         if key.length and len(value) != key.length:
             raise UserError(f"config.{name} is {value}; it needs {key.length} numbers")
+
+
+def _said(value: Any, rounded: Any) -> str:
+    """A number for a message, and the bound that single precision makes of it, if it does."""
+    edge = rounded in (0, 1, math.inf, -math.inf) and value != rounded
+    return f"{value}, which is {rounded} in single precision" if edge else f"{value}"
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

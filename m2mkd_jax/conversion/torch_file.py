@@ -107,6 +107,8 @@ def _reason(error: Exception) -> str:
         return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
     if isinstance(error, DamagedZip):
         return f"it was damaged or changed ({text})"
+    if isinstance(error, KeyError):  # of pickle, where a byte stands for nothing that it knows
+        return "it is not what torch.save writes"
     if isinstance(error, zipfile.BadZipFile | EOFError):
         return "it is cut off, or damaged"
     text = text.rpartition("WeightsUnpickler error: ")[2]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.checkpoint.store import save_weights
+from m2mkd_jax.config.keys import in_single
 from m2mkd_jax.conversion.from_torch import convert_from_torch
 from m2mkd_jax.conversion.open_weights import (
     description_errors,
@@ -54,7 +55,7 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
         converted = convert_detector(source, detector, args.arch, args.seed)
     report = converted.report
     given = {key: value for key, value in (("mean", args.mean), ("std", args.std)) if value}
-    if not all(given.get("std", [1])):
+    if not all(map(in_single, given.get("std", [1]))):
         raise UserError("--std must be above 0")
     converted.description["normalisation"] |= given
     used = converted.description["normalisation"]

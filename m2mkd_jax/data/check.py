@@ -29,6 +29,7 @@ from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import held_out
 from m2mkd_jax.data.workers import usable_cores
 from m2mkd_jax.errors import UserError, printable, require, show_any_name
+from m2mkd_jax.interruption import ended_by_signals
 
 _SHOWN = 10  # damaged files or missing classes that are named
 _NEARLY = 0.9  # share of a known data set's classes from which on the others count as missing
@@ -221,6 +222,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+@ended_by_signals()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(

@@ -20,6 +20,7 @@ from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.formats import folder
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.interruption import ended_by_signals
 
 
 class _Folders(tfds.core.GeneratorBasedBuilder):
@@ -118,6 +119,7 @@ class TinyImagenetR(_Folders):
 BUILDERS = {"tiny_imagenet": TinyImagenet, "tiny_imagenet_r": TinyImagenetR}
 
 
+@ended_by_signals()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m2mkd_jax.data.prepare")

@@ -127,8 +127,6 @@ def check_same_config(
                 )
             continue
         before, _ = read_inputs(workdir, name)
-        if not {"config", "needs"} <= before.keys():
-            raise UserError(f"{path} is damaged; {hint}")
         if epochs := raised_epochs(plan, workdir, name):
             hint = f"--extend={name} goes on with it to {epochs[1]:g} epochs; {hint}"
         for key in sorted({*before["config"], *job.inputs["config"]}):

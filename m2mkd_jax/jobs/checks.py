@@ -170,7 +170,7 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
             "{'0': {'epochs': 2}}",
         )
         require(
-            index.isdigit() and int(index) < modules,
+            index in map(str, range(modules)),
             f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
         )
         for key in changes:

@@ -157,7 +157,7 @@ def _finished(path: Path) -> list[dict]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # UnicodeDecodeError, too
+        except (ValueError, RecursionError):  # UnicodeDecodeError, too
             break
         if not isinstance(entry, dict) or entry.get("episode") != len(found):
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +113,19 @@ class Log:
 
 def _entries_until(path: Path, start: int) -> list[dict[str, Any]]:
     """What a file has of the first steps: a restart repeats those after its checkpoint."""
-    kept = []
+    return [entry for entry in read_entries(path) if entry["step"] <= start]
+
+
+def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log, without a line that a kill cut off, and others that are none."""
     text = read_text(path) if path.is_file() else ""
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-            step = entry["step"]
-        except (ValueError, TypeError, KeyError):  # the line that a kill cut off
+        except (ValueError, RecursionError):
             continue
-        if step <= start:
-            kept.append(entry)
-    return kept
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            yield entry
 
 
 def is_evaluation(entry: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.jobs.finished import is_inputs, read_result
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
@@ -295,7 +296,13 @@ def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, dic
     Raises:
         UserError: the file is missing or damaged.
     """
-    record = read_record(inputs_path(workdir, name))
+    path = inputs_path(workdir, name)
+    record = read_record(path)
+    if not is_inputs(record):
+        raise UserError(
+            f"{path} is damaged; --redo={name} does it and what stands on it again; or use another "
+            "--workdir"
+        )
     return record, {key: record.pop(key, {}) for key in BESIDE}
 
 
@@ -307,17 +314,7 @@ def standing_on(config: ConfigDict, workdir: Path, job: Job) -> dict[str, str]:
 def is_done(workdir: Path, name: str) -> bool:
     """Whether a job is finished. Raises UserError, before any work, where its result is damaged."""
     path = job_directory(workdir, name) / "done.json"
-    if not path.is_file():
-        return False
-    record = read_record(path)
-    if not isinstance(record.get("metrics"), dict):
-        raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
-    if record.get("name", name) != name:
-        raise UserError(
-            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} "
-            "again"
-        )
-    return True
+    return path.is_file() and bool(read_result(path, name))
 
 
 def is_current(plan: Plan, workdir: Path, name: str) -> bool:

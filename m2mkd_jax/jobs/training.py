@@ -123,7 +123,7 @@ class Training:
             directory = self._run.directory(name)
             describe_inputs(setup, directory)
             best = BEST if isinstance(setup.phase, DetectionPhase) else "eval_accuracy"
-            checkpoints = RunCheckpoints(directory / "checkpoints", best)
+            checkpoints = RunCheckpoints(directory / "checkpoints", best, name)
             start, earlier = 0, 0.0
             restored = checkpoints.restore_latest(setup.abstract_state)
             if restored:

@@ -12,18 +12,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m2mkd_jax.command_line import BROKEN_PIPE
+from m2mkd_jax.command_line import BROKEN_PIPE, named_file
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import as_path, storage_failure
+from m2mkd_jax.interruption import heard, raising
 from m2mkd_jax.jobs.dry_run import dry_run
 from m2mkd_jax.jobs.pipeline import run
 from m2mkd_jax.jobs.summary import print_summary
@@ -107,8 +106,8 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise Preempted("stopped by a signal; finished jobs and checkpoints are kept")
+def _terminated(number: int) -> Preempted:
+    return Preempted("stopped by a signal; finished jobs and checkpoints are kept")
 
 
 def _workdir(given: str) -> Path:
@@ -154,10 +153,11 @@ def main(argv: list[str]) -> int:
         The exit code.
     """
     del argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Orbax logs through absl: every step, and stacks of what it raises. What jax logs is for users.
     logging.get_absl_logger().setLevel("CRITICAL")
     for number in process.SIGNALS if process.alone() else ():
-        signal.signal(number, _terminated)
+        signal.signal(number, raising(_terminated))
     # jax catches SIGTERM, and asks all processes at their next step
     if process.USER_SIGNAL and not process.alone():
         signal.signal(process.USER_SIGNAL, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -171,13 +171,14 @@ def main(argv: list[str]) -> int:
         return process.fail(f"m2mkd_jax: nobody reads its output any more; {kept}", BROKEN_PIPE)
     except OSError as error:
         # A failed write to an open file names no file; a full disk is that of the run.
-        where = error.filename or (WORKDIR.value if error.errno in DISK_FULL else "")
+        where = named_file(error) or (WORKDIR.value if error.errno in DISK_FULL else "")
         if line := storage_failure(error):
             return _storage_failed(line)
         if error.errno not in USER_ERRORS or not where:
             raise
         return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
     except Preempted as stop:
+        heard()
         if process.is_main():
             print(f"m2mkd_jax: {stop}; run the same command again to go on", file=sys.stderr)
         return PREEMPTED
@@ -196,7 +197,6 @@ def main(argv: list[str]) -> int:
 
 def start() -> None:
     """Joins the other processes of the run, parses flags, runs."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     show_any_name()
     logging.set_verbosity(logging.WARNING)
     try:

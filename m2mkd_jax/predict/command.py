@@ -26,7 +26,7 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.predict import attention_pictures, results
 from m2mkd_jax.predict.detections import predict_detection
 from m2mkd_jax.predict.images import Batch, batches, image_files
-from m2mkd_jax.predict.inputs import read_labels, read_npz, save_npz
+from m2mkd_jax.predict.inputs import check_outputs, read_labels, read_npz, save_npz
 
 FOR_IMAGES = ("csv", "json", "features", "attention")
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("top", "batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
+    check_outputs(args, [args.checkpoint, args.labels, args.npz_in, *args.images])
     checkpoint = local_path(args.checkpoint)  # downloaded once
     detection = open_detection(checkpoint, args.arch)
     if detection is not None:
@@ -127,6 +128,7 @@ def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> 
     if not model.classes and (args.csv or args.json):
         raise UserError(f"--csv, --json: {args.checkpoint} gives tokens, no classes")
     files = image_files(args.images)
+    check_outputs(args, [file for file, _ in files])
     found = Found(model, labels, args)
     progress = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2)
     with progress, _new_directory(args.attention) as pictures:

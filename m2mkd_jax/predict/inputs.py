@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
+
+OUTPUTS = ("csv", "json", "npz", "features", "attention", "draw")  # flags that name what is written
 
 
 def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -37,7 +40,32 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         )
     if inputs[0].dtype.kind != "f" or not len(inputs[0]):
         raise UserError(f"--npz_in: {path}: the inputs are {inputs[0].dtype}, not some floats")
-    return inputs[0].astype(np.float32), arrays
+    with np.errstate(over="ignore"):
+        images = inputs[0].astype(np.float32)
+    for name, array in {"inputs": images, **arrays}.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"--npz_in: {path}: not all numbers of its {name} are finite")
+    return images, arrays
+
+
+def check_outputs(args: argparse.Namespace, files: Sequence[str]) -> None:
+    """Refuses an output that would replace an input, or another output.
+
+    Args:
+        args: of the command.
+        files: that it reads.
+
+    Raises:
+        UserError: names the flag and the file.
+    """
+    taken = {Path(file).resolve(): "it is read" for file in files if file}
+    for flag in OUTPUTS:
+        if not (given := getattr(args, flag)):
+            continue
+        path = Path(given).resolve()
+        if path in taken:
+            raise UserError(f"--{flag}={given}: {taken[path]}; choose another file")
+        taken[path] = f"--{flag} is written there"
 
 
 def read_labels(path: str, classes: int) -> list[str]:

@@ -7,7 +7,6 @@ is left out, and said in `RunRecord.notes`.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import read_json, read_record
+from m2mkd_jax.checkpoint.files import read_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import PHASES, all_keys, base
 from m2mkd_jax.config.keys import flatten
 from m2mkd_jax.config.values import check_value, leaves
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.files.paths import file_names, read_text
+from m2mkd_jax.files.paths import file_names
+from m2mkd_jax.jobs.finished import read_result
 from m2mkd_jax.jobs.locks import is_held
-from m2mkd_jax.jobs.log import is_evaluation
+from m2mkd_jax.jobs.log import is_evaluation, read_entries
 from m2mkd_jax.jobs.plan import Plan, read_inputs
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_digests import changed, digest
@@ -166,7 +166,8 @@ def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
             if name not in known:
                 continue
             key = known[name]
-            value = tuple(value) if isinstance(key.default, tuple) else value
+            listed = isinstance(key.default, tuple) and isinstance(value, list | tuple)
+            value = tuple(value) if listed else value
             try:
                 check_value(name, value, key)
             except UserError:
@@ -192,9 +193,9 @@ def read_run(path: Path) -> RunRecord:
     if not (path / "config.json").is_file() and not (path / "jobs").is_dir():
         raise UserError(f"{path} has neither config.json nor jobs/; give the --workdir of a run")
     notes: list[str] = []
-    config = _readable(path / "config.json", notes)
+    config = _config(path / "config.json", notes)
     summary = _readable(path / "summary.json", notes) if (path / "summary.json").is_file() else {}
-    listed = {job["name"]: job for job in summary.get("jobs", ()) if isinstance(job, dict)}
+    listed = _listed(summary)
     names = _job_names(path, config, listed, notes)
     jobs = {name: _read_job(path, name, listed.get(name, {}), notes) for name in names}
     if other := _measured_before(path, jobs):
@@ -232,6 +233,23 @@ def _readable(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A run's config.json; {} and a note where it cannot be read, or has no groups of keys."""
+    config = _readable(path, notes)
+    groups = [name for name, value in base().items() if isinstance(value, ConfigDict)]
+    if odd := [name for name in groups if not isinstance(config.get(name, {}), dict)]:
+        notes.append(f"{path} is not the config of a run: {odd[0]} is no group of keys.")
+        return {}
+    return config
+
+
+def _listed(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The jobs of summary.json by name; what is no job is left out."""
+    jobs = summary.get("jobs")
+    own = [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
+    return {job["name"]: job for job in own if isinstance(job.get("name"), str)}
+
+
 def _job_names(
     path: Path, config: Mapping[str, Any], listed: Mapping[str, Any], notes: list[str]
 ) -> list[str]:
@@ -257,7 +275,7 @@ def _job_names(
 def _order(name: str) -> tuple[int, int]:
     phase, _, index = name.partition("/")
     place = PHASES.index(phase) if phase in PHASES else len(PHASES)
-    return place, int(index) if index.isdigit() else 0
+    return place, int(index) if index.isdecimal() else 0
 
 
 def _read_job(path: Path, name: str, listed: Mapping[str, Any], notes: list[str]) -> JobRecord:
@@ -267,14 +285,12 @@ def _read_job(path: Path, name: str, listed: Mapping[str, Any], notes: list[str]
     needs: tuple[str, ...] = ()
     try:
         if (directory / "done.json").is_file():
-            result = read_record(directory / "done.json")
+            result = read_result(directory / "done.json", name)
         if (directory / "inputs.json").is_file():
-            needs = tuple(read_record(directory / "inputs.json").get("needs", {}))
+            needs = tuple(read_inputs(path, name)[0]["needs"])
     except UserError as error:
         notes.append(f"{error}.")
-    if not isinstance(result.get("metrics"), dict):
-        result = {}
-    entries = _entries(directory / "metrics.jsonl")
+    entries = tuple(read_entries(directory / "metrics.jsonl"))
     saved = latest_step(directory / "checkpoints")
     status = "pending"
     if result:
@@ -286,18 +302,3 @@ def _read_job(path: Path, name: str, listed: Mapping[str, Any], notes: list[str]
     elif listed.get("status") == "not needed":
         status = "not needed"
     return JobRecord(name, status, result, entries, saved, needs)
-
-
-def _entries(path: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of metrics.jsonl, without one that a kill cut off."""
-    if not path.is_file():
-        return ()
-    found = []
-    for line in read_text(path).splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return tuple(found)

@@ -21,8 +21,11 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import alone, from_main, reached, stopping
 
 
-class Preempted(Exception):
-    """A signal to stop arrived in one of the processes; the states have been saved."""
+class Preempted(BaseException):
+    """A signal to stop arrived in one of the processes; the states have been saved.
+
+    It may arrive anywhere, also where any error of a module of one's own is caught.
+    """
 
 
 class EvaluationStopped(Exception):

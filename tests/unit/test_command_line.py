@@ -1,5 +1,6 @@
-"""--help and --version of the small commands."""
+"""--help and --version of the small commands, and signals that end them."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import m2mkd_jax
-from m2mkd_jax import convert, export, predict, push
+from m2mkd_jax import command_line, convert, export, predict, push
+from m2mkd_jax.checkpoint.files import write_json
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"convert": convert, "export": export, "predict": predict, "push": push}
@@ -46,6 +48,53 @@ def test_version(name, capsys):
         COMMANDS[name].main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"m2mkd_jax {m2mkd_jax.__version__}\n"
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path, capsys):
+    """Not the file beside it that was written first."""
+    (tmp_path / "summary.json").mkdir()
+    assert command_line.run("report", lambda: write_json(tmp_path / "summary.json", {})) == 2
+    said = capsys.readouterr().err
+    assert said == f"m2mkd_jax.report: {tmp_path}/summary.json: Is a directory\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+INTERRUPTED = """
+import gc, os, signal, sys
+from m2mkd_jax.command_line import run
+
+def stop(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.{signal})
+
+def command():
+    try:
+        if {swallowed}:  # Python drops what is raised there
+            gc.callbacks.append(stop)
+            gc.collect()
+        else:
+            stop()
+        while True:
+            signal.pause()
+    except Exception:
+        sys.exit("taken for an error")
+    finally:
+        print("tidied up", flush=True)
+
+run("predict", command)
+"""
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_command_after_it_has_tidied_up(name, swallowed):
+    code = INTERRUPTED.format(signal=name, swallowed=swallowed)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -getattr(signal, name), done.stderr
+    assert done.stdout == "tidied up\n"
+    assert done.stderr == ""
 
 
 def test_help_and_version_load_no_jax():

@@ -1,6 +1,7 @@
 """The predict command and m2mkd_jax.load: images, labels, arrays, and what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +113,21 @@ def test_straight_from_a_torch_file(images, tmp_path, capsys):
     assert direct == run(predict, converted(VIT, tmp_path / "w", ARCH["a_meta"]), images / "0.png")
 
 
+def test_no_output_replaces_an_input_or_another_output(weights, images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    before = (folder / "0.png").read_bytes()
+    for given, flags, words in (
+        (folder / "0.png", (f"--csv={folder / '0.png'}",), "it is read"),
+        (folder, (f"--json={folder / 'x' / '..' / '0.png'}",), "it is read"),
+        (folder, (f"--csv={tmp_path / 'o'}", f"--json={tmp_path / 'o'}"), "--csv is written there"),
+    ):
+        assert predict.main([str(weights), str(given), *flags]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert (folder / "0.png").read_bytes() == before and not (tmp_path / "o").exists()
+
+
 def test_what_it_refuses(weights, images, tmp_path, capsys):
     def refused(*arguments, words: str) -> None:
         assert predict.main([str(a) for a in arguments]) == 2
@@ -136,6 +152,12 @@ def test_what_it_refuses(weights, images, tmp_path, capsys):
     refused(weights, npz(images=good[:, :60]), words="takes images (B, 64, 64, 3)")
     refused(weights, npz(images=good, codes=good[0, 0]), words="only single NAC students have")
     refused(weights, npz(images=np.array([None])), words="cannot be read")
+    refused(weights, npz(images=good + np.nan), words="not all numbers of its inputs are finite")
+    refused(
+        weights,
+        npz(images=np.float64(good) + 1e300),
+        words="not all numbers of its inputs are finite",
+    )
     refused(weights, f"--npz_in={picture}", words="cannot be read")
     refused(weights, npz(images=good), "--module=4", words="has no module 4")
     refused(weights, npz(images=good), "--no_such_flag", words="unrecognized arguments")

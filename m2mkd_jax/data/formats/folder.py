@@ -165,10 +165,16 @@ def list_classes(
 
 
 def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Paths below a folder, at any depth: image files, sorted, and others that are no texts."""
+    """Paths below a folder, at any depth: image files, sorted, and others that are no texts.
+
+    Raises:
+        UserError: a link leads back to a folder that holds it: its images would count again.
+    """
     images, others = list[str](), list[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _check_link(os.path.join(parent, name))
         prefix = os.path.relpath(parent, folder)
         for name in names:
             path = name if prefix == "." else os.path.join(prefix, name)
@@ -262,6 +268,15 @@ def check_same_classes(where: str | Path, names: Sequence[str], found: Sequence[
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED])
+
+
+def _check_link(path: str) -> None:
+    """Refuses a link to a folder that holds it."""
+    if not os.path.islink(path):
+        return
+    target, parent = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+    if os.path.commonpath([target, parent]) == target:
+        raise UserError(f"{path} is a link to {target}, which holds it: remove the link")
 
 
 def class_folders(folder: str | Path) -> list[str]:

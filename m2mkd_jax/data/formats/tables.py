@@ -131,7 +131,7 @@ def list_images(
 
     Raises:
         UserError: no table of the split, a row without an image or class, a file that does not
-            exist, or classes of the test split that the training images lack.
+            exist or stands in two rows, or classes of the test split that the training images lack.
     """
     root = Path(root)
     whole = _whole(root)
@@ -145,7 +145,9 @@ def list_images(
     names = sorted({name for _, name in rows})
     if split == "test":
         train = whole or _table(root, _STEMS["train"])
-        known = _images(train, columns, "train" if whole else "") if train else ()
+        known = list(_images(train, columns, "train" if whole else "")) if train else []
+        if train and not whole:
+            _check_apart(path, [file for file, _ in rows], train, [file for file, _ in known])
         given, names = names, sorted({name for _, name in known}) or names
         check_same_classes(path, names, given)
     number = {name: label for label, name in enumerate(names)}
@@ -157,12 +159,15 @@ def list_images(
 def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str]]:
     """The path and class of each row; of one split, or of all ("")."""
     chosen: tuple[str, str] | None = None
+    seen: dict[str, str] = {}  # where each file stands
     for where, row in _rows(path):
         chosen = chosen or columns.choose(str(path), list(row))
         file, name = (_text(row.get(column), where, column) for column in chosen)
         if not file or not name:
             missing = chosen[0] if not file else chosen[1]
             raise UserError(f"{where} has no {missing}: fill it in, or remove the row")
+        if (before := seen.setdefault(_whole_path(path, file), where)) != where:
+            raise UserError(f"{where}: {file} stands in {before} already: remove one of the rows")
         if split and _split_of(row, where) != split:
             continue
         if not (path.parent / file).is_file():
@@ -175,6 +180,19 @@ def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, list | dict):
         raise UserError(f"{where}: {column} is a {type(value).__name__}, no text or number")
     return "" if value is None else str(value).strip()
+
+
+def _whole_path(table: Path, file: str) -> str:
+    return os.path.normpath(table.parent / file)
+
+
+def _check_apart(test: Path, tested: Sequence[str], train: Path, trained: Sequence[str]) -> None:
+    """Refuses images that are both trained on and tested."""
+    known = {_whole_path(train, file) for file in trained}
+    if both := [file for file in tested if _whole_path(test, file) in known]:
+        raise UserError(
+            f"{test}: {both[0]} is in {train.name} too ({len(both)} such images): keep them in one"
+        )
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -200,8 +218,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object: {{'image': ..., 'label': ...}} is expected")
     return row

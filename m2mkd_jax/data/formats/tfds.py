@@ -113,7 +113,7 @@ def find_prepared(root: str | Path) -> Path | None:
 
 
 def _number(text: str) -> int:
-    return int(text) if text.isdigit() else -1
+    return int(text) if text.isdecimal() else -1
 
 
 def has_split(directory: str | Path, split: str) -> bool:

@@ -89,3 +89,20 @@ def test_a_checkpoint_of_another_step_is_not_used(saved, tmp_path):
     checkpoints.close()
     (directory / "20" / "state" / FILE).unlink()
     assert "does not exist" in damage(directory / "20" / "state", 20)
+
+
+def test_a_checkpoint_of_another_job_is_not_used(tmp_path, capfd):
+    """Jobs whose states have the same arrays, such as two seeds of one network."""
+    states = {"e2e/1": make_state(1), "e2e/2": make_state(2)}
+    for job, state in states.items():
+        for step in STEPS:
+            checkpoints = RunCheckpoints(tmp_path / job, job=job)
+            checkpoints.save(step, state)
+            checkpoints.close()
+    shutil.rmtree(tmp_path / "e2e/1/20")
+    shutil.copytree(tmp_path / "e2e/2/20", tmp_path / "e2e/1/20")
+    checkpoints = RunCheckpoints(tmp_path / "e2e/1", job="e2e/1")
+    step, state = checkpoints.restore_latest(abstract(states["e2e/1"]))
+    checkpoints.close()
+    assert step == 10 and "is a checkpoint of e2e/2" in capfd.readouterr().err
+    assert_same(state, states["e2e/1"])

@@ -35,6 +35,20 @@ def test_a_broken_file_says_where(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import sys\nsys.exit(0)\n", r"line 2: SystemExit: 0"),
+        ("get_configs = 1\n", "defines no get_config"),
+    ],
+)
+def test_a_file_that_gives_no_config_is_refused(tmp_path, text, says):
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_config(str(file))
+
+
+@pytest.mark.parametrize(
     ("argument", "says"),
     [
         ("--config.seeed=1", 'did you mean "seed"'),

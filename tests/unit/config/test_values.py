@@ -24,6 +24,11 @@ from tests.shipped import change, digits
         ("recipes.e2e.weight_decay", -1.0),
         ("recipes.e2e.drop_path", 1.0),
         ("recipes.e2e.ema", 1.5),
+        ("recipes.e2e.ema", 0.9999999999),  # 1 in single precision: it would never move
+        ("recipes.e2e.lr", 1e39),
+        ("data.mean", (1e39, 0.5, 0.5)),
+        ("data.std", (1e-40, 0.5, 0.5)),
+        ("distillation.temperature", 1e-40),
         ("recipes.e2e.clip", -1.0),
         ("distillation.alpha", 3.0),
         ("distillation.temperature", 0.0),

@@ -112,7 +112,8 @@ def test_the_normalisation_is_told_and_can_be_given(tmp_path, capsys):
         )
         facts = json.loads((tmp_path / name / "description.json").read_text())["description"]
         assert facts["normalisation"] == normalisation
-    for wrong in ("--mean=0.5", "--mean=a,b,c", "--std=0,1,1", "--mean=124,117,104"):
+    means, stds = ("0.5", "a,b,c", "124,117,104"), ("0,1,1", "1e-60,1,1")
+    for wrong in (*(f"--mean={mean}" for mean in means), *(f"--std={std}" for std in stds)):
         assert convert.main([str(source), str(tmp_path / "c"), flag, wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "c").exists()
 

@@ -136,8 +136,45 @@ def test_faults_of_tables_are_named_by_line(folders, tmp_path):
         write_table(tmp_path / "metadata.csv", rows)
         assert words in message(own, tmp_path, "train", 1)
     (tmp_path / "metadata.csv").unlink()
-    (tmp_path / "train.jsonl").write_text('{"path": \n')
-    assert "line 1 is no JSON" in message(own, tmp_path, "train", 1)
+    for line, words in (
+        ('{"path": ', "line 1 is no JSON"),
+        ("[" * 100_000, "line 1 is no JSON"),
+        (json.dumps(row | {"label": None}), "line 1 has no label"),  # no class "None"
+        (json.dumps(row | {"label": ["n01", "n02"]}), "line 1 has no label"),
+    ):
+        (tmp_path / "train.jsonl").write_text(line + "\n")
+        assert words in message(own, tmp_path, "train", 1)
+
+
+def test_an_image_stands_in_one_row_and_one_split(folders, tmp_path):
+    """Under another label, in another writing of its path, or in the test images too."""
+    root = tmp_path / "tables"
+    shutil.copytree(folders, root)
+    train, val = rows_of(root, "train"), rows_of(root, "val")
+    again = {"path": f"train/../{train[0]['path']}", "label": train[-1]["label"]}
+    write_table(root / "train.csv", [*train, again])
+    words = f"line {len(train) + 2}: {again['path']} stands in {root}/train.csv line 2 already"
+    assert words in message(own, root, "train")
+    write_table(root / "train.csv", train)
+    write_table(root / "val.csv", [*val, train[0]])
+    assert f"{train[0]['path']} is in train.csv too (1 such images)" in message(own, root, "test")
+    whole = [row | {"split": "train"} for row in train] + [train[0] | {"split": "val"}]
+    write_table(root / "metadata.csv", whole)
+    assert f"line {len(train) + 2}: {train[0]['path']} stands in" in message(own, root, "test")
+
+
+def test_a_link_to_a_folder_around_it_is_refused(folders, tmp_path):
+    """Images of all classes would count as those of one, up to forty times."""
+    root = tmp_path / "images"
+    shutil.copytree(folders, root)
+    link = root / "train/n01/all"
+    link.symlink_to(root / "train")
+    assert f"{link} is a link to" in message(own, root, "train")
+    link.unlink()
+    (tmp_path / "more").mkdir()
+    shutil.copy(root / "train/n01/n01_0.JPEG", tmp_path / "more")
+    link.symlink_to(tmp_path / "more")
+    assert len(own(root, "train").labels) == len(own(folders, "train").labels) + 1
 
 
 @pytest.mark.parametrize("label", ["null", "[1]", "{}"])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
 from m2mkd_jax.jobs.log import Log
@@ -137,6 +138,34 @@ def test_damaged_results_are_refused_with_their_path(tmp_path, text):
     with pytest.raises(UserError) as error:
         check_same_config(plan, tmp_path, plan.names)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"metrics": {"eval_accuracy": "0.9"}},
+        {"metrics": {"eval_accuracy": None}},
+        {"metrics": {}, "networks": [1]},
+        {"metrics": {}, "networks": {"e2e": None}},
+        {"metrics": {}, "steps": "x"},
+        {"metrics": {}, "seconds": None},
+        {"metrics": {}, "episodes": ["a"]},
+    ],
+)
+def test_edited_results_without_numbers_are_refused(tmp_path, odd):
+    """Whole, as its checksum says, and yet no result."""
+    write_record(tmp_path / "jobs" / "mt" / "1" / "done.json", {"name": "mt/1", **odd})
+    with pytest.raises(UserError, match="is not what a finished job leaves"):
+        is_done(tmp_path, "mt/1")
+
+
+@pytest.mark.parametrize("odd", [{"config": [], "needs": {}}, {"config": {}, "needs": 3}, {}])
+def test_edited_inputs_without_groups_are_refused(tmp_path, odd):
+    plan = Plan(tiny_vmoe.get_config())
+    finish(plan, tmp_path, ["mt/1"])
+    write_record(inputs_path(tmp_path, "mt/1"), odd)
+    with pytest.raises(UserError, match=r"inputs\.json is damaged; --redo=mt/1 "):
+        check_same_config(plan, tmp_path, plan.names)
 
 
 def test_raised_epochs_go_on_where_they_are_asked_to(tmp_path):

@@ -3,8 +3,10 @@
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import checks
+from m2mkd_jax.jobs import checks, shape_checks
 from m2mkd_jax.jobs.plan import Plan
+from m2mkd_jax.train.loop import Preempted
+from tests.e2e import tiny
 from tests.shipped import change, digits, load
 
 
@@ -24,6 +26,10 @@ from tests.shipped import change, digits, load
         (change("recipes.pt.schedule", "clena"), 'did you mean "clean"'),
         (change("recipes.pt.modules", {"0": {"epochs": 1}}), "pt has no modules"),
         (change("recipes.mt.modules", {"6": {"epochs": 1}}), "0 to 5"),
+        # None of these is the number that a module is looked up by.
+        (change("recipes.mt.modules", {"01": {"epochs": 1}}), "0 to 5"),
+        (change("recipes.mt.modules", {"\u0663": {"epochs": 1}}), "0 to 5"),
+        (change("recipes.mt.modules", {"\u00b2": {"epochs": 1}}), "0 to 5"),
         (change("recipes.mt.modules", {"0": {"epoch": 1}}), 'did you mean "epochs"'),
         (
             change("recipes.mt.modules", {"0": {"lr": "fast"}}),
@@ -188,3 +194,15 @@ def test_networks_that_are_measured_are_jobs_of_the_run():
     config.evaluation.networks = ("m2mkd/9",)
     with pytest.raises(UserError, match=r"config.evaluation.networks: no job .m2mkd/9."):
         checks.validate(config)
+
+
+@pytest.mark.parametrize("name", ["_abstract", "output"])
+def test_a_signal_while_networks_are_looked_at_is_no_wrong_config(name, monkeypatch):
+    """The exit code is 3 then, not 2: a launcher starts the run again."""
+
+    def stopped(*_):
+        raise Preempted("stopped by a signal")
+
+    monkeypatch.setattr(shape_checks, name, stopped)
+    with pytest.raises(Preempted):
+        shape_checks.check_shapes(Plan(tiny.get_config()))

@@ -123,6 +123,29 @@ def test_damaged_files_are_named_and_left_out(name, tmp_path):
     assert run.jobs["e2e"].accuracy == 0.95
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.json", '{"phases": 3, "e2e_seeds": "x"}', ""),
+        ("config.json", '{"data": [1]}', "data is no group of keys"),
+        ("summary.json", '{"jobs": 3}', ""),
+        ("summary.json", '{"jobs": [{"name": 3}, {"x": 1}, 4]}', ""),
+        ("jobs/ft/done.json", '{"metrics": {"eval_accuracy": "x"}}', "is not what a finished job"),
+        ("jobs/ft/done.json", '{"metrics": {}, "steps": null}', "is not what a finished job"),
+        ("jobs/ft/done.json", '{"metrics": {}, "networks": [1]}', "is not what a finished job"),
+        ("jobs/ft/inputs.json", '{"config": [], "needs": 3}', "inputs.json is damaged"),
+        ("jobs/ft/metrics.jsonl", "[" * 100_000 + '\n{"step": "x"}\n{"step": true}\n', ""),
+    ],
+)
+def test_whole_json_of_another_kind_is_left_out(name, text, words, tmp_path, capsys):
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    (workdir / name).write_text(text)
+    run = read_run(workdir)
+    assert words in " ".join(run.notes)
+    assert run.jobs["e2e"].accuracy == 0.95
+    report(capsys, workdir)
+
+
 def test_a_config_of_an_earlier_version(tmp_path):
     saved = json.loads(runs.config().to_json())
     saved["teacher"]["remat"] = True  # which is "auto", "always" or "never"

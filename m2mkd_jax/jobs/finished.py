@@ -1,0 +1,63 @@
+"""done.json and inputs.json of a job: whether they are what a job leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.errors import UserError
+
+
+def read_result(path: Path, name: str) -> dict[str, Any]:
+    """A job's done.json.
+
+    Args:
+        path: of the file.
+        name: of the job.
+
+    Raises:
+        UserError: it is damaged, is no result, or is the result of another job.
+    """
+    record = read_record(path)
+    if not _is_result(record):
+        raise UserError(f"{path} is not what a finished job leaves; delete it to run {name} again")
+    if record.get("name", name) != name:
+        raise UserError(
+            f"{path} is the result of {record['name']}; restore it, or delete it to run {name} "
+            "again"
+        )
+    return record
+
+
+def _is_result(record: Mapping[str, Any]) -> bool:
+    """Whether numbers stand where a reader takes numbers."""
+    networks, episodes = record.get("networks", {}), record.get("episodes", [])
+    if not isinstance(networks, dict) or not isinstance(episodes, list):
+        return False
+    measured = [record.get("metrics"), *networks.values()]
+    numbers = [record.get(key, 0) for key in ("steps", "seconds")] + episodes
+    return all(map(_are_metrics, measured)) and all(map(_is_number, numbers))
+
+
+def _are_metrics(found: Any) -> bool:
+    """Whether scores are numbers; a group of them, and what was not finite, may stand beside."""
+    return isinstance(found, dict) and all(
+        _is_number(value)
+        or isinstance(value, dict | list)
+        or (value is None and not name.endswith("accuracy"))
+        for name, value in found.items()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_inputs(record: Mapping[str, Any]) -> bool:
+    """Whether a record is that of inputs.json."""
+    groups = ("config", "needs", "weights", "images")
+    return {"config", "needs"} <= record.keys() and all(
+        isinstance(record.get(key, {}), dict) for key in groups
+    )
