@@ -19,6 +19,7 @@ from benchmarks import machine
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take the cores of whoever else works
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as m2mkd sets it, for both sides
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both sides share a GPU
 }
 

@@ -38,7 +38,7 @@ def find_config(name: str) -> str:
     if name not in shipped:
         hint = did_you_mean(name, shipped)
         raise UserError(
-            f'--config: no config "{name}" is shipped; {hint} A file is named by a path with a '
+            f'--config: no config "{name}" is shipped; {hint}; a file is named by a path with a '
             "slash or .py"
         )
     return str(shipped[name])

@@ -3,9 +3,10 @@
 Axes: B batch, H height, W width, C channels in, D channels out, N tokens, L stacked layers; in
 attention H heads, C channels of a head.
 
-Flax's own Linear and LayerNorm are used wherever they compute what PyTorch computes; this file
-holds what they lack: PyTorch's default initialisation, per-sample stochastic depth, patches as a
-matrix product, a depthwise convolution that is fast on a CPU, and attention that is fast on a GPU.
+Flax's own layers are used wherever they compute what PyTorch computes; this file holds what they
+lack: PyTorch's default initialisation, linear layers that are fast on a CPU, per-sample stochastic
+depth, patches as a matrix product, a depthwise convolution that is fast on a CPU, and attention
+that is fast on a GPU.
 
 Source: docs/reference.md#vit-init, docs/reference.md#nac-tokenizer.
 """
@@ -66,9 +67,26 @@ def torch_bias_init(fan_in: int) -> Initialiser:
     return init
 
 
-def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel with the leading axes of x as one: (..., C), (C, D) -> (..., D).
+
+    With several leading axes XLA's CPU backend computes the kernel's gradient from a transposed
+    copy of the output's, at a half to a quarter of the speed (benchmarks/RESULTS.md).
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Linear(nnx.Linear):
+    """Flax's Linear, its product as that of `row_product`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> Linear:
     """A linear layer (C -> D) with PyTorch's default initialisation of weight and bias."""
-    return nnx.Linear(c, d, kernel_init=torch_init, bias_init=torch_bias_init(c), rngs=rngs)
+    return Linear(c, d, kernel_init=torch_init, bias_init=torch_bias_init(c), rngs=rngs)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -315,7 +333,7 @@ class Patches(nnx.Module):
         self.size = size
         fan_in = size * size * c
         bias_init = bias_init or torch_bias_init(fan_in)
-        self.linear = nnx.Linear(fan_in, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+        self.linear = Linear(fan_in, d, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear(

@@ -31,8 +31,8 @@ class Attention(nnx.Module):
     def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
         init = {"kernel_init": layers.transformer_init, "rngs": rngs}
         self.heads = spec.heads
-        self.qkv = nnx.Linear(spec.width, 3 * spec.width, use_bias=spec.qkv_bias, **init)
-        self.proj = nnx.Linear(spec.width, spec.width, **init)
+        self.qkv = layers.Linear(spec.width, 3 * spec.width, use_bias=spec.qkv_bias, **init)
+        self.proj = layers.Linear(spec.width, spec.width, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = rearrange(self.qkv(x), "b n (i h c) -> i b n h c", i=3, h=self.heads)
@@ -45,8 +45,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         init = {"kernel_init": layers.transformer_init, "rngs": rngs}
-        self.fc1 = nnx.Linear(width, 4 * width, **init)
-        self.fc2 = nnx.Linear(4 * width, width, **init)
+        self.fc1 = layers.Linear(width, 4 * width, **init)
+        self.fc2 = layers.Linear(4 * width, width, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.fc1(x)))
@@ -93,7 +93,9 @@ class ViTStage(chain.Stage):
             self.blocks = layers.stack(lambda rngs: Block(spec, rngs=rngs), depth, rngs=rngs)
         if last:
             self.norm = layers.layer_norm(d, spec.eps, rngs=rngs)
-            self.head = nnx.Linear(d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs)
+            self.head = layers.Linear(
+                d, spec.classes, kernel_init=layers.transformer_init, rngs=rngs
+            )
 
     def join(self, after: chain.Stage) -> ViTStage | None:
         """Joins this stage and the next one into one loop over the blocks of both."""

@@ -28,7 +28,7 @@ class Stitch(nnx.Module):
 
     def __init__(self, c: int, d: int, *, rngs: nnx.Rngs):
         self.norm = layers.layer_norm(c, STITCH_EPS, rngs=rngs)
-        self.linear = nnx.Linear(c, d, kernel_init=layers.transformer_init, rngs=rngs)
+        self.linear = layers.Linear(c, d, kernel_init=layers.transformer_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear(self.norm(x))

@@ -81,7 +81,7 @@ class ModulatedLinear(nnx.Module):
     def __call__(self, x: jax.Array, codes: jax.Array) -> jax.Array:
         """x (B, U, C), codes (U, S) or (1, S) -> (B, U, D)."""
         modulation = for_each_image(self.modulation(codes).astype(x.dtype), x.shape[0])
-        y = (x * modulation) @ self.kernel[...]
+        y = layers.row_product(x * modulation, self.kernel[...])
         return y if self.bias is None else y + layers.align_rank(self.bias[...], y)
 
 

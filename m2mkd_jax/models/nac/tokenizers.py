@@ -32,8 +32,8 @@ class ConvNeXtBlock(nnx.Module):
         init = {"kernel_init": layers.transformer_init, "rngs": rngs}
         self.depthwise = layers.DepthwiseConv(width, CONVNEXT_KERNEL, **init)
         self.norm = layers.layer_norm(width, CONVNEXT_EPS, rngs=rngs)
-        self.fc1 = nnx.Linear(width, 4 * width, **init)
-        self.fc2 = nnx.Linear(4 * width, width, **init)
+        self.fc1 = layers.Linear(width, 4 * width, **init)
+        self.fc2 = layers.Linear(4 * width, width, **init)
         self.gamma = nnx.Param(jnp.full((width,), CONVNEXT_LAYER_SCALE))
 
     def __call__(self, x: jax.Array) -> jax.Array:
