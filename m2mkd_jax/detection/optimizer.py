@@ -17,7 +17,7 @@ from m2mkd_jax import tree_paths
 from m2mkd_jax.detection.spec import BackboneSpec
 from m2mkd_jax.detection.training import STAGE, multi_step_rate
 from m2mkd_jax.errors import require
-from m2mkd_jax.train.optimizer import with_implicit_promotion
+from m2mkd_jax.train.optimizer import clip_by_global_norm, with_implicit_promotion
 
 LAYER_RULES = ("block", "published")
 DECAY_RULES = ("published", "all", "none")
@@ -153,7 +153,7 @@ def make_optimizer(
     mask = {STAGE: decay_mask(params[STAGE], recipe.decay_rule)}
     step = adamw(learning_rate(recipe, updates_per_epoch), recipe.weight_decay, scales, mask)
     if recipe.clip:
-        step = optax.chain(optax.clip_by_global_norm(recipe.clip), step)
+        step = optax.chain(clip_by_global_norm(recipe.clip), step)
     if recipe.accumulate > 1:
         step = optax.MultiSteps(step, recipe.accumulate).gradient_transformation()
     return with_implicit_promotion(step)

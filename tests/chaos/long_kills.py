@@ -85,38 +85,66 @@ def assert_same(whole, workdir):
     assert most_checkpoints(workdir) <= 3  # the latest two and the best
 
 
+def strike(config, directory, draw, count, span, end):
+    """Runs that are struck `count` times in all at random moments, then go on to their ends.
+
+    Args:
+        config: of the run.
+        directory: of the workdirs; one that has ended is followed by another.
+        draw: source of the moments.
+        count: how often.
+        span: earliest and latest moment, seconds.
+        end: (run) -> None, strikes a run and waits for it.
+
+    Returns:
+        The workdirs, all of them with finished runs.
+    """
+    workdirs, left = [directory / "0"], count
+    while left:
+        run = start(config, workdirs[-1])
+        try:
+            run.wait(draw.uniform(*span))
+            error = run.communicate()[1]
+            assert run.returncode == 0, error
+            workdirs.append(directory / str(len(workdirs)))
+        except subprocess.TimeoutExpired:
+            end(run)
+            left -= 1
+    finish(config, workdirs[-1])
+    return workdirs
+
+
 def test_killed_at_random_moments(whole, tmp_path):
     config, expected, seconds = whole
-    draw, moments = random.Random(SEED), []
-    for _ in range(KILLS):
-        moments.append(draw.uniform(0.1, 0.6) * seconds)
-        run = start(config, tmp_path)
-        try:
-            run.wait(moments[-1])
-        except subprocess.TimeoutExpired:
-            run.kill()
+    kills = []
+
+    def kill(run):
+        run.kill()
         run.communicate()
-    finish(config, tmp_path)
-    print(f"{config}, seed {SEED}: killed after {[round(m, 1) for m in moments]} s")
-    assert_same(expected, tmp_path)
+        kills.append(run.returncode)
+
+    span = (0.1 * seconds, 0.6 * seconds)
+    workdirs = strike(config, tmp_path, random.Random(SEED), KILLS, span, kill)
+    print(f"{config}, seed {SEED}: {kills.count(-signal.SIGKILL)} kills over {len(workdirs)} runs")
+    for workdir in workdirs:
+        assert_same(expected, workdir)
 
 
 def test_stopped_by_signals_at_random_moments(whole, tmp_path):
     config, expected, seconds = whole
-    draw, codes = random.Random(SEED + 1), []
-    numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
-    for number in itertools.islice(numbers, SIGNALS):
-        run = start(config, tmp_path)
-        try:
-            run.wait(draw.uniform(0.2, 0.6) * seconds)
-            break  # it has ended before
-        except subprocess.TimeoutExpired:
-            run.send_signal(number)
+    codes, numbers = [], itertools.cycle((signal.SIGTERM, signal.SIGINT))
+
+    def stop(run):
+        number = next(numbers)
+        run.send_signal(number)
         error = run.communicate(timeout=120)[1]
         assert "Traceback" not in error, error
         # While Python itself starts, a signal ends the process as any other.
         codes.append(run.returncode)
         assert run.returncode in (0, PREEMPTED, -number), error
-    finish(config, tmp_path)
-    print(f"{config}, seed {SEED}: exit codes {codes}")
-    assert_same(expected, tmp_path)
+
+    span = (0.2 * seconds, 0.6 * seconds)
+    workdirs = strike(config, tmp_path, random.Random(SEED + 1), SIGNALS, span, stop)
+    print(f"{config}, seed {SEED}: exit codes {codes} over {len(workdirs)} runs")
+    for workdir in workdirs:
+        assert_same(expected, workdir)

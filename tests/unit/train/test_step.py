@@ -110,3 +110,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate):
     for name in ("params", "opt_state", "ema"):
         for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_an_update_copies_nothing(ema):
+    """AdamW's moments, and the average, are updated where they are."""
+    recipe, data = setting(1, ema)
+    shape = jax.ShapeDtypeStruct((3 * SIDE**2, CLASSES), jnp.float32)
+    params = {"model": {"kernel": shape, "bias": jax.ShapeDtypeStruct((CLASSES,), jnp.float32)}}
+    optimizer = make_optimizer(recipe, 1, params)
+    state = jax.eval_shape(lambda p: initial_state(p, {"model": {}}, optimizer, recipe), params)
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+    }
+    compiled = make_step(loss, optimizer, recipe, data, seed=0).lower(state, {}, batch).compile()
+    size = f"f32[{shape.shape[0]},{CLASSES}]"
+    made = [line for line in compiled.as_text().splitlines() if f"= {size}" in line]
+    assert made and not [line for line in made if " copy(" in line]
