@@ -266,12 +266,35 @@ def _advance(
     update = functools.partial(_updated, optimizer, recipe)
     if backend.platform() == "cpu":
         # A choice of each array makes XLA copy both moments: five times the update's time.
-        changed = jax.lax.cond(finite, update, lambda before, grads: before, before, grads)
+        if recipe.accumulate > 1:
+            changed = _accumulating(update, recipe, before, grads, finite)
+        else:
+            changed = jax.lax.cond(finite, update, lambda before, grads: before, before, grads)
     else:  # a GPU's host would wait for the loss before it goes on
         choose = functools.partial(jnp.where, finite)
         changed = jax.tree.map(choose, update(before, grads), before)
     skipped = state["skipped"] + jnp.where(finite, 0, 1)
     return {**state, **changed, "step": state["step"] + 1, "skipped": skipped}
+
+
+def _accumulating(
+    update: Callable, recipe: Any, before: dict, grads: dict, finite: jax.Array
+) -> dict:
+    """What `update` gives for a part of a batch, which is computed for the last part alone."""
+    steps, parts = before["opt_state"], recipe.accumulate
+    mean = _accumulated({"opt_state": steps}, grads, recipe)
+    mean = jax.tree.map(functools.partial(jnp.where, finite), mean, steps.acc_grads)
+
+    def whole(before: dict) -> dict:
+        # The mean and itself have the same mean; a constant number leaves nothing to choose.
+        last = before["opt_state"]._replace(mini_step=jnp.int32(parts - 1))
+        return update({**before, "opt_state": last}, last.acc_grads)
+
+    added = {**before, "opt_state": steps._replace(acc_grads=mean)}
+    last = finite & (steps.mini_step == parts - 1)
+    changed = jax.lax.cond(last, whole, lambda before: before, added)
+    number = jnp.where(finite, (steps.mini_step + 1) % parts, steps.mini_step)
+    return {**changed, "opt_state": changed["opt_state"]._replace(mini_step=number)}
 
 
 def _updated(
