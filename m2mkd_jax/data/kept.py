@@ -144,7 +144,7 @@ class KeptViews:
         first = view * self.images  # of the numbers of this view's images
         flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
         numbers = (first + int(i) & 0xFFFFFFFF for i in indices)
-        return np.array([zlib.crc32(r, n) for r, n in zip(flat, numbers, strict=True)], _SUM)
+        return np.array([zlib.crc32(r.data, n) for r, n in zip(flat, numbers, strict=True)], _SUM)
 
     def _damaged(self, path: Path, why: str) -> UserError:
         return UserError(
