@@ -1,4 +1,4 @@
-"""Ways to compute a 7x7 depthwise convolution (m2mkd_jax/models/layers.py), forward and backward.
+"""Ways to compute a 7x7 depthwise convolution (m2mkd_jax/models/depthwise.py), forward and backward.
 
 python -m benchmarks.depthwise [--repeats=5] [--shape=B,H,W,C] [--dtype=bfloat16]
 """
@@ -12,7 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import depthwise
 
 SHAPES = ((64, 8, 8, 16), (64, 4, 4, 32), (128, 16, 16, 96), (16, 56, 56, 128))
 METHODS = ("native", "positions", "columns")
@@ -38,7 +38,7 @@ def main() -> None:
                 continue
 
             def loss(x, kernel, method=method):
-                return jnp.square(layers.depthwise_conv(x, kernel, method)).sum()
+                return jnp.square(depthwise.depthwise_conv(x, kernel, method)).sum()
 
             programs[method] = jax.jit(jax.grad(loss, argnums=(0, 1)))
             jax.block_until_ready(programs[method](x, kernel))

@@ -21,6 +21,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
 FILE = "checksums.json"
+OWNER = ("job", "run")  # what a checkpoint says about whose it is
 _BLOCK, _AT_ONCE = 1 << 22, 8  # bytes that are read at once, of as many objects
 
 
@@ -34,7 +35,7 @@ class CheckedPyTreeHandler(ocp.PyTreeCheckpointHandler):
     _facts: Mapping[str, Any] = MappingProxyType({})
 
     async def async_save(self, directory: Any, *others: Any, args: Any = None) -> Any:
-        self._facts = {"step": args.step, "job": args.job, "metrics": args.metrics}
+        self._facts = {"step": args.step, **args.owner, "metrics": args.metrics}
         return await super().async_save(directory, *others, args=args)
 
     def finalize(self, directory: epath.Path) -> None:
@@ -50,12 +51,12 @@ class CheckedPyTreeSave(ocp.args.PyTreeSave):
 
     Attributes:
         step: of the checkpoint.
-        job: whose state it is.
+        owner: whose state it is, by OWNER.
         metrics: kept beside the checksums, because Orbax keeps them in a file of its own.
     """
 
     step: int = 0
-    job: str = ""
+    owner: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -75,21 +76,21 @@ def file_checksums(directory: Path) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def damage(directory: Path, step: int, job: str = "") -> str:
+def damage(directory: Path, step: int, owner: Mapping[str, str] = MappingProxyType({})) -> str:
     """What is wrong with a checkpoint's files: one line, "" where nothing is.
 
     Args:
         directory: that `CheckedPyTreeHandler` wrote.
         step: whose checkpoint it should be.
-        job: likewise; one that was saved without a job's name is of any.
+        owner: likewise, by OWNER; one that was saved without is of any.
     """
     try:
         content = read_record(directory / FILE)
         expected: dict[str, str] = content["files"]
         if content["step"] != step:
             return f"it is the checkpoint of step {content['step']}"
-        if (owner := content.get("job") or job) != job:
-            return f"it is a checkpoint of {owner}"
+        if stranger := _stranger(content, owner):
+            return f"it is a checkpoint of {stranger}"
         have = file_checksums(directory)
     except UserError as error:
         return str(error)
@@ -99,6 +100,14 @@ def damage(directory: Path, step: int, job: str = "") -> str:
         return f"{missing[0]} is missing"
     changed = sorted(name for name, digest in expected.items() if have[name] != digest)
     return f"{changed[0]} has another checksum" if changed else ""
+
+
+def _stranger(content: Mapping[str, Any], owner: Mapping[str, str]) -> str:
+    """Whose a checkpoint is, where that is another than it should be; else ""."""
+    job, run = (content.get(key) or owner.get(key, "") for key in OWNER)
+    if job != owner.get("job", ""):
+        return str(job)
+    return "" if run == owner.get("run", "") else "another run, or of an earlier start of the job"
 
 
 def saved_metrics(directory: Path) -> dict[str, Any] | None:

@@ -61,8 +61,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Writes a JSON object with a checksum of its content; errors as of `write_json`."""
-    content = plain(record)
-    write_json(path, content | {CHECKSUM: _digest(content)})
+    write_json(path, sealed(record))
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
@@ -77,12 +76,23 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is not a JSON object; delete it or restore it")
-    if CHECKSUM in content and content.pop(CHECKSUM) != _digest(content):
+    if not unseal(content):
         raise UserError(
             f"{path} is damaged or was edited: its checksum is another; restore it, or remove the "
             f'entry "{CHECKSUM}" if the edit is meant'
         )
     return content
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object as strict JSON gives it back, with a checksum. Raises TypeError as `plain`."""
+    content = plain(record)
+    return content | {CHECKSUM: _digest(content)}
+
+
+def unseal(content: dict[str, Any]) -> bool:
+    """Takes the checksum off; whether it was right, or there was none."""
+    return CHECKSUM not in content or content.pop(CHECKSUM) == _digest(content)
 
 
 def _digest(content: Any) -> str:

@@ -74,7 +74,8 @@ class RunCheckpoints:
     Args:
         directory: made if it does not exist; the remains of an interrupted save are removed.
         best_metric: the checkpoint with its largest value is the best one; None keeps no best one.
-        job: its name, which its checkpoints carry: those of another job are not used.
+        job, run: its name, and what tells it from the same job elsewhere, which its checkpoints
+            carry: those of another job or run are not used.
 
     Raises:
         UserError: the directory cannot be made.
@@ -85,8 +86,9 @@ class RunCheckpoints:
         directory: str | os.PathLike,
         best_metric: str | None = "eval_accuracy",
         job: str = "",
+        run: str = "",
     ):
-        self.directory, self._job = absolute(directory), job
+        self.directory, self._owner = absolute(directory), {"job": job, "run": run}
         try:
             make_directory(self.directory)
         except OSError as error:
@@ -141,12 +143,11 @@ class RunCheckpoints:
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        saved = CheckedPyTreeSave(arrays, step=step, owner=self._owner, metrics=numbers)
         with _writing(self.directory):
             return self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    **{_STATE: CheckedPyTreeSave(arrays, step=step, job=self._job, metrics=numbers)}
-                ),
+                args=ocp.args.Composite(**{_STATE: saved}),
                 metrics=numbers,
             )
 
@@ -188,7 +189,7 @@ class RunCheckpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step) / _STATE
-            reason = from_main(damage(path, step, self._job) if is_main() else "")
+            reason = from_main(damage(path, step, self._owner) if is_main() else "")
             if not reason:
                 held, reason = attempt(functools.partial(stored_shapes, path))
             if not reason:

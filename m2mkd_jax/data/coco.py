@@ -8,6 +8,7 @@ Source: docs/detection.md#data.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from m2mkd_jax.data.annotations import Mask, Scene, library
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.data.annotations import Mask, Scene, bitmap, library
+from m2mkd_jax.data.coco_problems import (
+    UNKNOWN_IMAGE,
+    has_unsound_polygon,
+    is_id_of,
+    problem,
+    sound_polygons,
+)
+from m2mkd_jax.errors import UserError, printable
 
 # As many examples of each problem are named.
 NAMED = 3
+_SHOWN = 80  # characters of a name
 # Problem of an object that is kept with its other polygons.
 UNSOUND = "polygons of fewer than 3 points"
 
@@ -33,7 +42,7 @@ class CocoImage:
     Attributes:
         id: its id in the file.
         path: of the image.
-        height, width: as the file says.
+        height, width: as the file says, or the image's.
         objects: its annotations that are no crowds, and sound.
     """
 
@@ -42,6 +51,11 @@ class CocoImage:
     height: int
     width: int
     objects: tuple[Mapping[str, Any], ...]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
 
 
 @dataclass
@@ -52,7 +66,7 @@ class CocoData:
         images: by id.
         categories: ids in their order; a class is the index here.
         class_names: of the classes.
-        content: of the file, for the evaluation.
+        content: of the file, for the evaluation: without the annotations that are left out.
         problems: what is wrong -> where, of each annotation or image left out.
     """
 
@@ -87,30 +101,81 @@ def read_coco(path: Path, folder: Path, *, train: bool) -> CocoData:
     images, categories = (_by_id(content[key], key, path) for key in ("images", "categories"))
     _by_id(content["annotations"], "annotations", path)
     problems: dict[str, list[str]] = {}
-    objects: dict[int, list[Mapping[str, Any]]] = {id: [] for id in images}
+    found = _images(images, folder, problems)
+    sizes = {id: image.sides for id, image in found.items()}
+    objects: dict[int, list[Mapping[str, Any]]] = {id: [] for id in found}
+    sound = []
     for annotation in content["annotations"]:
-        what = _problem(annotation, images, categories)
+        what, place = problem(annotation, sizes, categories), f"annotation {annotation['id']}"
+        if what == UNKNOWN_IMAGE and is_id_of(annotation.get("image_id"), images):
+            continue  # the image is named
         if what:
-            problems.setdefault(what, []).append(f"annotation {annotation['id']}")
-        elif not annotation.get("iscrowd"):
-            if _has_unsound_polygon(annotation["segmentation"]):
-                problems.setdefault(UNSOUND, []).append(f"annotation {annotation['id']}")
+            problems.setdefault(what, []).append(place)
+            continue
+        if has_unsound_polygon(annotation["segmentation"]):
+            problems.setdefault(UNSOUND, []).append(place)
+        sound.append(annotation)
+        if not annotation.get("iscrowd"):
             objects[annotation["image_id"]].append(annotation)
-    found = []
-    for id, image in sorted(images.items()):
-        file = folder / str(image.get("file_name", ""))
-        if not file.is_file():
-            problems.setdefault("missing image file", []).append(str(image.get("file_name", id)))
-        elif objects[id] or not train:
-            size = int(image.get("height", 0)), int(image.get("width", 0))
-            found.append(CocoImage(id, file, *size, tuple(objects[id])))
+    kept = [
+        dataclasses.replace(image, objects=tuple(objects[id]))
+        for id, image in found.items()
+        if objects[id] or not train
+    ]
     order = sorted(categories)
     names = [str(categories[id].get("name", id)) for id in order]
-    data = CocoData(found, order, names, content, problems)
-    if not found:
+    content = {**content, "annotations": sound}
+    data = CocoData(kept, order, names, content, problems)
+    if not kept:
         reasons = "; ".join(data.problem_lines()) or "it lists none with an object"
         raise UserError(f"{path}: no image can be used: {reasons}")
     return data
+
+
+def _images(
+    images: Mapping[int, Mapping[str, Any]], folder: Path, problems: dict[str, list[str]]
+) -> dict[int, CocoImage]:
+    """The images that can be used, by id, without their objects; adds to `problems`."""
+    found: dict[int, CocoImage] = {}
+    files: set[Path] = set()
+    for id, image in sorted(images.items()):
+        file = folder / str(image.get("file_name", ""))
+        what, size = "missing image file", (0, 0)
+        if _is_file(file):
+            what, size = _size(image, file)
+        if file in files:
+            what = "image file that is listed twice"
+        if what:
+            problems.setdefault(what, []).append(
+                printable(str(image.get("file_name", id)))[:_SHOWN]
+            )
+            continue
+        files.add(file)
+        found[id] = CocoImage(id, file, *size, ())
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _size(image: Mapping[str, Any], file: Path) -> tuple[str, tuple[int, int]]:
+    """("", height and width) of an image, or what is wrong with it; the file's where none is said.
+
+    That they are the file's is looked at when it is decoded.
+    """
+    said = [image.get(key) or 0 for key in ("height", "width")]
+    if not any(said):
+        try:
+            return "", read_upright(file).shape[:2]
+        except UserError:
+            return "image that cannot be read", (0, 0)
+    if not all(type(n) in (int, float) and n > 0 and n == n // 1 for n in said):
+        return "height and width are no sides of an image", (0, 0)
+    return "", (int(said[0]), int(said[1]))
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -131,57 +196,12 @@ def _by_id(entries: Iterable[dict[str, Any]], key: str, path: Path) -> dict[int,
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
         id = entry.get("id")
-        if type(id) is not int:
-            raise UserError(f'{path}: an entry of "{key}" has the id {id!r}, no integer')
+        if type(id) is not int or abs(id) >= 1 << 63:
+            raise UserError(f'{path}: an entry of "{key}" has the id {id!r}, no integer of 64 bits')
         if id in found:
             raise UserError(f'{path}: two entries of "{key}" have the id {id}')
         found[id] = entry
     return found
-
-
-def _problem(
-    annotation: Mapping[str, Any], images: Mapping[int, Any], categories: Mapping[int, Any]
-) -> str:
-    """What is wrong with an annotation; "" if nothing is."""
-    if annotation.get("image_id") not in images:
-        return "unknown image"
-    if annotation.get("category_id") not in categories:
-        return "unknown category"
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
-        return "bbox is not x y width height"
-    if box[2] <= 0 or box[3] <= 0 or annotation.get("area", 1) < 0:
-        return "negative or no area"
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        sound = {"counts", "size"} <= set(segmentation)
-        return "" if sound else "segmentation without counts and size"
-    if not isinstance(segmentation, list) or not sound_polygons(segmentation):
-        return "no polygon of 3 points or more"
-    return ""
-
-
-def _has_unsound_polygon(segmentation: Any) -> bool:
-    return isinstance(segmentation, list) and len(sound_polygons(segmentation)) < len(segmentation)
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(type(v) in (int, float) and np.isfinite(v) for v in values)
-
-
-def sound_polygons(segmentation: Iterable[Any]) -> list[list[float]]:
-    """The polygons of an even number of coordinates, at least 6.
-
-    Source: docs/detection.md#data.
-    """
-    return [
-        polygon
-        for polygon in segmentation
-        if isinstance(polygon, list)
-        and len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        and _are_numbers(polygon)
-    ]
 
 
 def load_scene(data: CocoData, image: CocoImage) -> Scene:
@@ -191,7 +211,7 @@ def load_scene(data: CocoData, image: CocoImage) -> Scene:
         UserError: the image cannot be read, or has another size than the file says.
     """
     pixels = read_upright(image.path)
-    if image.height and pixels.shape[:2] != (image.height, image.width):
+    if pixels.shape[:2] != image.sides:
         raise UserError(
             f"{image.path} has {pixels.shape[0]} x {pixels.shape[1]} pixels; the annotations say "
             f"{image.height} x {image.width}"
@@ -202,6 +222,30 @@ def load_scene(data: CocoData, image: CocoImage) -> Scene:
     classes = np.array([numbers[o["category_id"]] for o in image.objects], np.int64)
     masks = [decode_mask(o["segmentation"]) for o in image.objects]
     return Scene(pixels, corners, classes, masks)
+
+
+def truth(data: CocoData) -> dict[str, Any]:
+    """The content of the file, of the images that are used, as pycocotools needs it.
+
+    What is not said is added: the sides of images, areas, iscrowd. Polygons are those of training.
+    """
+    used = {image.id: image for image in data.images}
+    images = [
+        {**entry, "height": used[entry["id"]].height, "width": used[entry["id"]].width}
+        for entry in data.content["images"]
+        if entry["id"] in used
+    ]
+    annotations = []
+    for entry in data.content["annotations"]:
+        if image := used.get(entry["image_id"]):
+            segmentation = entry["segmentation"]
+            if isinstance(segmentation, list):
+                segmentation = sound_polygons(segmentation)
+            own = {"iscrowd": 0, **entry, "segmentation": segmentation}
+            if "area" not in own:
+                own["area"] = int(bitmap(decode_mask(segmentation), *image.sides).sum())
+            annotations.append(own)
+    return {**data.content, "images": images, "annotations": annotations}
 
 
 def read_upright(path: Path) -> np.ndarray:

@@ -5,6 +5,9 @@ random, each once an epoch, and hardly compress: in a plain file under a memory 
 read of its own bytes, where a chunk of zarr holds several rows, and a record of array_record is
 parsed and copied. The operating system keeps in memory what fits there.
 
+Beside each array lie the checksums of its rows, which are compared whenever a row is read: a system
+restores a changed byte without a word.
+
 A view that is being written lies under another name, with the number of its rows that are safe on
 disk; it gets its own name at the end.
 
@@ -17,6 +20,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +29,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from m2mkd_jax.errors import UserError
+
 # Seconds between two points from which an interrupted view is gone on with.
 _SAFE_SECONDS = 10.0
+_SUM = np.dtype("uint32")  # of a row's checksum
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class KeptViews:
     @property
     def bytes(self) -> int:
         """Bytes of a view."""
-        return self.images * sum(row.bytes for row in self.arrays.values())
+        return self.images * sum(row.bytes + _SUM.itemsize for row in self.arrays.values())
 
     def begin(self, inputs: Mapping[str, Any]) -> bool:
         """Drops views that came from other inputs.
@@ -97,31 +104,69 @@ class KeptViews:
         """Whether a view is on disk with every row of every array."""
         directory = self.directory / str(view)
         return directory.is_dir() and all(
-            file.is_file() and file.stat().st_size == self.images * row.bytes
-            for file, row in ((directory / name, row) for name, row in self.arrays.items())
+            file.is_file() and file.stat().st_size == self.images * size
+            for file, size in ((directory / name, size) for name, size in self._sizes().items())
         )
 
     def safe_rows(self, view: int) -> int:
         """How many rows of an interrupted view are safe on disk."""
+        directory = self._unfinished(view)
         try:
-            return int((self._unfinished(view) / "rows").read_text())
+            said = int((directory / "rows").read_text())
+            have = [(directory / name).stat().st_size // n for name, n in self._sizes().items()]
         except (OSError, ValueError):
             return 0
+        return max(min(said, *have), 0)
 
     def rows(self, view: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of some images, {name: (B, ...)}, for `indices` (B,)."""
+        """The rows of some images, {name: (B, ...)}, for `indices` (B,).
+
+        Raises:
+            UserError: one of them is not what was written.
+        """
         found = {}
         for name, row in self.arrays.items():
-            shape = (self.images, *row.shape)
             path = self.directory / str(view) / name
-            found[name] = np.array(np.memmap(path, row.type, "r", shape=shape)[indices])
+            try:
+                found[name], sums = (
+                    np.array(np.memmap(file, type, "r", shape=(self.images, *shape))[indices])
+                    for file, type, shape in ((path, row.type, row.shape), (_sums(path), _SUM, ()))
+                )
+            except (OSError, ValueError) as error:  # ValueError: the file is shorter
+                raise self._damaged(path, str(error)) from None
+            changed = indices[self.sums(view, indices, found[name]) != sums]
+            if len(changed):
+                raise self._damaged(path, f"what it holds of image {changed[0]} was changed")
         return found
+
+    def sums(self, view: int, indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Checksums of rows (B, ...), which also tell of what view and image (B,) they are."""
+        first = view * self.images  # of the numbers of this view's images
+        flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+        numbers = (first + int(i) & 0xFFFFFFFF for i in indices)
+        return np.array([zlib.crc32(r.data, n) for r, n in zip(flat, numbers, strict=True)], _SUM)
+
+    def _damaged(self, path: Path, why: str) -> UserError:
+        return UserError(
+            f"{path} is damaged: {why}; delete {self.directory} and run the same command again: "
+            "what is kept there is computed again"
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes that a view's files have for an image, by the files' names."""
+        sizes = {name: row.bytes for name, row in self.arrays.items()}
+        return sizes | {_sums(Path(name)).name: _SUM.itemsize for name in sizes}
 
     def _sorted(self) -> list[tuple[str, Row]]:
         return sorted(self.arrays.items())
 
     def _unfinished(self, view: int) -> Path:
         return self.directory / f"{view}.unfinished"
+
+
+def _sums(path: Path) -> Path:
+    """The file of the checksums of an array's rows."""
+    return path.with_name(f"{path.name}.crc32")
 
 
 class ViewWriter:
@@ -139,20 +184,22 @@ class ViewWriter:
         self._directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(kept.directory / str(view), ignore_errors=True)  # not whole
         self._files = {}
-        for name, row in kept.arrays.items():
+        for name, size in kept._sizes().items():
             file = (self._directory / name).open("ab")
-            file.truncate(start * row.bytes)
+            file.truncate(start * size)
             self._files[name] = file
         self._safe = time.monotonic()
 
     def append(self, rows: Mapping[str, np.ndarray]) -> None:
         """Writes the next rows, {name: (B, ...)}; those past the last image are left out."""
         count = min(len(next(iter(rows.values()))), self._kept.images - self._done)
-        for name, file in self._files.items():
-            row = self._kept.arrays[name]
+        indices = np.arange(self._done, self._done + count)
+        for name, row in self._kept.arrays.items():
             array = np.ascontiguousarray(rows[name][:count])
             assert array.shape[1:] == row.shape and array.dtype == row.type
-            file.write(array.reshape(-1).view(np.uint8).data)
+            self._files[name].write(array.reshape(-1).view(np.uint8).data)
+            sums = self._kept.sums(self._view, indices, array)
+            self._files[_sums(Path(name)).name].write(sums.data)
         self._done += count
         if time.monotonic() - self._safe > _SAFE_SECONDS:
             self._sync()

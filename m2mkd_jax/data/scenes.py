@@ -11,14 +11,14 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from m2mkd_jax.data.annotations import Scene, bitmap, library
-from m2mkd_jax.data.coco import CocoData, load_scene, read_coco
+from m2mkd_jax.data.coco import CocoData, load_scene, read_coco, truth
 from m2mkd_jax.data.digits_scene import CLASSES, digits_scene
 from m2mkd_jax.errors import UserError, did_you_mean, require
 
@@ -131,7 +131,7 @@ class CocoScenes:
         images = data.images[:count] if count else data.images
         # What the evaluation alone needs is not sent to worker processes.
         self._data = dataclasses.replace(data, images=images, content={})
-        self._content: Mapping[str, Any] = data.content
+        self._content = data.content
         self.class_names, self.categories = tuple(data.class_names), tuple(data.categories)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,13 +156,7 @@ class CocoScenes:
 
     def truth(self) -> dict[str, Any]:
         """The content of the file, of the images that are used."""
-        ids = {image.id for image in self._data.images}
-        content = self._content
-        return {
-            **content,
-            "images": [image for image in content["images"] if image["id"] in ids],
-            "annotations": [a for a in content["annotations"] if a.get("image_id") in ids],
-        }
+        return truth(dataclasses.replace(self._data, content=self._content))
 
 
 def is_scenes(data: Any) -> bool:
@@ -212,6 +206,9 @@ def load_scenes(data: Any, split: str) -> SceneSource:
         source = CocoScenes(_coco(*coco_paths(data, split), split == "train"), count)
         found = len(source.class_names)
         require(found == data.classes, f"classes is {data.classes}; the annotations have {found}")
+        if split == "test":
+            some = any(len(source.classes_of(i)) for i in range(len(source)))
+            require(some, f"no test image of {coco_paths(data, split)[0]} has an object")
     return source
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.checkpoint.files import sealed, unseal, write_record
 from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
@@ -26,6 +26,7 @@ from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluation_batch
+from m2mkd_jax.jobs.finished import run_of
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import EPISODES, Job, standing_on, write_inputs
 from m2mkd_jax.jobs.run import Run, image_source
@@ -80,7 +81,8 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
     train, test = (image_source(phase.data, split) for split in ("train", "test"))
     episode = Episode(run, phase)
     path = directory / EPISODES
-    done = from_main(_finished(path) if is_main() else [])
+    run_id = from_main(run_of(directory / "inputs.json")["id"] if is_main() else "")
+    done = from_main(_finished(path, run_id) if is_main() else [])
     # A line has the seconds that all starts of the job had taken by then.
     earlier = done[-1].get("seconds", 0.0) if done else 0.0
     seconds = lambda: round(earlier + time.monotonic() - began, 2)
@@ -91,7 +93,8 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
         if is_main() and not (directory / "images.png").is_file():
             episode.draw(directory / "images.png", seed, support)
         metrics = episode.run(seed, support, query)
-        done.append({"episode": number, "seed": seed, "seconds": seconds(), **metrics})
+        line = {"episode": number, "seed": seed, "run": run_id, "seconds": seconds(), **metrics}
+        done.append(sealed(line))
         if is_main():
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in done).encode())
         say(
@@ -150,8 +153,8 @@ def check_episodes(config: ConfigDict, phase: Phase) -> None:
             pass
 
 
-def _finished(path: Path) -> list[dict]:
-    """The episodes that are done, in their order, up to a line that is damaged."""
+def _finished(path: Path, run: str = "") -> list[dict]:
+    """The episodes that are done, in their order, up to a line that is damaged or another run's."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     found: list[dict] = []
     for line in lines:
@@ -159,10 +162,24 @@ def _finished(path: Path) -> list[dict]:
             entry = json.loads(line)
         except (ValueError, RecursionError):  # UnicodeDecodeError, too
             break
-        if not isinstance(entry, dict) or entry.get("episode") != len(found):
+        if not isinstance(entry, dict) or not _is_episode(dict(entry), len(found), run):
             break
         found.append(entry)
+    if len(found) < len(lines):
+        say(f"{path}: from line {len(found) + 1} on it is damaged or of another run; done again")
     return found
+
+
+def _is_episode(entry: dict[str, Any], number: int, run: str) -> bool:
+    """Whether a line is what episode `number` of this run has left."""
+    accuracy = entry.get("eval_accuracy")
+    return (
+        unseal(entry)
+        and entry.get("episode") == number
+        and entry.get("run", run) == run
+        and isinstance(accuracy, float)
+        and 0 <= accuracy <= 1
+    )
 
 
 class Episode:

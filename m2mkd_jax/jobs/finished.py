@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.errors import UserError
@@ -57,7 +58,23 @@ def _is_number(value: Any) -> bool:
 
 def is_inputs(record: Mapping[str, Any]) -> bool:
     """Whether a record is that of inputs.json."""
-    groups = ("config", "needs", "weights", "images")
+    groups = ("config", "needs", "weights", "images", "run")
     return {"config", "needs"} <= record.keys() and all(
         isinstance(record.get(key, {}), dict) for key in groups
     )
+
+
+def run_of(path: Path) -> dict[str, str]:
+    """What tells a job from the same job elsewhere, and from its start before it was deleted.
+
+    Args:
+        path: of the job's inputs.json, which keeps it while the job goes on.
+
+    Returns:
+        {"id": as a job is begun a new one}.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    known = read_record(path).get("run") if path.is_file() else None
+    return known if isinstance(known, dict) and "id" in known else {"id": uuid4().hex}

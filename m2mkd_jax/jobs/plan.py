@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.config import defaults
 from m2mkd_jax.errors import UserError, did_you_mean
-from m2mkd_jax.jobs.finished import is_inputs, read_result
+from m2mkd_jax.jobs.finished import is_inputs, read_result, run_of
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
@@ -48,7 +48,7 @@ TRAINING_ONLY = ("regulariser", "distillation", *(f"recipes.{name}" for name in 
 # Of config.evaluation, what the job eval measures beside its networks' accuracy.
 FURTHER = ("corruptions", "reductions")
 EPISODES = "episodes.jsonl"  # in the directory of a few-shot job
-BESIDE = ("weights", "images")  # in inputs.json, beside a job's inputs
+BESIDE = ("weights", "images", "run")  # in inputs.json, beside a job's inputs
 
 
 class Kind(enum.Enum):
@@ -286,8 +286,9 @@ def write_inputs(workdir: Path, job: Job, **beside: Mapping[str, str]) -> None:
         beside: what its inputs do not tell: `weights`, digests of those that it stands on
             (`standing_on`); `images`, by the key of their section (`data_checks.image_facts`).
     """
+    path = inputs_path(workdir, job.name)
     found = {name: dict(beside[name]) for name in BESIDE if beside.get(name)}
-    write_record(inputs_path(workdir, job.name), {**job.inputs, **found})
+    write_record(path, {**job.inputs, **found, "run": run_of(path)})
 
 
 def read_inputs(workdir: Path, name: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:

@@ -28,6 +28,7 @@ from m2mkd_jax.jobs.detection import (
 )
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
+from m2mkd_jax.jobs.finished import run_of
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.inputs import describe_inputs
 from m2mkd_jax.jobs.joint import JointSetup
@@ -123,7 +124,8 @@ class Training:
             directory = self._run.directory(name)
             describe_inputs(setup, directory)
             best = BEST if isinstance(setup.phase, DetectionPhase) else "eval_accuracy"
-            checkpoints = RunCheckpoints(directory / "checkpoints", best, name)
+            run = from_main(run_of(directory / "inputs.json")["id"] if is_main() else "")
+            checkpoints = RunCheckpoints(directory / "checkpoints", best, name, run)
             start, earlier = 0, 0.0
             restored = checkpoints.restore_latest(setup.abstract_state)
             if restored:

@@ -19,6 +19,7 @@ from m2mkd_jax.parallel import partition
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases.detection import DetectionPhase, backbone_network, with_backbone
 from m2mkd_jax.phases.families import students, teacher
+from m2mkd_jax.phases.given_descriptions import other_fields
 from m2mkd_jax.phases.other_shapes import changes, fitted, without
 from m2mkd_jax.phases.phase import Phase, StageSpec, WeightsFrom
 from m2mkd_jax.phases.weight_files import init_path, is_given, read_tree
@@ -119,6 +120,7 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
         UserError: it is damaged, or of another shape; a late phase would say so after hours.
     """
     read, assembled = set(), not config.init.students or config.init.network
+    told: list[list[str]] = []  # all stages of a network say the same
     for phase in phases:
         if isinstance(phase, DetectionPhase) and phase.needs:
             check_measured(config, workdir, config.detection.network, backbone_network(config)[0])
@@ -130,12 +132,18 @@ def check_given(config: ConfigDict, workdir: Path, phases: Iterable[Phase]) -> N
                     shape = chain.abstract(spec.build)
                     tree, where = read_tree(config, workdir, weights)
                     _matched(config, weights, shape, tree, where)
+                    lines = other_fields(config, workdir, weights)
                 for change in changes(tree["params"], shape.params, config.data.channels):
                     say(f"config.init.{field}: {change}")
+                for line in lines if lines not in told else ():
+                    say(f"config.init.{field}: {line}")
+                told.append(lines)
                 read.add(weights)
         if phase.assembled and not assembled:
             network = {n: chain.abstract(phase.stages[n].build).params for n in phase.assembled}
             with located("config.init.students"):
+                for i in range(students(config).modules):
+                    other_fields(config, workdir, WeightsFrom("job", f"m2mkd/{i}", f"student_{i}"))
                 jax.eval_shape(lambda network: _assembled(config, workdir, network)[0], network)
             assembled = True
 
@@ -157,10 +165,14 @@ def check_measured(
     field, given = init_path(config, job)
     if not given:
         return
+    lines: list[str] = []
     with located(f"config.init.{field}"):
         for name, spec in stages.items():
             weights = WeightsFrom("job", job, name)
+            lines = other_fields(config, workdir, weights)
             load_stage(config, workdir, weights, chain.abstract(spec.build))
+    for line in lines:
+        say(f"config.init.{field}: {line}")
 
 
 def load_stages(

@@ -110,13 +110,28 @@ def _from_torch(path: Path, fields: str) -> Weights:
         raise UserError(str(error).replace("--arch", "the config")) from None
 
 
+def described(config: ConfigDict, job: str) -> dict[str, Any]:
+    """What the weights of a job's network are described as (models/registry.py), but for the job.
+
+    Raises:
+        UserError: the config describes no such network.
+    """
+    phase, _, index = job.partition("/")
+    if phase in ("pt", "mt", "ft"):
+        whole = teacher(config)
+        return whole.describe(whole.meta_depths if phase == "pt" else whole.depths)
+    if phase == "m2mkd":
+        return students(config).student(int(index)).describe
+    return students(config).network(FRESH).describe
+
+
 def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
     """What the config says about the network whose weights, in a torch file, stand for `job`.
 
     Raises:
         UserError: it is one of the user's own, whose parameters have no names in torch.
     """
-    phase, _, index = job.partition("/")
+    phase = job.partition("/")[0]
     if phase == "mt":  # the modules of one transformer
         job = phase = "ft"
     if phase in ("pt", "ft"):
@@ -125,13 +140,7 @@ def _torch_fields(config: ConfigDict, job: str) -> dict[str, Any]:
         key, own = "family", config.family not in ("nac", "vmoe")
     if not own:
         return job_fields(config, job)
-    if phase in ("pt", "ft"):
-        whole = teacher(config)
-        describe = whole.describe(whole.meta_depths if phase == "pt" else whole.depths)
-    elif phase == "m2mkd":
-        describe = students(config).student(int(index)).describe
-    else:
-        describe = students(config).network(FRESH).describe
+    describe = described(config, job)
     if describe.get("kind") != "vit" or "module" in describe:
         raise UserError(
             f"config.init.{INIT_FIELD[phase]}: torch files cannot be read into the networks of "
@@ -147,6 +156,12 @@ def weights_path(config: ConfigDict, workdir: Path, job: str, initial: bool) -> 
     if initial:
         return _given_weights(job, "network", config.init.network)
     return weights_directory(config, workdir, job)
+
+
+def read_description(path: Path) -> Mapping[str, Any]:
+    """What weights are described as; torch files: {}. Raises UserError where it is damaged."""
+    whole = (path / "description.json").is_file()
+    return open_weights(path).description if whole else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +194,9 @@ def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = F
         UserError: they are not there, or the description is damaged.
     """
     path = weights_path(config, workdir, job, initial)
-    if not (path / "description.json").is_file():
+    description = read_description(path)
+    if not description:
         return Recorded(path)
-    description = open_weights(path).description
     with description_errors(path):
         normalisation = description.get("normalisation", {})
         return Recorded(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import depthwise, layers
 from m2mkd_jax.models.batching import for_each_image
 from m2mkd_jax.models.nac.spec import STAGE_STRIDE, STEM_STRIDE, NACSpec
 
@@ -30,7 +30,7 @@ class ConvNeXtBlock(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         init = {"kernel_init": layers.transformer_init, "rngs": rngs}
-        self.depthwise = layers.DepthwiseConv(width, CONVNEXT_KERNEL, **init)
+        self.depthwise = depthwise.DepthwiseConv(width, CONVNEXT_KERNEL, **init)
         self.norm = layers.layer_norm(width, CONVNEXT_EPS, rngs=rngs)
         self.fc1 = layers.Linear(width, 4 * width, **init)
         self.fc2 = layers.Linear(4 * width, width, **init)

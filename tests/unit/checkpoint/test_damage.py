@@ -106,3 +106,27 @@ def test_a_checkpoint_of_another_job_is_not_used(tmp_path, capfd):
     checkpoints.close()
     assert step == 10 and "is a checkpoint of e2e/2" in capfd.readouterr().err
     assert_same(state, states["e2e/1"])
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path, capfd):
+    """The same job in two directories, with other seeds or images."""
+    states = {"a": make_state(1), "b": make_state(2)}
+    for run, state in states.items():
+        for step in STEPS:
+            checkpoints = RunCheckpoints(tmp_path / run, job="pt", run=run)
+            checkpoints.save(step, state)
+            checkpoints.close()
+    shutil.rmtree(tmp_path / "a/20")
+    shutil.copytree(tmp_path / "b/20", tmp_path / "a/20")
+    checkpoints = RunCheckpoints(tmp_path / "a", job="pt", run="a")
+    step, state = checkpoints.restore_latest(abstract(states["a"]))
+    checkpoints.close()
+    assert step == 10 and "it is a checkpoint of another run" in capfd.readouterr().err
+    assert_same(state, states["a"])
+    # One of an earlier version says no run.
+    checkpoints = RunCheckpoints(tmp_path / "c", job="pt")
+    checkpoints.save(10, states["b"])
+    checkpoints.close()
+    checkpoints = RunCheckpoints(tmp_path / "c", job="pt", run="a")
+    assert checkpoints.restore_latest(abstract(states["a"]))[0] == 10
+    checkpoints.close()

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_coding
 
 from m2mkd_jax.data import annotations, coco
 from m2mkd_jax.data.digits_scene import digits_scene
@@ -63,6 +65,24 @@ PROBLEMS = [
     ({"segmentation": [[1, 1, 4, 4]]}, "no polygon of 3 points"),
     ({"segmentation": [[1, 1, 4, 4, 5, 5, 6]]}, "no polygon of 3 points"),
     ({"segmentation": {"size": [12, 16]}}, "without counts"),
+    ({"image_id": {"a": 1}}, "unknown image"),
+    ({"category_id": [5]}, "unknown category"),
+    ({"area": "big"}, "area is no number"),
+    ({"area": math.nan}, "area is no number"),
+    ({"bbox": [2, 2, 10**400, 7]}, "bbox is not"),
+    ({"bbox": [16, 2, 6, 7]}, "bbox is not in the image"),
+    ({"bbox": [2, 2, 6, 1e30]}, "bbox is not in the image"),
+    ({"iscrowd": "no"}, "iscrowd is neither"),
+    ({"segmentation": [[2, 2, 1e12, 2, 8, 9]]}, "polygon is far outside"),
+    ({"segmentation": {"size": [16, 12], "counts": [0, 192]}}, "mask of another size"),
+    ({"segmentation": {"size": [12, 16], "counts": [0, 191]}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": [200, -8]}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": [0.5, 191.5]}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": 3}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": "garbage!!"}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": ""}}, "mask whose counts"),
+    ({"segmentation": {"size": [12, 16], "counts": "oooooooooooooooo0"}}, "mask whose counts"),
+    ({"iscrowd": 1, "segmentation": {"size": [12, 16], "counts": "o"}}, "mask whose counts"),
 ]
 
 
@@ -73,6 +93,59 @@ def test_wrong_annotations_are_counted_and_named(fields, said, tmp_path):
     assert said in line
     assert "2 left out (annotation 31, annotation 32)" in line
     assert len(data.images[0].objects) == 1
+    # Nor are they measured by.
+    assert [a["id"] for a in coco.truth(data)["annotations"]] == [1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compressed_masks_are_those_of_pycocotools(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    mask = np.kron(rng.random((6, 8)) < 0.1 * (seed % 10), np.ones((2, 2))) * (rng.random() < 0.9)
+    coded = mask_coding.encode(np.asfortranarray(mask, np.uint8))
+    text = coded["counts"].decode()
+    for counts, problems in ((text, 0), (text[:-1], 1), (f"{text}1", 1)):
+        more = annotation(2, segmentation={"size": [12, 16], "counts": counts})
+        assert len(read(tmp_path, with_annotations(more)).problems) == problems, counts
+
+
+def test_an_image_that_is_listed_twice_counts_once(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content["images"].append({"id": 3, "file_name": "a.png", "height": 12, "width": 16})
+    content["annotations"].append(annotation(2, image_id=3))
+    data = read(tmp_path, content, train=False)
+    assert data.problem_lines() == ["image file that is listed twice: 1 left out (a.png)"]
+    assert [image.id for image in data.images] == [1, 2]
+
+
+@pytest.mark.parametrize("height", ["tall", -12, [12], 12.5, math.nan, None, True])
+def test_sides_that_are_none_are_named(height, tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content["images"][0]["height"] = height
+    data = read(tmp_path, content, train=False)
+    assert data.problem_lines() == ["height and width are no sides of an image: 1 left out (b.png)"]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b.png", "a" * 5000, "a\nb.png", 3])
+def test_names_that_no_file_has_are_named_in_a_line(name, tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content["images"][0]["file_name"] = name
+    (line,) = read(tmp_path, content, train=False).problem_lines()
+    assert line.startswith("missing image file: 1 left out (") and line.isprintable()
+    assert len(line) < 200
+
+
+def test_what_is_not_said_is_added_for_the_evaluation(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    for key in ("height", "width"):
+        del content["images"][1][key]
+    for key in ("area", "iscrowd"):
+        del content["annotations"][0][key]
+    content["annotations"][0]["segmentation"].append([1, 1, math.nan, 4, 5, 5])
+    data = read(tmp_path, content)
+    found = coco.truth(data)
+    assert found["images"] == [{"id": 1, "file_name": "a.png", "height": 12, "width": 16}]
+    (own,) = found["annotations"]
+    assert (own["area"], own["iscrowd"], own["segmentation"]) == (42, 0, [SQUARE])
 
 
 def test_crowds_are_no_objects_and_no_problem(tmp_path):

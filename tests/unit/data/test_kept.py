@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.data.kept import KeptBatches, KeptViews, Row, ViewWriter
+from m2mkd_jax.errors import UserError
 
 IMAGES = 7
 ARRAYS = {"tokens": Row((2, 3), "bfloat16"), "label": Row((), "int32")}
@@ -46,7 +47,7 @@ def test_rows_are_what_was_written(kept):
         for name, array in rows_of(view).items():
             assert found[name].dtype == array.dtype
             np.testing.assert_array_equal(found[name], array[indices])
-    assert kept.bytes == IMAGES * (6 * 2 + 4)
+    assert kept.bytes == IMAGES * (6 * 2 + 4 + 2 * 4)  # with two checksums
 
 
 def test_an_interrupted_view_is_not_whole_and_goes_on(kept, monkeypatch):
@@ -73,6 +74,55 @@ def test_a_view_with_a_short_file_is_not_whole(kept):
     assert not kept.is_whole(0)
     write(kept, 0).finish()
     assert kept.is_whole(0)
+
+
+@pytest.mark.parametrize("name", ["tokens", "label", "tokens.crc32"])
+def test_a_changed_bit_is_told(kept, name):
+    write(kept, 0).finish()
+    file = kept.directory / "0" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # of image 3
+    file.write_bytes(content)
+    assert kept.is_whole(0)
+    kept.rows(0, np.array([0, 1, 6]))
+    with pytest.raises(UserError, match=rf"{name[:5]}\w* is damaged: .* of image 3 .*; delete "):
+        kept.rows(0, np.array([1, 3]))
+
+
+def test_rows_of_another_image_or_view_are_told(kept):
+    for view in (0, 1):
+        write(kept, view).finish()
+    one, two = (kept.directory / view for view in "01")
+    row = ARRAYS["tokens"].bytes
+    whole = (one / "tokens").read_bytes()
+    (one / "tokens").write_bytes(whole[row : 2 * row] + whole[:row] + whole[2 * row :])
+    (one / "tokens.crc32").write_bytes((one / "tokens.crc32").read_bytes())
+    with pytest.raises(UserError, match="of image 0 was changed"):
+        kept.rows(0, np.array([0]))
+    for file in one.iterdir():
+        (two / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="of image 4 was changed"):
+        kept.rows(1, np.array([4]))
+
+
+def test_a_view_that_is_cut_off_while_it_is_read_is_told(kept):
+    write(kept, 0).finish()
+    (kept.directory / "0" / "label").write_bytes(b"")
+    with pytest.raises(UserError, match="label is damaged"):
+        kept.rows(0, np.array([0]))
+    (kept.directory / "0" / "label").unlink()
+    with pytest.raises(UserError, match="label is damaged"):
+        kept.rows(0, np.array([0]))
+
+
+def test_rows_that_are_safe_are_no_more_than_are_there(kept, monkeypatch):
+    monkeypatch.setattr("m2mkd_jax.data.kept._SAFE_SECONDS", -1.0)
+    write(kept, 0, stop=6).close()
+    with (kept.directory / "0.unfinished" / "tokens").open("r+b") as file:
+        file.truncate(4 * ARRAYS["tokens"].bytes + 1)
+    assert kept.safe_rows(0) == 4
+    (kept.directory / "0.unfinished" / "rows").write_text("-3")
+    assert kept.safe_rows(0) == 0
 
 
 def test_views_of_other_inputs_are_dropped(kept):

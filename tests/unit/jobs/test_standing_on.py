@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from m2mkd_jax.checkpoint.files import read_record, write_record
+from m2mkd_jax.checkpoint.files import read_record, sealed, write_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import pipeline
@@ -20,6 +20,7 @@ from m2mkd_jax.jobs.changes import (
 from m2mkd_jax.jobs.checks import check_weights
 from m2mkd_jax.jobs.data_checks import check_same_images, image_facts
 from m2mkd_jax.jobs.few_shot import _finished
+from m2mkd_jax.jobs.finished import run_of
 from m2mkd_jax.jobs.locks import acquire
 from m2mkd_jax.jobs.plan import (
     Plan,
@@ -230,6 +231,22 @@ def test_episodes_after_a_damaged_line_are_done_again(tmp_path):
     assert [entry["episode"] for entry in _finished(path)] == [0]
 
 
+def test_episodes_that_were_changed_or_of_another_run_are_done_again(tmp_path, capsys):
+    path = tmp_path / "episodes.jsonl"
+    lines = [
+        json.dumps(sealed({"episode": i, "run": "a", "eval_accuracy": 0.25 * i})) for i in range(3)
+    ]
+    path.write_text("\n".join(lines))
+    assert [entry["eval_accuracy"] for entry in _finished(path, "a")] == [0.0, 0.25, 0.5]
+    assert not capsys.readouterr().out
+    assert _finished(path, "b") == []
+    path.write_text("\n".join([lines[0], lines[1].replace("0.25", "0.75"), lines[2]]))
+    assert [entry["eval_accuracy"] for entry in _finished(path, "a")] == [0.0]
+    assert "from line 2 on it is damaged" in capsys.readouterr().out
+    path.write_text(json.dumps({"episode": 0}))  # without its result
+    assert _finished(path, "a") == []
+
+
 def test_what_a_job_needs_is_not_dropped_without_being_done_again(tmp_path):
     plan = Plan(tiny_vmoe.get_config())
     finish(plan, tmp_path, plan.names[: plan.names.index("e2e") + 1])
@@ -331,3 +348,18 @@ def test_a_torch_file_in_a_bucket_has_the_digest_of_its_bytes(tmp_path):
     there = epath.Path(tmp_path / "a.pth")
     assert not hasattr(there.stat(), "st_size")
     assert digest(there) == digest(tmp_path / "a.pth")
+
+
+def test_a_job_keeps_what_tells_it_from_the_same_job_elsewhere(tmp_path):
+    plan, runs = Plan(tiny.get_config()), []
+    for workdir in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        write_inputs(workdir, plan.job("pt"))
+        runs.append(run_of(inputs_path(workdir, "pt"))["id"])
+        assert read_inputs(workdir, "pt")[1]["run"] == {"id": runs[-1]}
+    assert runs[0] == runs[1] != runs[2]
+    # Of an earlier version.
+    inputs = read_record(inputs_path(tmp_path / "a", "pt"))
+    del inputs["run"]
+    write_record(inputs_path(tmp_path / "a", "pt"), inputs)
+    assert read_inputs(tmp_path / "a", "pt")[1]["run"] == {}
+    check_same_config(plan, tmp_path / "a", ["pt"])

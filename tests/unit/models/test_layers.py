@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m2mkd_jax.models import chain, layers
+from m2mkd_jax.models import chain, depthwise, layers
 from tests.random_params import random_params
 from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
 
@@ -25,7 +25,7 @@ def test_depthwise_convolutions(h, w, size):
 
     def run(method):
         def loss(x, kernel):
-            y = layers.depthwise_conv(x, kernel, method)
+            y = depthwise.depthwise_conv(x, kernel, method)
             return (weight * y).sum(), y
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
@@ -43,7 +43,7 @@ def test_depthwise_convolution_is_one_with_zero_padding():
         for j in range(3):
             expected += padded[:, i : i + 4, j : j + 4] * np.asarray(kernel[i, j])
     for method in ("native", "positions", "columns", None):
-        actual = jax.jit(lambda x, k, m=method: layers.depthwise_conv(x, k, m))(x, kernel)
+        actual = jax.jit(lambda x, k, m=method: depthwise.depthwise_conv(x, k, m))(x, kernel)
         assert_close(actual, expected, OUTPUT_TOLERANCE, str(method))
 
 
