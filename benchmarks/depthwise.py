@@ -1,4 +1,4 @@
-"""Ways to compute a 7x7 depthwise convolution (m2mkd_jax/models/depthwise.py), forward and backward.
+"""Ways to compute a depthwise convolution (m2mkd_jax/models/depthwise.py), forward and backward.
 
 python -m benchmarks.depthwise [--repeats=5] [--shape=B,H,W,C] [--dtype=bfloat16]
 """
