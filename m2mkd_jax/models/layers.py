@@ -67,20 +67,27 @@ def torch_bias_init(fan_in: int) -> Initialiser:
 
 
 def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel with the leading axes of x as one: (..., C), (C, D) -> (..., D).
+    """x @ kernel: (..., C), (C, D) -> (..., D).
 
-    With several leading axes XLA's CPU backend computes the kernel's gradient from a transposed
-    copy of the output's, at a half to a quarter of the speed (benchmarks/RESULTS.md).
+    On a CPU with the leading axes of x as one: with several, XLA computes the kernel's gradient
+    from a transposed copy of the output's, at a half to a quarter of the speed
+    (benchmarks/RESULTS.md).
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    return _on_rows(lambda rows: rows @ kernel, x)
 
 
 class Linear(nnx.Linear):
     """Flax's Linear, its product as that of `row_product`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = super().__call__(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _on_rows(super().__call__, x)
+
+
+def _on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    if backend.platform() != "cpu":
+        return function(x)
+    y = function(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> Linear:

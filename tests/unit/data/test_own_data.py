@@ -140,7 +140,7 @@ def test_faults_of_tables_are_named_by_line(folders, tmp_path):
         ('{"path": ', "line 1 is no JSON"),
         ("[" * 100_000, "line 1 is no JSON"),
         (json.dumps(row | {"label": None}), "line 1 has no label"),  # no class "None"
-        (json.dumps(row | {"label": ["n01", "n02"]}), "line 1 has no label"),
+        (json.dumps(row | {"label": ["n01", "n02"]}), "line 1: label is a list"),
     ):
         (tmp_path / "train.jsonl").write_text(line + "\n")
         assert words in message(own, tmp_path, "train", 1)
@@ -186,12 +186,14 @@ def test_a_row_without_one_class_is_refused(label, tmp_path):
 
 def test_json_lines_end_where_lines_do(tmp_path):
     """Texts of JSON may hold U+2028, at which Python's `splitlines` cuts."""
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "label": name} for name in ("a\u2028b", "c")]
+    names = ("a\u2028b", "c")
+    for number in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    rows = [{"image": f"{number}.png", "label": name} for number, name in enumerate(names)]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
     train = own(tmp_path, "train", 2, validation=0.0)
-    assert train.class_names == ("a\u2028b", "c")
+    assert train.class_names == names
 
 
 @pytest.mark.parametrize("splits", [("val",), ("val", "test")])

@@ -133,7 +133,7 @@ def test_a_pair_of_another_process_is_left_to_it(tmp_path, capsys):
 def test_kept_targets_that_the_disk_has_no_room_for_are_refused(tmp_path, monkeypatch):
     values = {"distillation.views": 2, "recipes.m2mkd.drop_path": 0.0}
     run, jobs = pairs(tmp_path, **values)
-    others = 4 * 10 + 4  # logits and label
+    others = 4 * 10 + 4 + 3 * 4  # logits, label, checksums of three arrays
     rows = {"m2mkd/0": 3 * 16**2, "m2mkd/1": 4 * 5 * 16, "m2mkd/2": 4 * 5 * 16}
     needed = 2 * 160 * sum(row + others for row in rows.values())
     free = SimpleNamespace(free=needed)
