@@ -82,7 +82,7 @@ def damage(directory: Path, step: int, owner: Mapping[str, str] = MappingProxyTy
     Args:
         directory: that `CheckedPyTreeHandler` wrote.
         step: whose checkpoint it should be.
-        owner: likewise, by OWNER; one that was saved without is of any.
+        owner: likewise, by OWNER; what either does not say is not compared.
     """
     try:
         content = read_record(directory / FILE)
@@ -104,10 +104,12 @@ def damage(directory: Path, step: int, owner: Mapping[str, str] = MappingProxyTy
 
 def _stranger(content: Mapping[str, Any], owner: Mapping[str, str]) -> str:
     """Whose a checkpoint is, where that is another than it should be; else ""."""
-    job, run = (content.get(key) or owner.get(key, "") for key in OWNER)
-    if job != owner.get("job", ""):
-        return str(job)
-    return "" if run == owner.get("run", "") else "another run, or of an earlier start of the job"
+    names = {"job": content.get("job"), "run": "another run, or of an earlier start of the job"}
+    for key in OWNER:
+        have, wanted = content.get(key), owner.get(key)
+        if have and wanted and have != wanted:
+            return str(names[key])
+    return ""
 
 
 def saved_metrics(directory: Path) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ class RunCheckpoints:
         directory: made if it does not exist; the remains of an interrupted save are removed.
         best_metric: the checkpoint with its largest value is the best one; None keeps no best one.
         job, run: its name, and what tells it from the same job elsewhere, which its checkpoints
-            carry: those of another job or run are not used.
+            carry: those of another job or run are not used; "" takes any.
 
     Raises:
         UserError: the directory cannot be made.
