@@ -12,6 +12,8 @@ from jax.extend import core
 
 from m2mkd_jax.models.moe.grouped import LOOP_FLOPS
 
+DRAW = 50  # as long to compile, about: twenty rounds of Threefry
+
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of the matrix products and convolutions of a function, with all iterations of loops.
@@ -72,11 +74,16 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
 
 
 def equations_of(jaxpr: core.Jaxpr) -> int:
-    """Equations of a jaxpr and the jaxprs in it, each once: the size of what is compiled."""
-    return sum(
-        sum(map(equations_of, inner)) if (inner := list(_inner(eqn.params.values()))) else 1
-        for eqn in jaxpr.eqns
-    )
+    """Equations of a jaxpr and the jaxprs in it, each once: the size of what is compiled.
+
+    Drawing random numbers is one equation, but as much to compile as DRAW others.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = list(_inner(eqn.params.values()))
+        own = DRAW if eqn.primitive.name in ("random_bits", "threefry2x32") else 1
+        total += sum(map(equations_of, inner)) if inner else own
+    return total
 
 
 def _times(eqn: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ class Cost:
         work: FLOPs of all its steps; 0: unknown, or it has none.
         size: equations of its program.
         program: what is compiled; equal for jobs that run the same.
+        steps: how many.
     """
 
     work: float
     size: int
     program: Hashable
+    steps: int = 0
 
 
 @dataclass
@@ -103,7 +105,7 @@ class TimeLeft:
         compiled: set[Hashable] = set()
         for names in groups.values():
             cost = [self.costs[name] for name in names]
-            size = sum(c.size * (REPEATED if c.program in compiled else 1) for c in cost)
+            size = _compiled_size(cost, compiled)
             compiled |= {c.program for c in cost}
             took = [self._took(name) for name in names]
             known = [seconds for seconds in took if seconds is not None]
@@ -116,6 +118,11 @@ class TimeLeft:
                 open_ = [c for c, seconds in zip(cost, took, strict=True) if seconds is None]
                 work_left += sum(c.work for c in open_)
                 to_start += size * len(open_) / len(cost)
+            else:  # the first program is compiled
+                own = [self.costs[name] for name in under_way]
+                to_start += _compiled_size(own, compiled - {c.program for c in own}) - sum(
+                    c.size for c in own
+                )
         if not work:
             return None
         left = self._steps_left(under_way) * per_step
@@ -137,6 +144,20 @@ class TimeLeft:
             steps = min(_stepping(directory / "metrics.jsonl"), seconds)
             self._finished[name] = seconds, steps or seconds
         return self._finished.get(name)
+
+
+def _compiled_size(jobs: Sequence[Cost], compiled: Collection[Hashable]) -> float:
+    """Equations to compile for jobs in one program: as jobs end, one of those that are left.
+
+    Args:
+        jobs: the jobs.
+        compiled: the programs of earlier jobs.
+    """
+    sizes = {
+        n: job.size * (REPEATED if job.program in compiled else 1) for n, job in enumerate(jobs)
+    }
+    ends = {job.steps for job in jobs}
+    return sum(sizes[n] for end in ends for n, job in enumerate(jobs) if job.steps >= end)
 
 
 def _stepping(log: Path) -> float:
@@ -161,10 +182,11 @@ def _cost(job: Job) -> Cost:
     phase = job.phase
     work, size = _per_image(phase)
     try:
-        images = job_steps(phase) * (phase.recipe.batch // phase.recipe.accumulate)
+        steps = job_steps(phase)
     except UserError:
-        images = 0
-    return Cost(images * work, size, _program(phase))
+        steps = 0
+    images = steps * (phase.recipe.batch // phase.recipe.accumulate)
+    return Cost(images * work, size, _program(phase), steps)
 
 
 def _program(phase: Phase) -> Hashable:
@@ -236,11 +258,12 @@ def _detection(phase: DetectionPhase) -> Any:
 
 @functools.cache  # most stages are the same in most jobs
 def _stage_cost(build: Any, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-    """FLOPs and equations of a stage's forward pass, and its output's shape for this input's."""
+    """FLOPs and equations of a stage in training, and its output's shape for this input's."""
     stage, x = chain.abstract(build), jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def run(params: dict, fixed: dict, x: jax.Array) -> jax.Array:
-        return chain.merge(stage.graph, params, fixed)(x)
+        merged = chain.merge(stage.graph, params, fixed)
+        return merged(x, key=jax.random.key(0), train=True)
 
     traced, out = jax.make_jaxpr(run, return_shape=True)(stage.params, stage.fixed, x)
     return flops_of(traced.jaxpr), equations_of(traced.jaxpr), out.shape

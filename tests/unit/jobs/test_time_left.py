@@ -62,6 +62,23 @@ def test_time_left_is_fitted_to_finished_jobs(tmp_path):
     assert left.place("e2e") == "job 5 of 7"
 
 
+def test_programs_that_shrink_as_jobs_end_are_compiled_again(tmp_path):
+    costs = {
+        "pt": Cost(10.0, 100, "pt", 5),
+        "m2mkd/0": Cost(2.0, 50, 0, 20),
+        "m2mkd/1": Cost(2.0, 80, 1, 10),
+        "m2mkd/2": Cost(2.0, 90, 2, 10),
+    }
+    left = TimeLeft(list(costs), costs.__getitem__, tmp_path, lambda name: name != "pt")
+    finished(tmp_path, "pt", 30.0, (5, 4.0))  # a tenth of a second per equation
+    assert left.seconds() == pytest.approx(2 * 6 + (50 + 80 + 90 + 50) / 10)
+    # All three have compiled; the longest will again, by itself.
+    steps = {"m2mkd/0": (10, 20), "m2mkd/1": (9, 10), "m2mkd/2": (9, 10)}
+    own = (2 * 0.5 + 2 * 0.1 + 2 * 0.1) / (2 / 20 + 2 / 10 + 2 / 10)
+    assert left.seconds(steps, 3.0) == pytest.approx(own * 3 + 50 / 10)
+    assert left.seconds({"m2mkd/0": (15, 20)}, 1.0) == pytest.approx(5)
+
+
 def test_the_work_of_a_job_is_near_that_of_its_step():
     config = tiny_config()
     for job in ("pt", "m2mkd/1"):
