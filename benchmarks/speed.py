@@ -15,7 +15,7 @@ the steps, the better of the two.
 (benchmarks/peers/): compiled with --compile, with the literal read-in of a NAC with --literal, with
 timm's blocks in the dense transformers with --timm.
 
-Both sides have huge pages where glibc gives them (m2mkd_jax/main/huge_pages.py).
+Both sides have huge pages where glibc gives them (m2mkd_jax/parallel/huge_pages.py).
 
 --json=NAME writes benchmarks/results/NAME/CASE.json, or NAME itself if it ends in .json;
 benchmarks/compare.py compares two such files.
@@ -33,7 +33,7 @@ from benchmarks import memory as process_memory
 from benchmarks.cases import CASES, REMAT
 from benchmarks.ours import Ours
 from benchmarks.peers import rounds
-from m2mkd_jax.main.huge_pages import start_again
+from m2mkd_jax.parallel.huge_pages import start_again
 
 
 def measure(case: str, batch: int, steps: int, rounds: int, remat: str = "config") -> dict:

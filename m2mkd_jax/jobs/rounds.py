@@ -25,9 +25,9 @@ from m2mkd_jax.jobs.joint import (
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
 from m2mkd_jax.jobs.locks import Lock, acquire
 from m2mkd_jax.jobs.plan import Job, is_done, standing_on, write_inputs
-from m2mkd_jax.jobs.run import Run, count_updates
+from m2mkd_jax.jobs.run import Run, count_updates, total_steps
 from m2mkd_jax.jobs.time_left import TimeLeft
-from m2mkd_jax.jobs.training import Training, total_steps
+from m2mkd_jax.jobs.training import Training
 from m2mkd_jax.parallel.process import from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase

@@ -53,6 +53,11 @@ def has_test_images(data: ConfigDict) -> bool:
     return is_scenes(data) or has_test(data)
 
 
+def total_steps(phase: Phase, updates: int) -> int:
+    """Steps of a whole job, given the optimizer updates in an epoch."""
+    return round(phase.recipe.epochs * updates) * phase.recipe.accumulate
+
+
 def count_updates(phase: Phase) -> int:
     """Optimizer updates in an epoch of a phase; opens its training data.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import equations_of, flops_of
 from m2mkd_jax.jobs.joint import can_join
+from m2mkd_jax.jobs.log import read_entries
 from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_done
-from m2mkd_jax.jobs.run import count_updates
+from m2mkd_jax.jobs.run import count_updates, total_steps
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.detection import DetectionPhase
 from m2mkd_jax.phases.phase import Phase
@@ -63,6 +63,7 @@ class TimeLeft:
     workdir: Path
     joins: Callable[[str], bool] = lambda name: False
     _finished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+    _looked_for: frozenset[str] = field(default=frozenset(), init=False)
 
     @classmethod
     def of(cls, plan: Plan, names: Iterable[str], workdir: Path) -> TimeLeft:
@@ -97,6 +98,8 @@ class TimeLeft:
             per_step: seconds of a step of theirs.
         """
         under_way = under_way or {}
+        # Jobs end between those under way: at a log entry like the last one no file is asked for.
+        look, self._looked_for = under_way.keys() != self._looked_for, frozenset(under_way)
         groups: dict[str, list[str]] = {}  # of the jobs of one program, which end as one
         for name in self.names:
             group = name.partition("/")[0] if self.joins(name) else name
@@ -107,7 +110,7 @@ class TimeLeft:
             cost = [self.costs[name] for name in names]
             size = _compiled_size(cost, compiled)
             compiled |= {c.program for c in cost}
-            took = [self._took(name) for name in names]
+            took = [self._took(name, look or not under_way) for name in names]
             known = [seconds for seconds in took if seconds is not None]
             if len(known) == len(names) and all(c.work for c in cost):
                 # They show the same seconds.
@@ -136,9 +139,9 @@ class TimeLeft:
             return max((total - done for done, total in under_way.values()), default=0)
         return sum(work[n] * (1 - done / total) for n, (done, total) in under_way.items()) / a_step
 
-    def _took(self, name: str) -> tuple[float, float] | None:
-        """Seconds of a finished job, and of its steps; read once, not at every log entry."""
-        if name not in self._finished and is_done(self.workdir, name):
+    def _took(self, name: str, look: bool) -> tuple[float, float] | None:
+        """Seconds of a finished job, and of its steps; `look` whether it has ended since."""
+        if look and name not in self._finished and is_done(self.workdir, name):
             directory = job_directory(self.workdir, name)
             seconds = float(read_record(directory / "done.json").get("seconds", 0.0))
             steps = min(_stepping(directory / "metrics.jsonl"), seconds)
@@ -164,12 +167,11 @@ def _stepping(log: Path) -> float:
     """Seconds of the steps of a job, from its log; 0 where it has none."""
     seconds, before = 0.0, 0
     try:
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
+        for entry in read_entries(log):
             if "seconds_per_step" in entry:
                 seconds += (entry["step"] - before) * entry["seconds_per_step"]
                 before = entry["step"]
-    except (OSError, ValueError, KeyError, TypeError):  # an estimate can do without
+    except (OSError, UserError, TypeError):  # an estimate can do without
         return 0.0
     return seconds
 
@@ -182,7 +184,7 @@ def _cost(job: Job) -> Cost:
     phase = job.phase
     work, size = _per_image(phase)
     try:
-        steps = job_steps(phase)
+        steps = total_steps(phase, count_updates(phase))
     except UserError:
         steps = 0
     images = steps * (phase.recipe.batch // phase.recipe.accumulate)
@@ -194,11 +196,6 @@ def _program(phase: Phase) -> Hashable:
     student = tuple((phase.stages[n].build, n in phase.trainable) for n in phase.student)
     teacher = tuple(phase.stages[n].build for n in phase.teacher)
     return student, teacher, phase.recipe.batch, phase.recipe.accumulate
-
-
-def job_steps(phase: Phase) -> int:
-    """Steps of a job. Raises UserError where its data cannot be read."""
-    return round(phase.recipe.epochs * count_updates(phase)) * phase.recipe.accumulate
 
 
 def work_per_image(phase: Phase) -> float:

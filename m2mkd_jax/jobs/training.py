@@ -35,7 +35,7 @@ from m2mkd_jax.jobs.joint import JointSetup
 from m2mkd_jax.jobs.kept_targets import FOLDER
 from m2mkd_jax.jobs.log import Log
 from m2mkd_jax.jobs.progress import pace
-from m2mkd_jax.jobs.run import Run, image_source
+from m2mkd_jax.jobs.run import Run, image_source, total_steps
 from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.jobs.time_left import TimeLeft
 from m2mkd_jax.jobs.trackers import make_trackers
@@ -48,11 +48,6 @@ from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
 from m2mkd_jax.train.step import evaluated_params, with_fixed
 
 SECONDS = "seconds"  # the metric of a checkpoint that says how long the job has taken
-
-
-def total_steps(phase: Phase, updates: int) -> int:
-    """Steps of a whole job, given the optimizer updates in an epoch."""
-    return round(phase.recipe.epochs * updates) * phase.recipe.accumulate
 
 
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:

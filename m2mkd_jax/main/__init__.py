@@ -26,5 +26,5 @@ def start() -> None:
     if "version" in words:
         print(f"m2mkd_jax {m2mkd_jax.__version__}")
         return
-    import_module("m2mkd_jax.main.huge_pages").start_again()
+    import_module("m2mkd_jax.parallel.huge_pages").start_again()
     import_module("m2mkd_jax.main.command").start()

@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m2mkd_jax.command_line import Parser, run_module
+from m2mkd_jax.parallel.huge_pages import start_again
 
 
 def parser() -> Parser:
@@ -77,4 +78,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code. `argv`: arguments, by default those of the process."""
+    if argv is None:
+        start_again()
     return run_module("predict", parser(), argv)

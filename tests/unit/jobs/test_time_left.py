@@ -62,6 +62,18 @@ def test_time_left_is_fitted_to_finished_jobs(tmp_path):
     assert left.place("e2e") == "job 5 of 7"
 
 
+def test_a_log_entry_like_the_last_one_asks_for_no_file(tmp_path, monkeypatch):
+    left = TimeLeft(list(COSTS), COSTS.__getitem__, tmp_path)
+    finished(tmp_path, "pt", 25.0, (5, 4.0))
+    before = left.seconds({"ft": (10, 20)}, 1.0)
+    asked = []
+    monkeypatch.setattr(time_left, "is_done", lambda workdir, name: asked.append(name))
+    assert left.seconds({"ft": (15, 20)}, 1.0) == pytest.approx(before - 5)
+    assert not asked
+    left.seconds({"m2mkd/0": (1, 2)}, 1.0)
+    assert "ft" in asked
+
+
 def test_programs_that_shrink_as_jobs_end_are_compiled_again(tmp_path):
     costs = {
         "pt": Cost(10.0, 100, "pt", 5),

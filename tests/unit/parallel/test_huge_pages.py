@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from m2mkd_jax.main import huge_pages
-from m2mkd_jax.main.huge_pages import HUGE_PAGES, TUNABLES, with_huge_pages
+from m2mkd_jax.parallel import huge_pages
+from m2mkd_jax.parallel.huge_pages import HUGE_PAGES, TUNABLES, with_huge_pages
 
 ASKED = "always [madvise] never\n"
 
