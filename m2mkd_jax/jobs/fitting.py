@@ -7,7 +7,9 @@ more than the device has, once more with it.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,9 +40,13 @@ class FittingStep:
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
         self._checked = False
+        self._ahead: Future[bool] | None = None
         self.needed = self.flops = 0
 
     def __call__(self, *arguments: Any) -> Any:
+        if self._ahead:
+            self._ahead.result()
+            self._ahead = None
         if not self._checked and not self.fits(*arguments):
             self._recompute(arguments)
         return self._step(*arguments)
@@ -48,6 +54,16 @@ class FittingStep:
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """The step before it is compiled, as `jax.jit`'s `lower` gives it."""
         return self._step.lower(*arguments)
+
+    def compile_ahead(self, *arguments: Any) -> None:
+        """Begins to compile in a thread; the first call waits for it, and raises what it raises.
+
+        Args:
+            arguments: as for `fits`, the same in all processes.
+        """
+        thread = ThreadPoolExecutor(1, "compile")
+        self._ahead = thread.submit(contextvars.copy_context().run, self.fits, *arguments)
+        thread.shutdown(wait=False)
 
     def fits(self, *arguments: Any) -> bool:
         """Whether the step fits without recomputing more than the config says; compiles it.

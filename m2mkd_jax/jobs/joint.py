@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.store import latest_step
-from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.jobs.fitting import FittingStep, device_memory
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.run import Run
@@ -138,18 +137,15 @@ class JointSetup:
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a batch from the host, and where it lies."""
-        setup = self._first
-        recipe, shape = setup.phase.recipe, image_shape(setup.phase.data)
-        images = recipe.batch // recipe.accumulate
+        setup, batch = self._first, self._first.abstract_batch
+        if self.kept is None:
+            return batch
         where = None if setup.mesh is None else meshes.batch_sharding(setup.mesh)
-        kinds = {"image": ((images, *shape), jnp.uint8), "label": ((images,), jnp.int32)}
-        if self.kept is not None:
-            of_kept = {name: (leaf.shape, leaf.dtype) for name, leaf in self.kept.items()}
-            kinds = {"label": kinds["label"], **of_kept}
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-            for name, (shape, dtype) in kinds.items()
+        kept = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for name, leaf in self.kept.items()
         }
+        return {"label": batch["label"], **kept}
 
     @property
     def given_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -21,9 +21,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.files import find_config, read_config
+from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.data.indices import balanced_weights
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.detection import optimizer as detection_optimizer
+from m2mkd_jax.detection.training import batch_shapes
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
@@ -219,6 +221,23 @@ class Setup:
         where = partition.shardings(self.mesh, self.frozen, self.fsdp)
         return jax.tree.map(_placed, self.frozen, where)
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a batch from the host, and where it lies."""
+        data, recipe = self.phase.data, self.phase.recipe
+        images = recipe.batch // recipe.accumulate
+        if isinstance(self.phase, DetectionPhase):
+            batch = batch_shapes(data, images)
+        else:
+            batch = {
+                "image": jax.ShapeDtypeStruct((images, *image_shape(data)), jnp.uint8),
+                "label": jax.ShapeDtypeStruct((images,), jnp.int32),
+            }
+        if self.mesh is None:
+            return batch
+        where = meshes.batch_sharding(self.mesh)
+        return jax.tree.map(lambda leaf: _placed(leaf, where), batch)
+
     def initial_state(self) -> dict:
         """The state before the first step; it takes over the buffers of `params` and `fixed`."""
         begin = backend.jit(
@@ -327,7 +346,10 @@ def abstract_stages(phase: Phase) -> dict[str, dict]:
 
 def fresh_setup(config: ConfigDict, job: str) -> Setup:
     """A job's training step on one device, every stage fresh, wherever it comes from in a run."""
-    phase = build_phase(config, job)
+    return _fresh_setup(config, build_phase(config, job))
+
+
+def _fresh_setup(config: ConfigDict, phase: Phase) -> Setup:
     stages = {
         name: fresh_stage(config, spec, name, phase.seed) for name, spec in phase.stages.items()
     }
@@ -349,5 +371,10 @@ def training_step(name: str | ConfigDict, job: str = "e2e_scratch") -> tuple[Set
         UserError: no such config, or one that describes no such job.
     """
     config = name if isinstance(name, ConfigDict) else read_config(find_config(name))
-    setup = fresh_setup(config, job)
-    return setup, setup.initial_state(), setup.make_step()
+    phase, step = build_phase(config, job), None
+    if phase.regulariser is None:  # else the loss has the initial weights in it
+        shapes = set_up(config, phase, abstract_stages(phase))
+        step = shapes.make_step()
+        step.compile_ahead(shapes.abstract_state, shapes.abstract_frozen, shapes.abstract_batch)
+    setup = _fresh_setup(config, phase)
+    return setup, setup.initial_state(), step or setup.make_step()

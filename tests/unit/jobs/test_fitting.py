@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m2mkd_jax.jobs import fitting
-from m2mkd_jax.jobs.setup import training_step
+from m2mkd_jax.jobs.setup import fresh_setup, training_step
 from tests.e2e import tiny_vmoe
 from tests.support import assert_close
 
@@ -49,3 +50,37 @@ def products(remat):
 
 def test_recomputing_reaches_the_blocks():
     assert products("always") > products("auto") == products("never")
+
+
+def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
+    programs = []
+
+    def count(name, seconds, **labels):
+        del seconds
+        if name.endswith("backend_compile_duration"):
+            programs.append(labels)
+
+    config = tiny_vmoe.get_config()
+    config.recipes.pt.batch = 8
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        setup, state, step = training_step(config, "pt")
+        step._ahead.result()
+        ahead = len(programs)
+        size = setup.phase.data.image_size
+        batch = {"image": np.zeros((8, size, size, 3), np.uint8), "label": np.zeros(8, np.int32)}
+        metrics = jax.device_get(step(state, setup.frozen, batch)[1])
+        assert len(programs) == ahead > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    again = fresh_setup(config, "pt")
+    expected = again.make_step()(again.initial_state(), again.frozen, batch)[1]
+    for name, value in jax.device_get(expected).items():
+        np.testing.assert_array_equal(metrics[name], value, name)
+
+
+def test_what_fails_ahead_is_raised_by_the_first_call():
+    step = fitting.FittingStep("pt", lambda loss: jax.jit(loss), lambda x: x.no_such_method())
+    step.compile_ahead(jnp.zeros(2))
+    with pytest.raises(AttributeError, match="no_such_method"):
+        step(jnp.zeros(2))

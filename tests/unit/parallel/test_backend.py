@@ -7,6 +7,7 @@ import pytest
 
 from m2mkd_jax.models import layers
 from m2mkd_jax.parallel import backend
+from tests.support import assert_close
 
 
 def test_the_default_is_the_device():
@@ -38,3 +39,18 @@ def test_a_function_compiled_with_options_can_be_called_inside_another(monkeypat
     assert jax.grad(lambda x: double(x).sum())(x).tolist() == [2.0, 2.0, 2.0]
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     assert not isinstance(backend.jit(lambda x: x), backend.CompiledFunction)
+
+
+def test_options_that_the_compiler_does_not_know_are_told_apart():
+    assert backend.is_option("xla_cpu_use_fusion_emitters")
+    assert not backend.is_option("xla_cpu_use_no_such_thing")
+
+
+def test_a_program_that_runs_once_gives_the_same_numbers(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def draw(key):
+        return jax.nn.initializers.truncated_normal(0.02)(key, (64, 48))
+
+    key = jax.random.key(3)
+    assert_close(backend.jit(draw, once=True)(key), backend.jit(draw)(key), 1e-6)
