@@ -2,7 +2,8 @@
 
 The modules of m2mkd and of mt run on one meta model. What the chains of two jobs have in common up
 to a stage is computed once; and where several chains run the same frozen stage at the same place,
-it runs once over all of them, stacked along a new leading axis, so that its weights are read once.
+it runs once over all of them, stacked along a new leading axis, so that its weights are read once;
+on a CPU it runs for one after the other, whose activations then stay in the cache.
 
 Axes: B batch, H height, W width, N tokens, D channels, K classes.
 
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases.program import Program, concatenated
 
 # The stages that a chain has run, in order: (); ("meta_0",); ("meta_0", "student_1"); ...
@@ -214,8 +216,9 @@ def _side_by_side(
     keys: list[jax.Array],
 ) -> list[tuple[jax.Array, dict]]:
     """Output and auxiliary outputs of one stage for each of several inputs; no keys: no noise."""
-    if len(ends) == 1:
-        return [run(ends[0], inputs[0], keys[0] if keys else None)]
+    if len(ends) == 1 or backend.platform() == "cpu":
+        drawn: list[jax.Array | None] = [*keys] or [None] * len(ends)
+        return [run(*of_end) for of_end in zip(ends, inputs, drawn, strict=True)]
     x = jnp.stack(inputs)
     if keys:
         stacked = jax.vmap(lambda x, key: run(ends[0], x, key))(x, jnp.stack(keys))
