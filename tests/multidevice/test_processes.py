@@ -15,10 +15,11 @@ import pytest
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import pipeline, training
+from m2mkd_jax.jobs import agreement, pipeline, training
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.setup import set_up
+from m2mkd_jax.main import command
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stages
@@ -71,6 +72,12 @@ def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
             return getattr(self.batches, name)
 
     training.train_batches = Batches
+
+
+def elsewhere():
+    """Called by the config file of a process that is to have another directory than the others."""
+    command._workdir = lambda given: Path(given).with_name("elsewhere")
+    agreement.SHARED_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +270,10 @@ def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
         (
             "config.seed = int(os.environ['M2MKD_PROCESS'])",
             "config.seed is 0 in process 0",
+        ),
+        (
+            "if os.environ['M2MKD_PROCESS'] == '1': elsewhere()",
+            "what process 0 writes there is not there for process(es) 1",
         ),
     ],
 )
