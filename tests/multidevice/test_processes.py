@@ -220,6 +220,21 @@ def test_stopped_killed_and_resumed(whole, launch, tmp_path):
     assert checksums(tmp_path) == checksums(whole[0])  # byte for byte
 
 
+def test_the_evaluation_of_finished_networks_stops_too(whole, launch, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    more = f"config.phases, config.evaluation.corruptions = ({JOB!r}, 'eval'), ('all',)"
+    process = launch(tmp_path, more)
+    job, deadline = tmp_path / "jobs" / "eval", time.monotonic() + TIMEOUT
+    while not (job / "inputs.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGINT)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 3, errors
+    assert errors.count("stopped by a signal") == 1 and errors.count("\n") == 1
+    assert not (job / "done.json").exists()
+
+
 @pytest.mark.parametrize("expert", [1, 2])
 def test_the_checkpoint_restores_in_one_process_on_other_meshes(whole, expert):
     workdir, _ = whole
