@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -62,6 +63,7 @@ __all__ = [
 _STATE = "state"
 _FORMAT = 1
 _COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint in a bucket that is whole
+_numbers = itertools.count()
 
 
 class RunCheckpoints:
@@ -101,6 +103,9 @@ class RunCheckpoints:
             value = metrics.get(best_metric or "", math.nan)
             return -math.inf if math.isnan(value) else value  # NaN would break the sorting
 
+        # Orbax names the barriers of its threads by their step: those of two jobs that save at once
+        # would meet, and a checkpoint be taken for whole that only one process has written.
+        own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"job_{next(_numbers)}")
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(2)]
         if best_metric is not None:
@@ -115,6 +120,7 @@ class RunCheckpoints:
                 # The policy decides; but without best_fn Orbax does not store the metrics.
                 best_fn=None if best_metric is None else score,
                 cleanup_tmp_directories=True,
+                multiprocessing_options=own,
             ),
         )
 

@@ -14,16 +14,19 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
-from m2mkd_jax.errors import UserError, require
+from m2mkd_jax.errors import require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
     local_directory,
-    make_directory,
     remove_tree,
 )
 from m2mkd_jax.jobs import checks
-from m2mkd_jax.jobs.agreement import check_same_data, check_same_start
+from m2mkd_jax.jobs.agreement import (
+    check_same_data,
+    check_same_directory,
+    check_same_start,
+)
 from m2mkd_jax.jobs.changes import (
     check_not_running,
     check_same_config,
@@ -50,7 +53,9 @@ from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.weight_files import job_directory
+from m2mkd_jax.train.loop import EvaluationStopped, Preempted
 
+STOPPED = "stopped by a signal; finished jobs and checkpoints are kept"
 RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
     Kind.FEW_SHOT: run_few_shot,
     Kind.EVALUATION: run_evaluation,
@@ -96,6 +101,7 @@ def run(
             f"mesh: a group of {config.mesh.expert} devices lies in {spanning_groups(mesh)} "
             "processes; its tokens cross the network between them"
         )
+    check_same_directory(workdir)
     _prepare(plan, workdir, stale, extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
@@ -110,6 +116,8 @@ def run(
                 continue
             for job in jobs:
                 RUNNERS[job.kind](this, job)
+    except EvaluationStopped:  # outside of training
+        raise Preempted(STOPPED) from None
     finally:  # an interrupted run has a summary too
         summary = summarise(plan, workdir)
     return summary
@@ -140,15 +148,11 @@ def _is_open(plan: Plan, workdir: Path, name: str, todo: list[str]) -> bool:
 
 
 def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -> None:
-    """Makes the directory, drops jobs that are done again, and keeps the config.
+    """Drops jobs that are done again, and keeps the config.
 
     Jobs that are extended lose their results alone, and go on from their checkpoints.
     """
     if is_main():
-        try:
-            make_directory(workdir)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: {error.strerror}") from None
         # What stands on others goes first: a kill in between leaves no job on a base that is gone.
         for name in reversed(stale):
             remove_tree(job_directory(workdir, name))

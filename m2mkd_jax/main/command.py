@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import as_path, storage_failure
 from m2mkd_jax.interruption import heard, raising
 from m2mkd_jax.jobs.dry_run import dry_run
-from m2mkd_jax.jobs.pipeline import run
+from m2mkd_jax.jobs.pipeline import STOPPED, run
 from m2mkd_jax.jobs.summary import print_summary
 from m2mkd_jax.main.flags import CONFIG, DRY_RUN, EXTEND, LIST_KEYS, ONLY, REDO, WORKDIR
 from m2mkd_jax.parallel import cluster, memory, process, watchdog
@@ -107,7 +108,14 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _terminated(number: int) -> Preempted:
-    return Preempted("stopped by a signal; finished jobs and checkpoints are kept")
+    return Preempted(STOPPED)
+
+
+def _as_sigterm(number: int, _: Any) -> None:
+    """Handles what asks one of several processes to stop; a second SIGINT ends it at once."""
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _workdir(given: str) -> Path:
@@ -158,9 +166,9 @@ def main(argv: list[str]) -> int:
     logging.get_absl_logger().setLevel("CRITICAL")
     for number in process.SIGNALS if process.alone() else ():
         signal.signal(number, raising(_terminated))
-    # jax catches SIGTERM, and asks all processes at their next step
-    if process.USER_SIGNAL and not process.alone():
-        signal.signal(process.USER_SIGNAL, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # jax catches SIGTERM, and asks all processes at their next step or batch of an evaluation
+    for number in () if process.alone() else process.SIGNALS[1:]:
+        signal.signal(number, _as_sigterm)
     try:
         _run(CONFIG.value, _workdir(WORKDIR.value or "."))
     except UserError as error:

@@ -13,12 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax._src import distributed  # its key-value store has no public name; Orbax uses it as well
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.parallel.process import CONNECT_SECONDS, reached
 
 _MILLISECONDS = 1000 * CONNECT_SECONDS
+# What decides with the code what a program computes: jax's settings, and variables of its compiler.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_numpy_dtype_promotion",
+    "jax_softmax_custom_jvp",
+    "jax_use_shardy_partitioner",
+    "jax_debug_nans",
+    "jax_disable_jit",
+)
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _number = itertools.count()  # each key of the store can be written once
 
 
@@ -75,3 +90,20 @@ def code_versions() -> dict[str, str]:
     versions["the code of m2mkd_jax (its sha256)"] = digest.hexdigest()[:12]
     major, minor, _ = platform.python_version_tuple()
     return versions | {"the version of Python": f"{major}.{minor}"}
+
+
+def compiler_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is set of jax and its compiler that changes numbers, by what it is called.
+
+    Processes that compile other programs of one step wait for each other for ever, or keep other
+    weights each, without a word. Where the compiler leaves files may differ.
+
+    Args:
+        environment: the environment variables.
+    """
+    have = jax.config.values
+    found = {f"jax's setting {n}": str(have[n]) for n in _SETTINGS if n in have}
+    for name in _VARIABLES:
+        flags = environment.get(name, "").split()
+        found[f"${name}"] = " ".join(f for f in flags if not f.startswith("--xla_dump"))
+    return found

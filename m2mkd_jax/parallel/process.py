@@ -159,11 +159,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def stop() -> bool:
-        if by_itself:
-            return bool(arrived)
-        # jax catches SIGTERM itself, and the processes agree in the background on a step that none
-        # has reached. The numbers must never decrease, so they count the steps of all jobs.
-        return multihost_utils.reached_preemption_sync_point(next(_steps))
+        return bool(arrived) if by_itself else _agreed()
 
     with contextlib.suppress(ValueError):  # not the main thread
         for caught in SIGNALS if by_itself else SIGNALS[1:]:
@@ -176,9 +172,21 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, old)
 
 
+def _agreed() -> bool:
+    """Whether all of several processes stop here; they come to the same points in the same order.
+
+    jax catches SIGTERM itself, and the processes agree in the background on a point that none has
+    reached. The numbers must never decrease, so they count those of all jobs.
+    """
+    return bool(multihost_utils.reached_preemption_sync_point(next(_steps)))
+
+
 def interrupted() -> bool:
-    """Whether a signal asks this only process to stop; several processes agree after a step."""
-    return alone() and bool(_arrived)
+    """Whether a signal asks the run to stop in the middle of an evaluation.
+
+    Every process makes this call, before each batch.
+    """
+    return bool(_arrived) if alone() else _agreed()
 
 
 def fail(message: str, code: int) -> int:

@@ -15,10 +15,11 @@ import pytest
 
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import pipeline, training
+from m2mkd_jax.jobs import agreement, pipeline, training
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.setup import set_up
+from m2mkd_jax.main import command
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stages
@@ -71,6 +72,12 @@ def slow_or_broken_batches(seconds=0.0, good=STEPS, first=0.0):
             return getattr(self.batches, name)
 
     training.train_batches = Batches
+
+
+def elsewhere():
+    """Called by the config file of a process that is to have another directory than the others."""
+    command._workdir = lambda given: Path(given).with_name("elsewhere")
+    agreement.SHARED_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +220,21 @@ def test_stopped_killed_and_resumed(whole, launch, tmp_path):
     assert checksums(tmp_path) == checksums(whole[0])  # byte for byte
 
 
+def test_the_evaluation_of_finished_networks_stops_too(whole, launch, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    more = f"config.phases, config.evaluation.corruptions = ({JOB!r}, 'eval'), ('all',)"
+    process = launch(tmp_path, more)
+    job, deadline = tmp_path / "jobs" / "eval", time.monotonic() + TIMEOUT
+    while not (job / "inputs.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGINT)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 3, errors
+    assert errors.count("stopped by a signal") == 1 and errors.count("\n") == 1
+    assert not (job / "done.json").exists()
+
+
 @pytest.mark.parametrize("expert", [1, 2])
 def test_the_checkpoint_restores_in_one_process_on_other_meshes(whole, expert):
     workdir, _ = whole
@@ -263,6 +285,10 @@ def test_one_process_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
         (
             "config.seed = int(os.environ['M2MKD_PROCESS'])",
             "config.seed is 0 in process 0",
+        ),
+        (
+            "if os.environ['M2MKD_PROCESS'] == '1': elsewhere()",
+            "what process 0 writes there is not there for process(es) 1",
         ),
     ],
 )

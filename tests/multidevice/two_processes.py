@@ -1,16 +1,53 @@
 """What each of two processes does in `test_mesh.test_two_processes`: PORT INDEX DIRECTORY."""
 
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from m2mkd_jax.checkpoint.checksums import CheckedPyTreeHandler
 from m2mkd_jax.checkpoint.store import RunCheckpoints, checksum, load_weights, save_weights
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch, replicated
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, union
+
+
+class Late(ocp.future.Future):
+    """What one process writes of a checkpoint long after the other one has written its own."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def result(self, timeout=None):
+        time.sleep(1)
+        self.path.touch()
+
+
+def check_saves_at_once(directory, index, state):
+    """Of two jobs that save the same step at once, each is whole once both processes wrote it."""
+    late, whole, early = directory / "late", CheckedPyTreeHandler.finalize, []
+    save = CheckedPyTreeHandler.async_save
+
+    async def slow_save(self, path, *others, args):
+        futures = await save(self, path, *others, args=args)
+        return [Late(late), *futures] if index == 1 and "slow" in str(path) else futures
+
+    def finalize(self, path):
+        early.extend([path] if "slow" in str(path) and not late.exists() else [])
+        whole(self, path)
+
+    CheckedPyTreeHandler.async_save, CheckedPyTreeHandler.finalize = slow_save, finalize
+    runs = [RunCheckpoints(directory / name) for name in ("slow", "fast")]
+    for run in runs:
+        run.save(1, state)
+    for run in runs:
+        run.close()
+    CheckedPyTreeHandler.async_save, CheckedPyTreeHandler.finalize = save, whole
+    assert not early, "taken for whole before process 1 has written it"
 
 
 def main(port: str, index: str, directory: str) -> None:
@@ -52,6 +89,8 @@ def main(port: str, index: str, directory: str) -> None:
     assert checksum(restored) == checksum(state)
     run.save(2, restored)
     run.close()
+
+    check_saves_at_once(Path(directory), int(index), state)
 
     save_weights(directory + "/w", {"m": {"w": state["w"]}}, {"step": 1})
     np.testing.assert_array_equal(load_weights(directory + "/w")[0]["m"]["w"], big)

@@ -3,10 +3,12 @@
 import json
 import socket
 
+import numpy as np
 import pytest
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import agreement as starts
+from m2mkd_jax.jobs import run
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.parallel import agreement, cluster
 from tests.e2e import tiny
@@ -42,7 +44,7 @@ def second_of_two(monkeypatch):
 
 
 def values_of(config, only=""):
-    """What check_same_start compares, in order: code; config and flags."""
+    """What check_same_start compares, in order: code; environment; config and flags."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "check_same", lambda values, advice: seen.append(dict(values)))
@@ -55,7 +57,7 @@ def test_equal_processes_agree(second_of_two):
     store = second_of_two(*json.loads(json.dumps(values_of(config))))
     config.data.root, config.data.workers = "/another/disk", 7  # of the machine
     starts.check_same_start(config, {"--only": ""})
-    assert store.barriers == 2 and len(store.said) == 2
+    assert store.barriers == 3 and len(store.said) == 3
 
 
 @pytest.mark.parametrize(
@@ -75,18 +77,35 @@ def test_other_configs_are_refused_by_their_key(second_of_two, change, says):
         starts.check_same_start(config, {"--only": ""})
     text = str(error.value)
     assert text.startswith(says) and "same config and flags" in text and "\n" not in text
-    assert store.barriers == 1  # the code is the same
+    assert store.barriers == 2  # code and environment are the same
 
 
 def test_other_flags_and_other_code_are_refused(second_of_two):
     config = tiny.get_config()
-    code, rest = values_of(config, only="pt")
-    second_of_two(code, rest)
+    code, environment, rest = values_of(config, only="pt")
+    second_of_two(code, environment, rest)
     with pytest.raises(UserError, match=r"--only is 'pt' in process 0 .* and '' in process 1"):
         starts.check_same_start(config, {"--only": ""})
-    second_of_two(code | {"the version of jax": "0.0.1"}, rest)
+    second_of_two(code | {"the version of jax": "0.0.1"})
     with pytest.raises(UserError, match=r"the version of jax is '0.0.1' in process 0"):
         starts.check_same_start(config, {"--only": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax's setting jax_enable_x64", "True"), ("$XLA_FLAGS", "--xla_cpu_enable_fast_math=true")],
+)
+def test_what_compiles_other_programs_is_refused(second_of_two, monkeypatch, name, value):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/here")  # may differ
+    config = tiny.get_config()
+    code, environment, rest = values_of(config)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/there")
+    second_of_two(code, environment, rest)
+    starts.check_same_start(config, {"--only": ""})
+    second_of_two(code, environment | {name: value})
+    with pytest.raises(UserError, match=r"in process 0 .*; start all .* the same environment") as e:
+        starts.check_same_start(config, {"--only": ""})
+    assert str(e.value).startswith(f"{name} is '{value}' in process 0 (a) and")
 
 
 def test_other_data_are_refused(second_of_two, monkeypatch):
@@ -101,9 +120,25 @@ def test_other_data_are_refused(second_of_two, monkeypatch):
     starts.check_same_data(Plan(config), ["pt"])
     name = "the number of the train images of config.data"
     assert facts[name] == 160
+    source = run.image_source(config.data, "train")
     second_of_two(facts | {name: 159})
     with pytest.raises(UserError, match=f"{name} is 159 in process 0 .* and 160 in process 1"):
         starts.check_same_data(Plan(config), ["pt"])
+    # As many of the same classes, but others of them: with them a loss has other class weights.
+    monkeypatch.setitem(run._IMAGES, f"train {config.data.to_json()}", Reordered(source))
+    second_of_two(facts)
+    with pytest.raises(UserError, match="the sha256 of the labels of the train images of config"):
+        starts.check_same_data(Plan(config), ["pt"])
+
+
+class Reordered:
+    """A data set whose labels are in another order."""
+
+    def __init__(self, source):
+        self.labels, self.class_names = np.asarray(source.labels)[::-1], source.class_names
+
+    def __len__(self):
+        return len(self.labels)
 
 
 NODES = {"SLURM_STEP_NUM_NODES": "2"}
