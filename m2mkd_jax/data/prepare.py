@@ -8,7 +8,6 @@ has 62 classes. File contents are stored unchanged, in the order in which folder
 training from prepared data equals training from folders. Axes: N images.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from m2mkd_jax.arguments import Arguments
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.formats import folder
@@ -122,12 +122,14 @@ BUILDERS = {"tiny_imagenet": TinyImagenet, "tiny_imagenet_r": TinyImagenetR}
 @ended_by_signals()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m m2mkd_jax.data.prepare")
+    parser = Arguments(
+        "python -m m2mkd_jax.data.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("name", choices=BUILDERS)
     parser.add_argument("source", help="the unpacked archive")
     parser.add_argument("data_dir", help="the directory of prepared data sets")
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         builder = BUILDERS[given.name](source=given.source, data_dir=given.data_dir)
         builder.download_and_prepare()
     except UserError as error:

@@ -214,6 +214,26 @@ def test_half_precision_is_near_and_not_equal(weights, images, tmp_path):
     assert 0 < np.abs(half - exact).max() < 0.05 * np.abs(exact).max()
 
 
+def test_what_is_left_out_of_a_folder_is_named(weights, images, tmp_path, capsys):
+    folder, linked = tmp_path / "folder", tmp_path / "linked"
+    (folder / "inner.png").mkdir(parents=True)  # a folder, whatever its name
+    linked.mkdir()
+    shutil.copy(images / "0.png", linked)
+    shutil.copy(images / "1.png", folder / "inner.png")
+    (folder / "link").symlink_to(linked)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "notes.txt").write_text("x")
+    assert predict.main([str(weights), str(folder), f"--csv={tmp_path / 'a.csv'}", "--quiet"]) == 0
+    rows = (tmp_path / "a.csv").read_text().splitlines()[1:]
+    found = [str(folder / "inner.png" / "1.png"), str(folder / "link" / "0.png")]
+    assert [row.split(",")[0] for row in rows] == found
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"left out: {folder / 'gone.png'} cannot be read" in said[1]
+    assert said[0].startswith("warning: left out, no image by its name")
+    assert said[0].endswith(str(folder / "phone.heic"))
+
+
 def test_what_it_refuses_of_folders(weights, images, tmp_path, capsys):
     def refused(*arguments, words: str) -> None:
         assert predict.main([str(a) for a in arguments]) == 2

@@ -35,6 +35,7 @@ from tests.shipped import change, digits, load
             change("recipes.mt.modules", {"0": {"lr": "fast"}}),
             "recipes.mt.modules.0.lr must be float",
         ),
+        (change("recipes.mt.modules", {"0": {"modules": {}}}), "mt.modules.0.modules is unknown"),
         (change("recipes.mt.modules", {"0": 3}), "recipes.mt.modules.0 is 3"),
         (change("recipes.mt.lr", "fast"), "config.recipes.mt.lr must be float"),
         (change("phases", ("pt", "e2ee")), 'did you mean "e2e"'),
