@@ -89,8 +89,17 @@ def find(root: str | Path) -> bool:
 
 
 def _table(root: Path, stems: Sequence[str]) -> Path | None:
-    paths = (root / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+    """The first table of these names; UserError where it is there as CSV and JSON Lines."""
+    for stem in stems:
+        paths = [root / f"{stem}{suffix}" for suffix in SUFFIXES]
+        found = [path for path in paths if path.is_file()]
+        if len(found) > 1:
+            raise UserError(
+                f"{found[0]} and {found[1].name}: which of them is meant? Move one elsewhere"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _whole(root: Path) -> Path | None:
@@ -206,6 +215,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     reader = csv.DictReader(io.StringIO(text))
     try:
+        _check_once(reader.fieldnames or (), str(path))
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():
@@ -215,9 +225,25 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path} line {reader.line_num} is no CSV ({error})") from None
 
 
+def _check_once(names: Sequence[str], where: str) -> None:
+    """Refuses a column that is there twice, of which only one would be read."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"{where} has the column {twice[0]!r} twice: remove one")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice among {', '.join(name for name, _ in pairs)}")
+    return row
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
 def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON ({error})") from None
     if not isinstance(row, dict):
