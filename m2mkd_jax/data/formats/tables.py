@@ -10,7 +10,6 @@ sorted. Axes: N images.
 import csv
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from m2mkd_jax.data.formats.folder import FolderFiles, check_same_classes
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.files import strict_json
 
 EXPECTED = "tables of paths and labels (train.csv and val.csv, metadata.csv, or .jsonl)"
 SUFFIXES = (".csv", ".jsonl")
@@ -231,19 +231,9 @@ def _check_once(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where} has the column {twice[0]!r} twice: remove one")
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    if len(row := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice among {', '.join(name for name, _ in pairs)}")
-    return row
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
 def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
+        row = strict_json.parse(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON ({error})") from None
     if not isinstance(row, dict):

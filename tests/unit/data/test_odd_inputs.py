@@ -109,8 +109,8 @@ def test_a_set_whose_names_count_its_parts_is_whole(tmp_path):
     ("files", "says"),
     [
         ({"train.csv": "image,label,label\na.png,x,y\n"}, "the column 'label' twice"),
-        ({"train.jsonl": '{"image": "a.png", "label": 1, "label": 2}\n'}, "a key stands twice"),
-        ({"train.jsonl": '{"image": "a.png", "label": NaN}\n'}, "line 1 is no JSON (NaN is no num"),
+        ({"train.jsonl": '{"image": "a.png", "label": 1, "label": 2}\n'}, "a name occurs twice"),
+        ({"train.jsonl": '{"image": "a.png", "label": NaN}\n'}, "line 1 is no JSON (NaN is no fin"),
         ({"train.jsonl": '{"image": "a.png", "label": -Infinity}\n'}, "line 1 is no JSON (-Inf"),
         ({"train.csv": "image,label\na.png,x\n", "train.jsonl": ""}, "train.jsonl: which of them"),
     ],
