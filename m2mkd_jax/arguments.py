@@ -6,10 +6,12 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from m2mkd_jax.errors import UserError
+
+BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 
 
 class Arguments(argparse.ArgumentParser):
@@ -50,3 +52,25 @@ def refuse_repeated(arguments: Iterable[str]) -> None:
         if not seen.isdisjoint({name, f"no{name}", name.removeprefix("no")}):
             raise UserError(f"--{name} is given twice; give it once")
         seen.add(name)
+
+
+def answer(command: Callable[[], int]) -> int:
+    """Runs a small command that needs nothing of jax.
+
+    Args:
+        command: does everything, and returns the exit code.
+
+    Returns:
+        Its exit code; 2 after one line on stderr if the input is wrong; BROKEN_PIPE if whoever
+        reads the output has seen enough.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"m2mkd_jax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE

@@ -15,13 +15,12 @@ from importlib import import_module
 from absl import logging
 
 from m2mkd_jax import __version__
-from m2mkd_jax.arguments import Arguments
+from m2mkd_jax.arguments import BROKEN_PIPE, Arguments
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
 from m2mkd_jax.interruption import ended_by_signals
 
 WRONG_INPUT = 2
-BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 LONGEST = 2000  # characters of a message
 
 

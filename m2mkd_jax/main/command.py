@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m2mkd_jax.arguments import refuse_repeated
-from m2mkd_jax.command_line import BROKEN_PIPE, named_file
+from m2mkd_jax.arguments import BROKEN_PIPE, refuse_repeated
+from m2mkd_jax.command_line import named_file
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values

@@ -1,5 +1,6 @@
 """--help and --version of the small commands, and signals that end them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 
 import m2mkd_jax
 from m2mkd_jax import command_line, convert, export, predict, push
-from m2mkd_jax.arguments import Arguments, refuse_repeated
+from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, refuse_repeated
 from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.errors import UserError
+from tests.data_files import write_folders
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"convert": convert, "export": export, "predict": predict, "push": push}
@@ -141,6 +143,17 @@ def test_a_signal_ends_a_command_after_it_has_tidied_up(name, swallowed):
     assert done.returncode == -getattr(signal, name), done.stderr
     assert done.stdout == "tidied up\n"
     assert done.stderr == ""
+
+
+def test_nobody_who_reads_is_no_error_of_data_check(tmp_path):
+    """As with `| head -0`."""
+    write_folders(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "m2mkd_jax.data.check", str(tmp_path), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == BROKEN_PIPE and "Error" not in done.stderr, done.stderr
 
 
 def test_help_and_version_load_no_jax():

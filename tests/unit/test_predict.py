@@ -9,6 +9,7 @@ from PIL import Image
 
 import m2mkd_jax
 from m2mkd_jax import predict
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.errors import UserError
@@ -232,6 +233,32 @@ def test_what_is_left_out_of_a_folder_is_named(weights, images, tmp_path, capsys
     assert len(said) == 2 and f"left out: {folder / 'gone.png'} cannot be read" in said[1]
     assert said[0].startswith("warning: left out, no image by its name")
     assert said[0].endswith(str(folder / "phone.heic"))
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "says"),
+    [
+        ("normalisation", "mean", None, "mean is None"),
+        ("normalisation", "mean", 0.5, "mean is 0.5"),
+        ("normalisation", "mean", ["a", "b", "c"], "a finite number per channel"),
+        ("normalisation", "mean", [True] * 3, "a finite number per channel"),
+        ("normalisation", "mean", [0.5], "other numbers of channels"),
+        ("normalisation", "std", [0.0, 0.2, 0.2], "must be above 0"),
+        ("", "normalisation", {"mean": [0.5], "std": [0.2]}, "images have 3 channels"),
+        ("", "class_names", "abcde", "class_names is no list of names"),
+        ("", "class_names", [1, 2, 3], "class_names is no list of names"),
+    ],
+)
+def test_what_weights_record_of_images_is_looked_at(weights, tmp_path, group, key, value, says):
+    shutil.copytree(weights, tmp_path / "edited")
+    path = tmp_path / "edited" / "description.json"
+    record = read_record(path)
+    description = record["description"]
+    (description[group] if group else description)[key] = value
+    write_record(path, record)
+    with pytest.raises(UserError, match="does not fit its weights") as error:
+        m2mkd_jax.load(tmp_path / "edited")
+    assert says in str(error.value)
 
 
 def test_what_it_refuses_of_folders(weights, images, tmp_path, capsys):
