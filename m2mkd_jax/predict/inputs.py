@@ -86,12 +86,13 @@ def read_labels(path: str, classes: int) -> list[str]:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
         names = [names[str(i)] for i in range(len(names)) if str(i) in names]
-    if not isinstance(names, list) or not all(names):
+    if isinstance(names, list):  # the common ones for ImageNet have [id, name]
+        names = [name[-1] if isinstance(name, list) and name else name for name in names]
+    if not isinstance(names, list) or not all(name and isinstance(name, str) for name in names):
         raise UserError(f"--labels: {path} is no list of names")
     if len(names) != classes:
         raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
-    # The common lists for ImageNet have [id, name].
-    return [str(name[-1] if isinstance(name, list) else name) for name in names]
+    return names
 
 
 def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:

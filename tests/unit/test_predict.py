@@ -13,6 +13,7 @@ from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.predict.inputs import read_labels
 from tests.published_files import ARCH, arch_flag, converted, run
 from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
@@ -233,6 +234,25 @@ def test_what_is_left_out_of_a_folder_is_named(weights, images, tmp_path, capsys
     assert len(said) == 2 and f"left out: {folder / 'gone.png'} cannot be read" in said[1]
     assert said[0].startswith("warning: left out, no image by its name")
     assert said[0].endswith(str(folder / "phone.heic"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('["a", {"b": 1}]', "is no list of names"),
+        ('["a", 1]', "is no list of names"),
+        ('["a", NaN]', "NaN is no finite number"),
+        ('{"0": "a", "1": "b", "1": "c"}', "a name occurs twice"),
+        ('{"0": "a", "2": "b"}', "has 1 names for 2 classes"),
+    ],
+)
+def test_names_of_classes_are_texts_and_stand_once(tmp_path, text, says):
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_labels(str(path), 2)
+    path.write_text('[["n01", "a"], ["n02", "b"]]')
+    assert read_labels(str(path), 2) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
