@@ -16,6 +16,8 @@ from tests.shipped import change, digits, load
         (change("phases", ()), "config.phases is empty"),
         (change("data.imagesize", 3), 'did you mean "data.image_size"'),
         (change("data", "digits"), "config.data is a group of keys"),
+        (change("data.mean", (123.675, 116.28, 103.53)), "its entries must be numbers from 0 to 1"),
+        (change("data.std", (58.4, 57.1, 57.4)), "its entries must be numbers above 0, up to 1"),
         (change("recipes.pt.batch", 0), "config.recipes.pt.batch is 0; it must be above 0"),
         (change("recipes.pt.stop_within", 0.1), "only mt and m2mkd have a reference"),
         (change("recipes.mt.stop_within", 0.1), "config.evaluation.every epochs, which is 0"),
