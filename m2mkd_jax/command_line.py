@@ -11,22 +11,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
 
 from absl import logging
 
 from m2mkd_jax import __version__
+from m2mkd_jax.arguments import BROKEN_PIPE, Arguments
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
 from m2mkd_jax.interruption import ended_by_signals
 
 WRONG_INPUT = 2
-BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 LONGEST = 2000  # characters of a message
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, not several lines and an exit.
+class Parser(Arguments):
+    """The arguments of m2mkd_jax.NAME.
 
     It has --help and --version, which print and exit with code 0.
 
@@ -43,9 +42,6 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--version", action="version", version=f"m2mkd_jax {__version__}")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(name: str, command: Callable[[], None]) -> int:

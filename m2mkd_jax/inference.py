@@ -68,13 +68,15 @@ class Model:
         interface = registry.interface(self.description, names)
         self.image_size, self.width = interface.image_size, interface.width
         self.classes, self.channels = interface.classes, interface.channels
-        self.class_names = tuple(map(str, self.description.get("class_names", ())))
+        self.class_names = registry.class_names(self.description)
         if not self.classes:  # names of logits that another module gives
             self.class_names = ()
         elif self.class_names and len(self.class_names) != self.classes:
             raise ValueError(f"{len(self.class_names)} class_names, {self.classes} classes")
-        normalisation = self.description["normalisation"]
-        self.mean, self.std = normalisation["mean"], normalisation["std"]
+        recorded = registry.normalisation(self.description)
+        self.mean, self.std = list(recorded["mean"]), list(recorded["std"])
+        if self.image_size and len(self.mean) != self.channels:
+            raise ValueError(f"mean is {self.mean}, and images have {self.channels} channels")
         self.oriented = bool(self.description.get("orientation", False))
 
     def _matched(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files import strict_json
 from m2mkd_jax.files.paths import as_path, in_bucket, write_bytes
 
 CHECKSUM = "sha256"  # the key of a record's checksum
@@ -45,11 +46,11 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads what `write_json` wrote.
 
     Raises:
-        UserError: the file is missing, unreadable, or not JSON (empty, cut off).
+        UserError: the file is missing, unreadable, or not strict JSON (empty, cut off).
     """
     path = as_path(path)
     try:
-        return json.loads(path.read_bytes().decode())
+        return strict_json.parse(path.read_bytes().decode())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:

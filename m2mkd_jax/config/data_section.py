@@ -5,10 +5,10 @@ from __future__ import annotations
 from m2mkd_jax.config.keys import (
     ABOVE_0,
     BELOW_1,
+    DEVIATIONS,
     FROM_0,
     FROM_MINUS_1,
-    NUMBERS,
-    POSITIVE_NUMBERS,
+    MEANS,
     SAMPLERS,
     SEED,
     SHARE,
@@ -70,12 +70,12 @@ DATA: Keys = {
     "mean": Key(
         (0.485, 0.456, 0.406),
         "mean of each channel, of pixels from 0 to 1; the default is ImageNet's",
-        NUMBERS,
+        MEANS,
     ),
     "std": Key(
         (0.229, 0.224, 0.225),
         "standard deviation of each channel, likewise",
-        POSITIVE_NUMBERS,
+        DEVIATIONS,
     ),
     "repeated_augmentation": Key(
         1,

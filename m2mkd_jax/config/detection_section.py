@@ -5,9 +5,11 @@ from __future__ import annotations
 from m2mkd_jax.config.keys import (
     ABOVE_0,
     COUNTS,
+    DEVIATIONS,
     FROM_0,
     FROM_MINUS_1,
     INDICES,
+    MEANS,
     NUMBERS,
     POSITIVE_NUMBERS,
     SEED,
@@ -29,8 +31,8 @@ DETECTION_DATA: Keys = {
     "image_size": Key(0, "side of the square that images are padded to; must be given"),
     "objects": Key(100, "objects of an image in training; of more the largest are kept", ABOVE_0),
     "seed": Key(0, "of generated scenes", SEED),
-    "mean": Key((0.485, 0.456, 0.406), "mean of each channel, of pixels from 0 to 1", NUMBERS, 3),
-    "std": Key((0.229, 0.224, 0.225), "standard deviation, likewise", POSITIVE_NUMBERS, 3),
+    "mean": Key((0.485, 0.456, 0.406), "mean of each channel, of pixels from 0 to 1", MEANS, 3),
+    "std": Key((0.229, 0.224, 0.225), "standard deviation, likewise", DEVIATIONS, 3),
     "workers": Key(
         -1,
         "processes that decode images; 0: threads of the main process; -1: as fits the machine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import traceback
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def find_config(name: str) -> str:
         UserError: no config of this name is shipped.
     """
     if "/" in name or name.endswith(".py"):
-        return name
+        return os.path.expanduser(name)
     shipped = shipped_configs()
     if name not in shipped:
         hint = did_you_mean(name, shipped)

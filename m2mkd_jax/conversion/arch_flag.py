@@ -7,7 +7,6 @@ that is not stated is left out, and inferred from the weights' names and shapes 
 from __future__ import annotations
 
 import dataclasses
-import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from m2mkd_jax.config.defaults import meta_depths, teaching_data
 from m2mkd_jax.config.networks import nac_spec, teacher_spec, vmoe_spec
 from m2mkd_jax.conversion.arch_yaml import yaml_fields
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.files import strict_json
 from m2mkd_jax.models import variants
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.nac.spec import NACSpec
@@ -54,7 +54,7 @@ def read_arch(text: str, kind: str, blocks: int | None) -> Fields:
     """
     path = Path(text.split(".py:")[0] + ".py" if ".py:" in text else text).expanduser()
     if path.suffix == ".json":
-        return check_fields(_parsed(path, json.loads), str(path))
+        return check_fields(_parsed(path, strict_json.parse), str(path))
     if path.suffix in (".yml", ".yaml"):
         return _from_yaml(_parsed(path, yaml.safe_load), str(path))
     if path.suffix == ".py":

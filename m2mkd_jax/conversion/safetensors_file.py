@@ -22,6 +22,7 @@ import numpy as np
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.conversion.lazy_tensor import Tensor
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.strict_json import unique_names
 
 SUFFIX = ".safetensors"
 _DTYPES = {
@@ -61,20 +62,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a safetensors file: {reason[:200]}") from None
 
 
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; ValueError if a name occurs twice."""
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return names
-
-
 def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, str]]:
     """See `read_safetensors`; `data`: the bytes of the file. ValueError and others if wrong."""
     (size,) = struct.unpack("<Q", data[:8].tobytes())
     if not 2 <= size <= min(_LARGEST_HEADER, len(data) - 8):
         raise ValueError("its header is longer than the file")
-    header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=_unique_names)
+    header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=unique_names)
     metadata = header.pop("__metadata__", {})
     if not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata are not strings")

@@ -9,7 +9,6 @@ config.data, what a run with these values gets. Exit code 0: no problem found; 2
 images.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from m2mkd_jax.arguments import Arguments, answer
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.check_coco import check_instances, find_instances
 from m2mkd_jax.data.class_lists import PARENTS, wordnet_ids
@@ -222,11 +222,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-@ended_by_signals()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m m2mkd_jax.data.check", description=__doc__.splitlines()[0]
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = Arguments(
+        "python -m m2mkd_jax.data.check", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("root")
     parser.add_argument("--quick", action="store_true", help="count only, decode nothing")
@@ -238,21 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.add_argument("--label_column", default="", metavar="NAME")
     config.add_argument("--channels", type=int, default=RGB.channels, metavar="C")
     given = parser.parse_args(arguments)
+    require(0 <= given.validation < 1, "--validation must be from 0 to below 1")
+    require(given.channels > 0, "--channels must be above 0")
+    options = Options(
+        given.validation,
+        given.validation_seed,
+        given.numeric_order,
+        Columns(given.image_column, given.label_column),
+        given.channels,
+    )
+    return 0 if check(given.root, given.quick, options=options) else 2
+
+
+@ended_by_signals()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
     show_any_name()
-    try:
-        require(0 <= given.validation < 1, "--validation must be from 0 to below 1")
-        require(given.channels > 0, "--channels must be above 0")
-        options = Options(
-            given.validation,
-            given.validation_seed,
-            given.numeric_order,
-            Columns(given.image_column, given.label_column),
-            given.channels,
-        )
-        return 0 if check(given.root, given.quick, options=options) else 2
-    except UserError as error:
-        print(f"m2mkd_jax: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ has 62 classes. File contents are stored unchanged, in the order in which folder
 training from prepared data equals training from folders. Axes: N images.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from m2mkd_jax.arguments import Arguments, answer
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.formats import folder
@@ -119,10 +119,10 @@ class TinyImagenetR(_Folders):
 BUILDERS = {"tiny_imagenet": TinyImagenet, "tiny_imagenet_r": TinyImagenetR}
 
 
-@ended_by_signals()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m m2mkd_jax.data.prepare")
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = Arguments(
+        "python -m m2mkd_jax.data.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("name", choices=BUILDERS)
     parser.add_argument("source", help="the unpacked archive")
     parser.add_argument("data_dir", help="the directory of prepared data sets")
@@ -130,15 +130,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         builder = BUILDERS[given.name](source=given.source, data_dir=given.data_dir)
         builder.download_and_prepare()
-    except UserError as error:
-        print(f"m2mkd_jax: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"m2mkd_jax: cannot prepare in {given.data_dir} ({error})", file=sys.stderr)
-        return 2
+        raise UserError(f"cannot prepare in {given.data_dir} ({error})") from None
     splits = [f"{name} {split.num_examples}" for name, split in builder.info.splits.items()]
     print(f"{builder.data_path}: {', '.join(splits)}")
     return 0
+
+
+@ended_by_signals()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
+    return answer(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

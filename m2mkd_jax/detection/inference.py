@@ -24,7 +24,7 @@ from m2mkd_jax.detection.detector import builder
 from m2mkd_jax.detection.spec import DetectorSpec, backbone_of, is_detection, spec_of
 from m2mkd_jax.detection.weights import TREE, convert_detector, read_arch_file
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain
+from m2mkd_jax.models import chain, registry
 from m2mkd_jax.parallel import backend
 
 # Images of a batch, if they are padded to a square.
@@ -65,11 +65,11 @@ class DetectionModel:
         self.description, self.spec = description, spec_of(description)
         part = chain.abstract(builder(self.spec))
         self._params = jax.tree.map(jnp.asarray, match_tree(tree, part.params, "the weights"))
-        normalisation = description["normalisation"]
+        recorded = registry.normalisation(description)
         self._mean, self._std = (
-            np.asarray(normalisation[key], np.float32) * 255 for key in ("mean", "std")
+            np.asarray(recorded[key], np.float32) * 255 for key in ("mean", "std")
         )
-        self.class_names = tuple(map(str, description.get("class_names", ())))
+        self.class_names = registry.class_names(description)
         self._features = backend.jit(
             lambda params, images: chain.merge(part.graph, params, {}).features(images)[0]
         )

@@ -174,7 +174,8 @@ def _check_recipe(config: ConfigDict, name: str, devices: int) -> None:
             f"config.{where}: there are {modules} modules, 0 to {modules - 1}",
         )
         for key in changes:
-            require(key in RECIPE, f"config.{where}.{key} is unknown; {did_you_mean(key, RECIPE)}")
+            known = [k for k in RECIPE if k != "modules"]
+            require(key in known, f"config.{where}.{key} is unknown; {did_you_mean(key, known)}")
             check_value(f"{where}.{key}", changes[key], RECIPE[key])
     for index in [None, *range(modules)] if name in MODULE_PHASES else [None]:
         recipe = module_recipe(config, name, index)

@@ -48,13 +48,19 @@ class _Use:
     order_only: bool = False
 
 
-def image_facts(phase: Phase) -> dict[str, str]:
-    """What there is of a job's training images, which are opened, by the key of their section."""
-    source = image_source(phase.data, "train")
+def image_facts(phase: Phase, split: str = "train") -> dict[str, str]:
+    """What there is of a job's images, which are opened, by the key of their section."""
+    source = image_source(phase.data, split)
     names = "\n".join(source.class_names).encode("utf-8", "replace")
     labels = np.asarray(getattr(source, "labels", ()), np.int64).tobytes()
     known = hashlib.sha256(names + labels).hexdigest()[:8]
-    return {phase.data_key: f"{len(source)} training images (labels {known})"}
+    what = "training" if split == "train" else split
+    return {phase.data_key: f"{len(source)} {what} images (labels {known})"}
+
+
+def measured_images(phases: Iterable[Phase]) -> dict[str, str]:
+    """What there is of the images on which networks are measured, by the keys of their sections."""
+    return {key: what for phase in phases for key, what in image_facts(phase, "test").items()}
 
 
 def check_same_images(
@@ -76,7 +82,8 @@ def check_same_images(
         if job.kind is not Kind.EVALUATION and job.phase.data_key not in now:
             now |= image_facts(job.phase)
     for name in plan.closure(todo):
-        if name in stale or not inputs_path(workdir, name).is_file():
+        measured = plan.job(name).kind is Kind.EVALUATION  # anew, of whatever is there
+        if name in stale or measured or not inputs_path(workdir, name).is_file():
             continue
         for key, before in read_inputs(workdir, name)[1]["images"].items():
             if now.get(key, before) != before:

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.detection.training import STAGE, batch_shapes
 from m2mkd_jax.evaluate.flops import count_flops, kept_bytes
-from m2mkd_jax.jobs.changes import check_same_config, jobs_to_extend
+from m2mkd_jax.jobs.changes import check_same_config
 from m2mkd_jax.jobs.checks import check_weights, validate
+from m2mkd_jax.jobs.choice import choose
 from m2mkd_jax.jobs.data_checks import missing_data
 from m2mkd_jax.jobs.joint import JointSetup, keeps_targets
 from m2mkd_jax.jobs.plan import (
@@ -30,7 +31,6 @@ from m2mkd_jax.jobs.plan import (
     Kind,
     is_current,
     open_jobs,
-    stale_after,
 )
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
 from m2mkd_jax.jobs.time_left import detection_flops
@@ -63,18 +63,19 @@ def dry_run(
     """
     mesh = planned_mesh(config)
     plan = validate(config, mesh.size)
-    stale = stale_after(workdir, plan.select(redo, "--redo")) if redo else []
-    extended = jobs_to_extend(plan, workdir, plan.select(extend, "--extend")) if extend else []
-    check_same_config(plan, workdir, plan.names, stale, extended)
+    choice = choose(plan, workdir, only, redo, extend)
+    check_same_config(plan, workdir, plan.names, choice.stale, choice.extended)
     here, backend = len(jax.devices()), jax.default_backend()
     beside = f" (here {here})" if here != mesh.size else ""
     dtype = compute_dtype(config.precision).name
     say(f"{config.name}: {mesh.size} {backend} device(s){beside}, compute type {dtype}")
-    chosen, to_run = plan.select(only), open_jobs(plan, workdir, [*stale, *extended])
-    check_weights(plan, workdir, [name for name in plan.names if name in to_run])
+    chosen, to_run = choice.chosen, open_jobs(plan, workdir, choice.again)
+    # --only alone tells about some of the jobs of a whole run.
+    wanted = choice.todo if choice.again else [name for name in plan.names if name in to_run]
+    check_weights(plan, workdir, wanted, choice.again)
     for name in chosen:
         job = plan.job(name)
-        done = name not in (*stale, *extended) and is_current(plan, workdir, name)
+        done = name not in choice.again and is_current(plan, workdir, name)
         status = "done" if done else "to run" if name in to_run or only else "not needed"
         say(f"\n{name}  [{status}]  after: {', '.join(job.needs) or '-'}")
         if job.kind is not Kind.EVALUATION:

@@ -22,6 +22,7 @@ from m2mkd_jax.evaluate.corruptions import KINDS, SEVERITIES, corrupt
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.files.paths import make_directory
+from m2mkd_jax.jobs.data_checks import measured_images
 from m2mkd_jax.jobs.detection import measure_detector, said
 from m2mkd_jax.jobs.plan import Job, standing_on, write_inputs
 from m2mkd_jax.jobs.run import Run, has_test_images, image_source
@@ -109,7 +110,12 @@ def run_evaluation(run: Run, job: Job) -> dict:
     if is_main():
         directory = run.directory(job.name)
         make_directory(directory)
-        write_inputs(run.workdir, job, weights=standing_on(run.config, run.workdir, job))
+        write_inputs(
+            run.workdir,
+            job,
+            weights=standing_on(run.config, run.workdir, job),
+            images=measured_images(job.phases),
+        )
     metrics = {phase.job: _measure(run, phase) for phase in job.phases}
     first = metrics.get("e2e", next(iter(metrics.values()), {}))
     result = {

@@ -46,7 +46,7 @@ def _are_metrics(found: Any) -> bool:
     """Whether scores are numbers; a group of them, and what was not finite, may stand beside."""
     return isinstance(found, dict) and all(
         _is_number(value)
-        or isinstance(value, dict | list)
+        or (isinstance(value, dict | list) and not name.endswith(("accuracy", "loss")))
         or (value is None and not name.endswith("accuracy"))
         for name, value in found.items()
     )

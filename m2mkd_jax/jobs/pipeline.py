@@ -14,7 +14,6 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.store import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
-from m2mkd_jax.errors import require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
@@ -22,17 +21,9 @@ from m2mkd_jax.files.paths import (
     remove_tree,
 )
 from m2mkd_jax.jobs import checks
-from m2mkd_jax.jobs.agreement import (
-    check_same_data,
-    check_same_directory,
-    check_same_start,
-)
-from m2mkd_jax.jobs.changes import (
-    check_not_running,
-    check_same_config,
-    jobs_to_extend,
-    raised_epochs,
-)
+from m2mkd_jax.jobs.agreement import check_same_data, check_same_directory, check_same_start
+from m2mkd_jax.jobs.changes import check_same_config, raised_epochs
+from m2mkd_jax.jobs.choice import choose
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import (
@@ -41,8 +32,6 @@ from m2mkd_jax.jobs.plan import (
     Plan,
     is_current,
     is_done,
-    jobs_to_run,
-    stale_after,
 )
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.run import Run
@@ -86,15 +75,9 @@ def run(
     mesh = make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     plan = checks.validate(config, mesh.size)
     warm_up_collectives(mesh)
-    chosen = plan.select(only)
-    stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
-    asked = plan.select(extend, "--extend") if extend else []
-    extended = from_main(jobs_to_extend(plan, workdir, asked))
-    check_not_running(workdir, [*stale, *extended])
-    for name in extended:
-        require(name in chosen, f"--extend={name}: --only={only} leaves it out; name it there too")
-    todo = from_main(jobs_to_run(plan, workdir, only, [*stale, *extended]))
-    checks.validate_jobs(plan, workdir, mesh, todo, stale, extended)
+    choice = choose(plan, workdir, only, redo, extend)
+    chosen, todo = choice.chosen, choice.todo
+    checks.validate_jobs(plan, workdir, mesh, todo, choice.stale, choice.extended)
     check_same_data(plan, todo)
     if spanning_groups(mesh) > 1:
         say(
@@ -102,17 +85,17 @@ def run(
             "processes; its tokens cross the network between them"
         )
     check_same_directory(workdir)
-    _prepare(plan, workdir, stale, extended)
+    _prepare(plan, workdir, choice.stale, choice.extended)
     enable_compilation_cache()
     this = Run(config, workdir, mesh)
     time_left = TimeLeft.of(plan, _counted(plan, chosen, workdir, todo), workdir)
     try:
         for names in _phases(chosen):
             # Others may have begun or made them since, or what they stand on, and otherwise.
-            check_same_config(plan, workdir, [n for n in names if n in todo], (), extended)
+            check_same_config(plan, workdir, [n for n in names if n in todo], (), choice.extended)
             jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
             if jobs and jobs[0].kind is Kind.TRAINING:
-                run_training(this, jobs, time_left)
+                run_training(this, jobs, time_left, several=_has_siblings(jobs[0], todo))
                 continue
             for job in jobs:
                 RUNNERS[job.kind](this, job)
@@ -127,6 +110,12 @@ def _phases(names: list[str]) -> list[list[str]]:
     """Jobs in their order, those of one phase's modules together."""
     module = lambda name: name.partition("/")[0] in MODULE_PHASES and name.partition("/")[0]
     return [list(group) for _, group in itertools.groupby(names, lambda n: module(n) or n)]
+
+
+def _has_siblings(job: Job, todo: list[str]) -> bool:
+    """Whether others of its phase, which do not stand on it, are to be done beside a job."""
+    phase = job.name.partition("/")[0]
+    return sum(name.partition("/")[0] == phase for name in todo) > 1
 
 
 def _counted(plan: Plan, chosen: list[str], workdir: Path, todo: list[str]) -> list[str]:

@@ -115,6 +115,8 @@ class Plan:
             kind, needs = Kind.EVALUATION, self._measured()
             phases = tuple(self.job(needed).phase for needed in needs)
             values: dict[str, Any] = {"evaluation.sampled": config.evaluation.sampled}
+            if config.evaluation.sampled or config.evaluation.reductions:  # batch by batch
+                values["evaluation.batch"] = config.evaluation.batch
             values |= {p.data_key: p.data for p in phases}
             for phase in phases:  # those of this run's own networks are in their fingerprints
                 if init_path(config, phase.job)[1]:

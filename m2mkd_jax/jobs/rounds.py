@@ -33,7 +33,12 @@ from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
 
 
-def run_training(run: Run, jobs: Sequence[Job], time_left: TimeLeft | None = None) -> None:
+def run_training(
+    run: Run,
+    jobs: Sequence[Job],
+    time_left: TimeLeft | None = None,
+    several: bool | None = None,
+) -> None:
     """Runs jobs to their ends, those that see the same batches in one program.
 
     Of several jobs, one that another process trains is left to it.
@@ -42,12 +47,13 @@ def run_training(run: Run, jobs: Sequence[Job], time_left: TimeLeft | None = Non
         run: the run.
         jobs: that are not done.
         time_left: of the command; None: it is not said.
+        several: they are some of several; None: that says their number.
 
     Raises:
         UserError: input that is wrong, another process at the only job, a diverging loss.
         Preempted: a signal arrived; the states were saved.
     """
-    left, several = list(jobs), len(jobs) > 1
+    left, several = list(jobs), len(jobs) > 1 if several is None else several
     while left:
         candidates = alike(run, left)
         left = [job for job in left if job not in candidates]

@@ -17,7 +17,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m2mkd_jax.command_line import BROKEN_PIPE, named_file
+from m2mkd_jax.arguments import BROKEN_PIPE, refuse_repeated
+from m2mkd_jax.command_line import named_file
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
@@ -94,6 +95,7 @@ def _find_configs(argv: Sequence[str]) -> list[str]:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with every complaint as one line and exit code 2."""
     try:
+        refuse_repeated(argv[1:])
         rest = flags.FLAGS(_find_configs(argv))
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")

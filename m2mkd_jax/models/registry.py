@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -280,3 +281,37 @@ def tree_names(description: Description) -> list[str]:
 def in_order(names: Sequence[str]) -> list[str]:
     """Names of trees in the order of their stages."""
     return sorted(names, key=index_of)
+
+
+def normalisation(description: Description) -> dict[str, tuple[float, ...]]:
+    """The recorded mean and std of the pixels, a number per channel; {}: none are recorded.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+    found = {}
+    for name, values in description.get("normalisation", {}).items():
+        if not isinstance(values, list | tuple) or not all(map(_is_finite, values)):
+            raise ValueError(f"{name} is {values!r}; a finite number per channel is expected")
+        if name == "std" and min(values, default=0) <= 0:
+            raise ValueError(f"std is {values!r}; its numbers must be above 0")
+        found[name] = tuple(map(float, values))
+    if len({len(values) for values in found.values()}) > 1:
+        raise ValueError("mean and std are of other numbers of channels")
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def class_names(description: Description) -> tuple[str, ...]:
+    """The recorded names of classes, in the order of the logits; (): none are recorded.
+
+    Raises:
+        ValueError: they are no list of names.
+    """
+    names = description.get("class_names", ())
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is no list of names")
+    return tuple(names)

@@ -198,12 +198,11 @@ def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = F
     if not description:
         return Recorded(path)
     with description_errors(path):
-        normalisation = description.get("normalisation", {})
         return Recorded(
             path,
             description.get("job", ""),
-            {name: tuple(map(float, values)) for name, values in normalisation.items()},
-            tuple(map(str, description.get("class_names", ()))),
+            registry.normalisation(description),
+            registry.class_names(description),
         )
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_jax.data.augment import evaluation_image
-from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES, DamagedImage, Form, decode
+from m2mkd_jax.data.decode import SUFFIXES, DamagedImage, Form, decode
+from m2mkd_jax.data.formats.folder import files_below, say_left_out
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.inference import Model
 
@@ -27,7 +28,8 @@ def image_files(given: Sequence[str]) -> list[tuple[str, bool]]:
     """The image files that the arguments mean, in order.
 
     Args:
-        given: files, and folders that are searched with all folders in them.
+        given: files, and folders that are searched with all folders in them. What is no image by
+            its name there is named on stderr.
 
     Returns:
         (path, whether it was found in a folder) of each.
@@ -42,11 +44,11 @@ def image_files(given: Sequence[str]) -> list[tuple[str, bool]]:
                 raise UserError(f"{path} cannot be read: No such file or directory")
             found.append((path, False))
             continue
-        inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
-        inside = inside or sorted(Path(path).rglob(f"*{ARRAY_SUFFIX}"))
+        inside, others = files_below(path)
         if not inside:
             raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
-        found += [(str(p), True) for p in inside]
+        say_left_out(Path(path), others)
+        found += [(str(p), True) for p in sorted(Path(path, name) for name in inside)]
     return found
 
 
@@ -61,13 +63,12 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, np.ndarray]:
         Its pixels (S, S, C), uint8, and the same normalised, float32.
 
     Raises:
-        UserError: it cannot be read.
-        DamagedImage: it cannot be decoded.
+        DamagedImage: it cannot be read or decoded.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedImage(f"{path} cannot be read: {error.strerror}") from None
     form = Form(model.channels, model.oriented)
     pixels = evaluation_image(decode(content, path, form=form), model.image_size)
     scaled = np.asarray(pixels, np.float32) / 255

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files import strict_json
 
 OUTPUTS = ("csv", "json", "npz", "features", "attention", "draw")  # flags that name what is written
 
@@ -81,17 +81,18 @@ def read_labels(path: str, classes: int) -> list[str]:
     """
     try:
         text = read_text(path)
-        names = json.loads(text) if path.endswith(".json") else text.splitlines()
+        names = strict_json.parse(text) if path.endswith(".json") else text.splitlines()
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
         names = [names[str(i)] for i in range(len(names)) if str(i) in names]
-    if not isinstance(names, list) or not all(names):
+    if isinstance(names, list):  # the common ones for ImageNet have [id, name]
+        names = [name[-1] if isinstance(name, list) and name else name for name in names]
+    if not isinstance(names, list) or not all(name and isinstance(name, str) for name in names):
         raise UserError(f"--labels: {path} is no list of names")
     if len(names) != classes:
         raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
-    # The common lists for ImageNet have [id, name].
-    return [str(name[-1] if isinstance(name, list) else name) for name in names]
+    return names
 
 
 def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:

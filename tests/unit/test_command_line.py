@@ -1,15 +1,20 @@
 """--help and --version of the small commands, and signals that end them."""
 
+import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import m2mkd_jax
 from m2mkd_jax import command_line, convert, export, predict, push
+from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, refuse_repeated
 from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.errors import UserError
+from tests.data_files import write_folders
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"convert": convert, "export": export, "predict": predict, "push": push}
@@ -48,6 +53,49 @@ def test_version(name, capsys):
         COMMANDS[name].main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"m2mkd_jax {m2mkd_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--csv=a", "x.png", "--csv=b"], "--csv"),
+        (["--top", "3", "--top", "-3"], "--top"),
+        (["--config.seed=1", "-config.seed=1"], "--config.seed"),
+        (["--dry_run", "--nodry_run"], "--nodry_run"),
+        (["--noconfig.nac.geglu", "--config.nac.geglu=True"], "--config.nac.geglu"),
+    ],
+)
+def test_flags_are_given_once(arguments, flag):
+    with pytest.raises(UserError) as error:
+        refuse_repeated(arguments)
+    assert str(error.value) == f"{flag} is given twice; give it once"
+
+
+def test_flags_that_only_look_alike_are_others():
+    refuse_repeated(["--top", "-3", "--batch", "-3", "--", "--top", "--top"])
+    refuse_repeated(["--npz=a", "--npz_in=a", "--no_analysis", "--config.a.b=1", "--config.a.c=1"])
+
+
+@pytest.mark.parametrize("name", ["convert", "export", "predict", "push", "report", "data.check"])
+def test_every_command_refuses_a_flag_given_twice(name, capsys):
+    package = import_module(f"m2mkd_jax.{'report.__main__' if name == 'report' else name}")
+    assert package.main(["a", "b", "--out=1", "--out=2"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("--out is given twice; give it once\n") and said.count("\n") == 1
+
+
+def test_a_home_directory_is_meant_anywhere_in_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Arguments()
+    parser.add_argument("given", nargs="*")
+    for flag in ("--json", "--message", "--out"):
+        parser.add_argument(flag)
+    found = parser.parse_args(
+        ["~/a.png", "b~/c", "--json=~/d", "--message=about ~/e", "--out", "~/f"]
+    )
+    assert found.given == ["/home/me/a.png", "b~/c"]
+    assert (found.json, found.out) == ("/home/me/d", "/home/me/f")
+    assert found.message == "about ~/e"
 
 
 def test_a_file_that_cannot_be_replaced_is_named(tmp_path, capsys):
@@ -95,6 +143,17 @@ def test_a_signal_ends_a_command_after_it_has_tidied_up(name, swallowed):
     assert done.returncode == -getattr(signal, name), done.stderr
     assert done.stdout == "tidied up\n"
     assert done.stderr == ""
+
+
+def test_nobody_who_reads_is_no_error_of_data_check(tmp_path):
+    """As with `| head -0`."""
+    write_folders(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "m2mkd_jax.data.check", str(tmp_path), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == BROKEN_PIPE and "Error" not in done.stderr, done.stderr
 
 
 def test_help_and_version_load_no_jax():

@@ -9,9 +9,11 @@ from PIL import Image
 
 import m2mkd_jax
 from m2mkd_jax import predict
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.checkpoint.store import load_weights
 from m2mkd_jax.data.augment import evaluation_image
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.predict.inputs import read_labels
 from tests.published_files import ARCH, arch_flag, converted, run
 from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
@@ -212,6 +214,71 @@ def test_half_precision_is_near_and_not_equal(weights, images, tmp_path):
         logits[precision] = arrays(out)["logits"]
     exact, half = logits["float32"], logits["bfloat16"]
     assert 0 < np.abs(half - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_what_is_left_out_of_a_folder_is_named(weights, images, tmp_path, capsys):
+    folder, linked = tmp_path / "folder", tmp_path / "linked"
+    (folder / "inner.png").mkdir(parents=True)  # a folder, whatever its name
+    linked.mkdir()
+    shutil.copy(images / "0.png", linked)
+    shutil.copy(images / "1.png", folder / "inner.png")
+    (folder / "link").symlink_to(linked)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "notes.txt").write_text("x")
+    assert predict.main([str(weights), str(folder), f"--csv={tmp_path / 'a.csv'}", "--quiet"]) == 0
+    rows = (tmp_path / "a.csv").read_text().splitlines()[1:]
+    found = [str(folder / "inner.png" / "1.png"), str(folder / "link" / "0.png")]
+    assert [row.split(",")[0] for row in rows] == found
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"left out: {folder / 'gone.png'} cannot be read" in said[1]
+    assert said[0].startswith("warning: left out, no image by its name")
+    assert said[0].endswith(str(folder / "phone.heic"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('["a", {"b": 1}]', "is no list of names"),
+        ('["a", 1]', "is no list of names"),
+        ('["a", NaN]', "NaN is no finite number"),
+        ('{"0": "a", "1": "b", "1": "c"}', "a name occurs twice"),
+        ('{"0": "a", "2": "b"}', "has 1 names for 2 classes"),
+    ],
+)
+def test_names_of_classes_are_texts_and_stand_once(tmp_path, text, says):
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_labels(str(path), 2)
+    path.write_text('[["n01", "a"], ["n02", "b"]]')
+    assert read_labels(str(path), 2) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "says"),
+    [
+        ("normalisation", "mean", None, "mean is None"),
+        ("normalisation", "mean", 0.5, "mean is 0.5"),
+        ("normalisation", "mean", ["a", "b", "c"], "a finite number per channel"),
+        ("normalisation", "mean", [True] * 3, "a finite number per channel"),
+        ("normalisation", "mean", [0.5], "other numbers of channels"),
+        ("normalisation", "std", [0.0, 0.2, 0.2], "must be above 0"),
+        ("", "normalisation", {"mean": [0.5], "std": [0.2]}, "images have 3 channels"),
+        ("", "class_names", "abcde", "class_names is no list of names"),
+        ("", "class_names", [1, 2, 3], "class_names is no list of names"),
+    ],
+)
+def test_what_weights_record_of_images_is_looked_at(weights, tmp_path, group, key, value, says):
+    shutil.copytree(weights, tmp_path / "edited")
+    path = tmp_path / "edited" / "description.json"
+    record = read_record(path)
+    description = record["description"]
+    (description[group] if group else description)[key] = value
+    write_record(path, record)
+    with pytest.raises(UserError, match="does not fit its weights") as error:
+        m2mkd_jax.load(tmp_path / "edited")
+    assert says in str(error.value)
 
 
 def test_what_it_refuses_of_folders(weights, images, tmp_path, capsys):

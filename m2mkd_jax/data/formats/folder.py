@@ -154,17 +154,17 @@ def list_classes(
     left_out: list[str] = []
     for label, name in enumerate(names):
         below = os.path.join(folder, name)
-        found, others = _files_below(root / below)
+        found, others = files_below(root / below)
         if not found:
             raise UserError(f"no image file in {root / below}: add some or remove the folder")
         left_out += [os.path.join(below, file) for file in others]
         files += [os.fsencode(os.path.join(below, file)) for file in found]
         labels += [label] * len(found)
-    _say_left_out(root, left_out)
+    say_left_out(root, left_out)
     return np.array(files), np.array(labels, np.int32)
 
 
-def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
+def files_below(folder: str | Path) -> tuple[list[str], list[str]]:
     """Paths below a folder, at any depth: image files, sorted, and others that are no texts.
 
     Raises:
@@ -188,7 +188,8 @@ def _files_below(folder: str | Path) -> tuple[list[str], list[str]]:
     return sorted(images), others
 
 
-def _say_left_out(root: Path, paths: Sequence[str]) -> None:
+def say_left_out(root: Path, paths: Sequence[str]) -> None:
+    """Names files below a folder that are no images by their names, if there are any."""
     if paths:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         named = ", ".join(printable(str(root / path)) for path in sorted(paths)[:3])

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.parts import check_parts
 from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.errors import UserError
 
@@ -78,6 +79,7 @@ def _parquet(root: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in paths:
         found.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(str(path))
+    check_parts(paths)
     known = {name for names in _SPLITS.values() for name in names}
     return found if known & found.keys() or not found else {"train": [str(p) for p in paths]}
 
@@ -163,6 +165,7 @@ def _classes(table: Any, label: str, where: str) -> tuple[list[Any], list[Any]]:
     given, names = table.with_format(None)[label][:], getattr(table.features[label], "names", None)
     if any(isinstance(value, list | dict) for value in given):
         raise UserError(f"{where}: column {label} holds lists; one class an image is expected")
+    given = [None if value != value else value for value in given]  # NaN stands for a missing one
     if names is None:
         return given, _values(given)
     return [names[v] if v is not None and 0 <= v < len(names) else None for v in given], list(names)

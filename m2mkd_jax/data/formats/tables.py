@@ -10,7 +10,6 @@ sorted. Axes: N images.
 import csv
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from m2mkd_jax.data.formats.folder import FolderFiles, check_same_classes
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.files import strict_json
 
 EXPECTED = "tables of paths and labels (train.csv and val.csv, metadata.csv, or .jsonl)"
 SUFFIXES = (".csv", ".jsonl")
@@ -89,8 +89,17 @@ def find(root: str | Path) -> bool:
 
 
 def _table(root: Path, stems: Sequence[str]) -> Path | None:
-    paths = (root / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+    """The first table of these names; UserError where it is there as CSV and JSON Lines."""
+    for stem in stems:
+        paths = [root / f"{stem}{suffix}" for suffix in SUFFIXES]
+        found = [path for path in paths if path.is_file()]
+        if len(found) > 1:
+            raise UserError(
+                f"{found[0]} and {found[1].name}: which of them is meant? Move one elsewhere"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _whole(root: Path) -> Path | None:
@@ -206,6 +215,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     reader = csv.DictReader(io.StringIO(text))
     try:
+        _check_once(reader.fieldnames or (), str(path))
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():
@@ -215,9 +225,15 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path} line {reader.line_num} is no CSV ({error})") from None
 
 
+def _check_once(names: Sequence[str], where: str) -> None:
+    """Refuses a column that is there twice, of which only one would be read."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"{where} has the column {twice[0]!r} twice: remove one")
+
+
 def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = strict_json.parse(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON ({error})") from None
     if not isinstance(row, dict):

@@ -22,6 +22,7 @@ import numpy as np
 from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
 from m2mkd_jax.data.formats.folder import check_same_classes
 from m2mkd_jax.data.formats.member_index import Member, indexed
+from m2mkd_jax.data.formats.parts import check_parts
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, read_part
@@ -32,6 +33,7 @@ _WORDS = {
     "test": ("val", "valid", "validation", "test", "testing"),
 }
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES = (".tar", ".tgz", ".txz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst")))
 _BLOCK = 512  # bytes
 _CLASS_BYTES = 1024  # read of a .cls file
 
@@ -77,21 +79,38 @@ def shards(root: str | Path, split: str) -> list[Path]:
     """The tar files of a split below `root`, by their names, sorted.
 
     Raises:
-        UserError: a name that tells no split, or two.
+        UserError: a name that tells no split, or two; shards that are compressed, or missing from
+            a set whose names count its parts.
     """
     root = as_path(root)
-    found = [path for path in root.glob("*.tar") if _split_of(path) == split]
+    found = [path for path in _archives(root) if _split_of(path) == split]
     for folder in root.iterdir():
         if folder.is_dir() and folder.name.lower() in _WORDS[split]:
-            found += folder.glob("*.tar")
+            found += _archives(folder)
+    packed = [path for path in found if path.suffix != ".tar"]
+    found = [path for path in found if path.suffix == ".tar"]
+    for path in packed if found else ():  # alone they may be what a folder was unpacked from
+        if path.with_name(f"{_stem(path)}.tar") not in found:
+            raise UserError(f"{path} is compressed, and members are read in place: decompress it")
+    check_parts(found)
     if split == "test":  # "val" stands for it where there is no "test"
         found = [path for path in found if _words(path) & {"test", "testing"}] or found
     return sorted(found)
 
 
+def _archives(folder: Path) -> list[Path]:
+    """The tar files in a folder, compressed ones too."""
+    return [path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)]
+
+
+def _stem(path: Path) -> str:
+    """The name of a tar file up to .tar, or what stands for it."""
+    return re.sub(r"\.(tar(\.[a-z0-9]+)?|t[gx]z)$", "", path.name)
+
+
 def _words(path: Path) -> set[str]:
     """The words of a shard's name, and its folder's name."""
-    return {*re.findall("[^\\W\\d_]+", path.stem.lower()), path.parent.name.lower()}
+    return {*re.findall("[^\\W\\d_]+", _stem(path).lower()), path.parent.name.lower()}
 
 
 def _split_of(path: Path) -> str | None:
@@ -100,7 +119,7 @@ def _split_of(path: Path) -> str | None:
     Raises:
         UserError: words of both splits, or a word that only contains one of theirs.
     """
-    name = path.stem.lower()
+    name = _stem(path).lower()
     words = set(re.findall("[^\\W\\d_]+", name))
     splits = [split for split, own in _WORDS.items() if words & set(own)]
     if len(splits) == 1:

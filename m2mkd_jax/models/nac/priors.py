@@ -74,6 +74,38 @@ GENERATORS: dict[str, Callable[..., networkx.Graph]] = {
 }
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
+
+
+# What the options of the generators must be, by their names.
+OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("m", "l", "k", "num_cliques", "clique_size", "r", "h", "m1", "m2"),
+        ("a whole number", _is_count),
+    ),
+    **dict.fromkeys(("p", "p_in", "p_out"), ("from 0 to 1", _is_share)),
+    "dim": ("some whole numbers", _are_counts),
+    "periodic": ("True or False", lambda value: type(value) is bool),
+}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuses options of another kind; those of no generator are left to it. Raises ValueError."""
+    for name, value in options.items():
+        words, allows = OPTIONS.get(name, ("", lambda value: True))
+        if not allows(value):
+            raise ValueError(f"{name} is {value!r}; it must be {words}")
+
+
 def build_graph(prior: str, latents: int, options: dict[str, Any], seed: int) -> np.ndarray:
     """Draws a graph.
 
@@ -98,6 +130,7 @@ def build_graph(prior: str, latents: int, options: dict[str, Any], seed: int) ->
     if prior not in GENERATORS:
         raise UserError(f"graph prior {prior!r} is unknown: use one of {', '.join(GENERATORS)}")
     try:
+        _check_options(options)
         graph = GENERATORS[prior](latents, seed, **options)
     except (TypeError, ValueError, networkx.NetworkXException) as error:
         reason = str(error).replace("<lambda>()", prior).replace("\n", " ")

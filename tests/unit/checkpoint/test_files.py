@@ -37,7 +37,9 @@ def test_damaged_or_missing_json_is_the_users_error_in_one_line(tmp_path):
     path = tmp_path / "done.json"
     with pytest.raises(UserError, match=r"done\.json does not exist"):
         read_json(path)
-    for content in (b"", b'{"a": 1', b"\xff\xfe\x00"):
+    # What Python's own reader takes for numbers, or for the last value of a name.
+    loose = (b'{"a": NaN}', b"[-Infinity]", b'{"a": 1e400}', b'{"a": 1, "a": 2}')
+    for content in (b"", b'{"a": 1', b"\xff\xfe\x00", *loose):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"done\.json is damaged, not JSON") as error:
             read_json(path)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from m2mkd_jax.data import check, layouts
 from m2mkd_jax.data.decode import DamagedImage, decode
-from m2mkd_jax.data.formats import tar
+from m2mkd_jax.data.formats import huggingface, tables, tar
 from m2mkd_jax.errors import UserError
 
 RAMP = np.arange(0, 256, 32, dtype=np.uint8)[None].repeat(2, 0)
@@ -73,6 +73,66 @@ def test_the_split_of_a_shard_is_a_whole_word_of_its_name(tmp_path, name, split)
 def test_a_shard_of_an_ambiguous_name_is_refused(tmp_path, name):
     pack(tmp_path / f"{name}.tar", "a/1.png")
     assert name in refusal(tar.shards, tmp_path, "train")
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.zst"])
+@pytest.mark.parametrize("place", ["train-{}", "train/{}"])
+def test_a_compressed_shard_among_others_is_not_left_out(tmp_path, place, suffix):
+    first, second = (tmp_path / f"{place.format(i)}.tar" for i in range(2))
+    pack(first, "a/1.png")
+    packed = second.with_name(f"{second.stem}.{suffix}")
+    packed.write_bytes(b"any")
+    assert f"{packed} is compressed" in refusal(tar.shards, tmp_path, "train")
+    pack(second, "a/2.png")  # what it was packed from, or unpacked to
+    assert tar.shards(tmp_path, "train") == [first, second]
+    for path in (first, second):
+        path.unlink()
+    assert tar.shards(tmp_path, "train") == []
+
+
+def test_a_set_whose_names_count_its_parts_is_whole(tmp_path):
+    names = [f"train-{i:05d}-of-00003.tar" for i in range(3)]
+    for name in (*names, "val-1-of-2.tar", "val-2-of-2.tar", "val-extra.tar"):
+        pack(tmp_path / name, "a/1.png")
+    assert [path.name for path in tar.shards(tmp_path, "train")] == names
+    assert len(tar.shards(tmp_path, "test")) == 3
+    (tmp_path / names[1]).unlink()
+    assert f"{names[1]} is missing, 1 of 3 parts" in refusal(tar.shards, tmp_path, "train")
+    (tmp_path / "val-1-of-2.tar").unlink()
+    assert "val-1-of-2.tar is missing" in refusal(tar.shards, tmp_path, "test")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "train-00001-of-00002.parquet").write_bytes(b"")
+    assert "train-00000-of-00002.parquet is missing" in refusal(huggingface.find, tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"train.csv": "image,label,label\na.png,x,y\n"}, "the column 'label' twice"),
+        ({"train.jsonl": '{"image": "a.png", "label": 1, "label": 2}\n'}, "a name occurs twice"),
+        ({"train.jsonl": '{"image": "a.png", "label": NaN}\n'}, "line 1 is no JSON (NaN is no fin"),
+        ({"train.jsonl": '{"image": "a.png", "label": -Infinity}\n'}, "line 1 is no JSON (-Inf"),
+        ({"train.csv": "image,label\na.png,x\n", "train.jsonl": ""}, "train.jsonl: which of them"),
+    ],
+)
+def test_a_table_that_says_two_things_is_refused(tmp_path, files, says):
+    root = tmp_path / "table"
+    root.mkdir()
+    (root / "a.png").write_bytes(encoded(RAMP))
+    for name, text in files.items():
+        (root / name).write_text(text)
+    assert says in refusal(tables.list_images, root, "train", tables.FOUND)
+
+
+def test_a_row_of_a_data_set_whose_class_is_nan_has_none(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [{"bytes": encoded(RAMP), "path": None}] * 3,
+        "label": [0.0, float("nan"), 1.0],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    said = refusal(huggingface.list_images, tmp_path, "train", tables.FOUND)
+    assert "row 1 of the split train" in said and "has no class" in said
 
 
 def test_a_shard_cut_between_two_members_is_damaged(tmp_path):

@@ -321,7 +321,7 @@ def test_a_job_that_another_command_began_otherwise_meanwhile_is_refused(tmp_pat
     other.recipes.e2e.lr = 0.5
     trained = []
 
-    def run_training(run, jobs, schedule):
+    def run_training(run, jobs, schedule, **_):
         trained.extend(job.name for job in jobs)
         finish(Plan(config), tmp_path, ["e2e_scratch"])
         finish(Plan(other), tmp_path, ["e2e_scratch/1"])  # by the other command

@@ -82,6 +82,17 @@ def test_planted_partition_has_its_clusters_in_order():
         ("barabasi-albert", 24, {}, "missing 1 required positional argument: 'm'"),
         ("barabasi-albert", 24, {"m": 30}, "m = 30"),
         ("erdos-renyi", 24, {"p": 0.1, "q": 1}, "unexpected keyword argument 'q'"),
+        # Some of these are drawn without a word, or as something else.
+        ("barabasi-albert", 24, {"m": 2.5}, "m is 2.5; it must be a whole number"),
+        ("barabasi-albert", 24, {"m": True}, "m is True; it must be a whole number"),
+        ("watts-strogatz", 24, {"k": -4}, "k is -4; it must be a whole number"),
+        ("ring-of-cliques", 24, {"num_cliques": "4", "clique_size": 6}, "num_cliques is '4'"),
+        ("erdos-renyi", 24, {"p": float("nan")}, "p is nan; it must be from 0 to 1"),
+        ("erdos-renyi", 24, {"p": 30}, "p is 30; it must be from 0 to 1"),
+        ("watts-strogatz", 24, {"k": 4, "p": "0.2"}, "p is '0.2'; it must be from 0 to 1"),
+        ("grid", 24, {"dim": 24}, "dim is 24; it must be some whole numbers"),
+        ("grid", 24, {"dim": [4, 6], "periodic": "no"}, "periodic is 'no'; it must be True or"),
+        ("balanced-tree", 15, {"r": 2, "h": [3]}, r"h is \[3\]; it must be a whole number"),
     ],
 )
 def test_mistakes(prior, latents, options, says):

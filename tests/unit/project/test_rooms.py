@@ -29,6 +29,7 @@ FLOORS = (
     ("train", "models"),
     ("losses", "data", "parallel"),
     ("files",),
+    ("arguments",),
     ("errors", "tree_paths", "interruption"),
 )
 # What config may import of models: modules without jax.
@@ -40,7 +41,7 @@ BOXES = {
     "commands": ("main", "convert", "predict", "export", "push", "__main__", "command_line"),
     "library": (PACKAGE, "inference"),
 }
-NOT_DRAWN = ("errors", "tree_paths", "interruption")
+NOT_DRAWN = ("arguments", "errors", "tree_paths", "interruption")
 MOST_MODULES_ON_TOP, LONGEST_FUNCTION = 9, 60
 CODE = (PACKAGE, "benchmarks", "configs", "examples")
 

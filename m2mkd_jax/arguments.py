@@ -1,0 +1,76 @@
+"""Arguments of a command line: each given once, ~ anywhere, a mistake told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from m2mkd_jax.errors import UserError
+
+BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, not several lines and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's. Refuses flags given twice; a home directory is meant by ~ anywhere."""
+        args = sys.argv[1:] if args is None else args
+        refuse_repeated(args)
+        return super().parse_known_args([_at_home(argument) for argument in args], namespace)
+
+
+def _at_home(argument: str) -> str:
+    """An argument, or --flag=value, whose ~/ is the home directory: no shell does it after a =."""
+    flag, given, value = argument.partition("=")
+    if argument.startswith("--") and given:
+        return f"{flag}={_at_home(value)}" if value.startswith("~/") else argument
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
+
+
+def refuse_repeated(arguments: Iterable[str]) -> None:
+    """Refuses flags that are given twice, of which only the last would count.
+
+    Args:
+        arguments: of the command line; --noFLAG is --FLAG.
+
+    Raises:
+        UserError: names the flag.
+    """
+    seen: set[str] = set()
+    for argument in itertools.takewhile(lambda word: word != "--", arguments):
+        name = argument.partition("=")[0].lstrip("-")
+        if not argument.startswith("-") or not name[:1].isalpha():
+            continue
+        if not seen.isdisjoint({name, f"no{name}", name.removeprefix("no")}):
+            raise UserError(f"--{name} is given twice; give it once")
+        seen.add(name)
+
+
+def answer(command: Callable[[], int]) -> int:
+    """Runs a small command that needs nothing of jax.
+
+    Args:
+        command: does everything, and returns the exit code.
+
+    Returns:
+        Its exit code; 2 after one line on stderr if the input is wrong; BROKEN_PIPE if whoever
+        reads the output has seen enough.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"m2mkd_jax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
