@@ -123,3 +123,8 @@ ABLATIONS = (
     ),
 )
 ARMS = CONTROLS + ABLATIONS
+
+
+def arms_of(family: str) -> dict[str, Arm]:
+    """The arms of a family, by name."""
+    return {arm.name: arm for arm in ARMS if arm.family in ("", family)}

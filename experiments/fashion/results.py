@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.fashion.arms import ARMS, SCRATCH, TAUGHT, TEACHERS, Compute
+from experiments.fashion.arms import SCRATCH, TAUGHT, TEACHERS, Compute, arms_of
 from m2mkd_jax.checkpoint.files import replace_file, write_json
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
@@ -43,11 +43,15 @@ def _flops(run: RunRecord, job: JobRecord, mesh: Any) -> float:
 
 
 def write(home: Path) -> None:
-    """results.json and results.md of a family, from the runs that have finished networks."""
+    """results.json and results.md of a family, from the runs that have finished networks.
+
+    Args:
+        home: directory of the runs, which has the family's name.
+    """
     base = read_run(home / "base")
     scratch = _by_seed(base, SCRATCH)
     rows = [_row(base, phase, TITLES[phase], "", scratch) for phase in END_TO_END]
-    for arm in ARMS:
+    for arm in arms_of(home.name).values():
         if (home / arm.name / "config.json").is_file():
             rows.append(_row(read_run(home / arm.name), arm.phase, arm.title, arm.name, scratch))
     rows = [row for row in rows if row["accuracy"]["values"]]

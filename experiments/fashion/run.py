@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from experiments.fashion import results
-from experiments.fashion.arms import ARMS, SCRATCH, TEACHERS, Arm, Compute
+from experiments.fashion.arms import SCRATCH, TEACHERS, Arm, Compute, arms_of
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.plan import is_done
 from m2mkd_jax.report.records import read_run
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def _chosen(names: str, family: str) -> list[Arm]:
     """The arms of a family that were asked for. Raises UserError where there is none of a name."""
-    known = {arm.name: arm for arm in ARMS if arm.family in ("", family)}
+    known = arms_of(family)
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(known)
     for name in wanted:
         if name not in known:

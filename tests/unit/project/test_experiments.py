@@ -1,16 +1,26 @@
 """The experiments: every arm can run, and the table says what the directories hold."""
 
 import ast
+import dataclasses
 import json
 
 import pytest
 
 from experiments.fashion import results, run
-from experiments.fashion.arms import ARMS, Compute
+from experiments.fashion.arms import ARMS, Compute, arms_of
 from m2mkd_jax.config.files import read_config
 from m2mkd_jax.evaluate.intervals import interval
 from m2mkd_jax.jobs.checks import validate
 from m2mkd_jax.report.records import JobRecord
+
+
+@dataclasses.dataclass
+class JobsOf:
+    """A run's record without jobs."""
+
+    config: dict
+    jobs: dict = dataclasses.field(default_factory=dict)
+
 
 COMPUTE = Compute(teachers=3e12, students=4e12, network=1e12)
 
@@ -27,6 +37,28 @@ def test_every_arm_is_a_config_that_can_run(family, tmp_path):
                 changed.update_from_flattened_dict({key: _literal(value)})
         plan = validate(changed)
         assert "eval" in plan.names and arm.phase in plan.names, arm.name
+
+
+@pytest.mark.parametrize("family", ["vmoe", "nac"])
+def test_an_arm_is_in_the_table_once(family, tmp_path, monkeypatch):
+    home = tmp_path / family
+    for directory in ("base", *arms_of(family)):
+        (home / directory).mkdir(parents=True)
+        (home / directory / "config.json").write_text("{}")
+    named = []
+
+    def row(run, phase, title, name, scratch):
+        named.append(name)
+        return {"name": name, "seconds": 0, "accuracy": {"values": []}}
+
+    monkeypatch.setattr(results, "read_run", lambda path: JobsOf({}))
+    monkeypatch.setattr(results, "_by_seed", lambda run, phase: {})
+    monkeypatch.setattr(results, "_row", row)
+    monkeypatch.setattr(results, "compute", lambda base: COMPUTE)
+    monkeypatch.setattr(results, "_lines", lambda found: [])
+    results.write(home)
+    arms = [name for name in named if name]
+    assert sorted(arms) == sorted(arms_of(family))
 
 
 def _literal(value):
