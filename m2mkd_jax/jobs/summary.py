@@ -51,7 +51,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
     if held_out:
         summary["accuracy_of"] = _accuracy_of(jobs)
-    if is_main():
+    if is_main() and workdir.is_dir():  # one that has vanished is not made again
         write_json(workdir / "summary.json", summary)
     return summary
 

@@ -363,3 +363,13 @@ def test_a_job_keeps_what_tells_it_from_the_same_job_elsewhere(tmp_path):
     write_record(inputs_path(tmp_path / "a", "pt"), inputs)
     assert read_inputs(tmp_path / "a", "pt")[1]["run"] == {}
     check_same_config(plan, tmp_path / "a", ["pt"])
+
+
+def test_the_summary_does_not_make_a_vanished_directory_again(tmp_path):
+    plan, workdir = Plan(tiny_vmoe.get_config()), tmp_path / "run"
+    workdir.mkdir()
+    summarise(plan, workdir)
+    assert (workdir / "summary.json").is_file()
+    shutil.rmtree(workdir)
+    summarise(plan, workdir)
+    assert not workdir.exists()
