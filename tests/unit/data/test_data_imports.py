@@ -1,4 +1,4 @@
-"""`data` knows no jax.Array, nor more of the program than errors, files and signals."""
+"""`data` knows no jax.Array, nor more of the program than arguments, errors, files and signals."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import m2mkd_jax.data
 
 FOLDER = Path(m2mkd_jax.data.__file__).parent
 FORBIDDEN = {"jax", "jaxlib", "flax", "optax", "orbax", "clu", "torch", "tensorflow"}
-ALLOWED = {"data", "errors", "files", "interruption"}
+ALLOWED = {"arguments", "data", "errors", "files", "interruption"}
 
 
 def imported(path):
