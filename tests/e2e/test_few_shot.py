@@ -80,9 +80,14 @@ def _seconds(workdir):
 
 
 def test_data_and_weights_that_are_missing_are_one_line(environment, tmp_path):
-    flags = ("--config.few_shot.data.name=cub", "--config.few_shot.data.root=/nowhere")
-    result = run("tiny", environment, tmp_path, *FLAGS, *flags)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "/nowhere" in result.stderr and "CUB_200_2011" in result.stderr
-    result = run("tiny", environment, tmp_path, *FLAGS, "--config.few_shot.network=e2e")
-    assert result.returncode == 2 and "job e2e is not done" in result.stderr
+    def refused(**changes):
+        flags = dict(flag.removeprefix("--config.").split("=", 1) for flag in FLAGS)
+        flags |= {f"few_shot.{key.replace('__', '.')}": value for key, value in changes.items()}
+        given = [f"--config.{key}={value}" for key, value in flags.items()]
+        result = run("tiny", environment, tmp_path, *given)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        return result.stderr
+
+    line = refused(data__name="cub", data__root="/nowhere")
+    assert "/nowhere" in line and "CUB_200_2011" in line
+    assert "job e2e is not done" in refused(network="e2e")
