@@ -1,10 +1,11 @@
-"""Errors in the user's input, and helpers for their messages."""
+"""Errors in the user's input, and helpers for checks and messages."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import io
+import math
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -24,6 +25,14 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is an int or a float that floats can hold, neither NaN nor infinite."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def require_known(value: Any, known: Collection[str], key: str) -> None:

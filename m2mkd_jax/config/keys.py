@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from m2mkd_jax.errors import is_finite
 
 # Groups of keys whose subkeys are free, under whatever prefix they stand.
 FREE = ("modules", "options")
@@ -24,11 +25,6 @@ class Range:
 
     words: str
     allows: Callable[[Any], bool]
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value is an int or a float, and neither NaN nor infinite."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def in_single(value: Any) -> Any:

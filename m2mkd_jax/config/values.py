@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import all_keys
-from m2mkd_jax.config.keys import FREE, Key, flatten, in_single, is_finite
-from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.config.keys import FREE, Key, flatten, in_single
+from m2mkd_jax.errors import UserError, did_you_mean, is_finite, require
 
 
 def check_value(name: str, value: Any, key: Key) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from m2mkd_jax.errors import is_finite
+
 UNKNOWN_IMAGE = "unknown image"
 
 
@@ -81,11 +83,7 @@ def is_id_of(value: Any, known: Mapping[int, Any]) -> bool:
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
-    """Whether all are finite numbers, of a size that floats have."""
-    try:
-        return all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    except OverflowError:
-        return False
+    return all(map(is_finite, values))
 
 
 def _corners(polygon: list[float]) -> tuple[tuple[float, float], ...]:

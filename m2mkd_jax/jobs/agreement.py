@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.config.values import leaves
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import in_bucket, make_directory
+from m2mkd_jax.jobs.data_checks import names_and_labels
 from m2mkd_jax.jobs.plan import Kind, Plan
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.parallel.agreement import check_same, code_versions, compiler_settings
@@ -115,15 +115,12 @@ def check_same_data(plan: Plan, todo: Iterable[str]) -> None:
 def _facts(data: ConfigDict, split: str, where: str) -> dict[str, Any]:
     """How many images there are, and of which classes, in what order."""
     source, what = image_source(data, split), f"of the {split} images of {where}"
-    names = hashlib.sha256("\n".join(source.class_names).encode("utf-8", "replace"))
-    labels = np.asarray(getattr(source, "labels", ()), np.int64).tobytes()  # scenes have none
+    names, labels = (hashlib.sha256(part).hexdigest()[:12] for part in names_and_labels(source))
     return {
         f"the number {what}": len(source),
         f"the number of classes {what}": len(source.class_names),
-        f"the sha256 of the class names {what}": names.hexdigest()[:12],
-        f"the sha256 of the labels {what}, in their order,": hashlib.sha256(labels).hexdigest()[
-            :12
-        ],
+        f"the sha256 of the class names {what}": names,
+        f"the sha256 of the labels {what}, in their order,": labels,
     }
 
 

@@ -51,11 +51,16 @@ class _Use:
 def image_facts(phase: Phase, split: str = "train") -> dict[str, str]:
     """What there is of a job's images, which are opened, by the key of their section."""
     source = image_source(phase.data, split)
-    names = "\n".join(source.class_names).encode("utf-8", "replace")
-    labels = np.asarray(getattr(source, "labels", ()), np.int64).tobytes()
+    names, labels = names_and_labels(source)
     known = hashlib.sha256(names + labels).hexdigest()[:8]
     what = "training" if split == "train" else split
     return {phase.data_key: f"{len(source)} {what} images (labels {known})"}
+
+
+def names_and_labels(source: Any) -> tuple[bytes, bytes]:
+    """Names of the classes of an image source, and its labels, in their order, as bytes."""
+    names = "\n".join(source.class_names).encode("utf-8", "replace")
+    return names, np.asarray(getattr(source, "labels", ()), np.int64).tobytes()  # scenes have none
 
 
 def measured_images(phases: Iterable[Phase]) -> dict[str, str]:

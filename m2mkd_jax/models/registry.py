@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any
 
 from flax import nnx
 
-from m2mkd_jax.errors import UserError, did_you_mean
+from m2mkd_jax.errors import UserError, did_you_mean, is_finite
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.moe.vmoe import VMoEStage
@@ -291,7 +290,7 @@ def normalisation(description: Description) -> dict[str, tuple[float, ...]]:
     """
     found = {}
     for name, values in description.get("normalisation", {}).items():
-        if not isinstance(values, list | tuple) or not all(map(_is_finite, values)):
+        if not isinstance(values, list | tuple) or not all(map(is_finite, values)):
             raise ValueError(f"{name} is {values!r}; a finite number per channel is expected")
         if name == "std" and min(values, default=0) <= 0:
             raise ValueError(f"std is {values!r}; its numbers must be above 0")
@@ -299,10 +298,6 @@ def normalisation(description: Description) -> dict[str, tuple[float, ...]]:
     if len({len(values) for values in found.values()}) > 1:
         raise ValueError("mean and std are of other numbers of channels")
     return found
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def class_names(description: Description) -> tuple[str, ...]:

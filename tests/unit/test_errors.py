@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2mkd_jax.errors import UserError, closest, did_you_mean, printable, require
+from m2mkd_jax.errors import UserError, closest, did_you_mean, is_finite, printable, require
 
 
 def test_the_closest_word():
@@ -25,3 +25,8 @@ def test_require():
 def test_control_characters_are_escaped():
     assert printable("ä b") == "ä b"
     assert printable("a\n\x1b[31m\ud800") == r"a\n\x1b[31m\ud800"
+
+
+def test_finite_numbers_are_those_that_floats_hold():
+    assert all(map(is_finite, (0, -1.5, 10**300)))
+    assert not any(map(is_finite, (10**400, float("nan"), float("inf"), True, "1", None)))

@@ -200,10 +200,11 @@ def test_a_wrong_root_says_what_was_expected_and_what_is_near(tmp_path, folders)
         return text
 
     assert f"did you mean {folders}?" in tell(folders / "train")
-    (tmp_path / "archive").mkdir()
-    write_folders(tmp_path / "archive" / "tiny-imagenet-200")
-    assert "did you mean" in tell(tmp_path / "archive")
-    assert "holds nothing that is known; expected: train/CLASS/*.JPEG" in tell(tmp_path)
+    far = tmp_path / "far" / "root"  # what is near is looked for too, beside and above
+    (far / "archive").mkdir(parents=True)
+    write_folders(far / "archive" / "tiny-imagenet-200")
+    assert "did you mean" in tell(far / "archive")
+    assert "holds nothing that is known; expected: train/CLASS/*.JPEG" in tell(far)
     assert "is no directory" in tell(tmp_path / "nowhere")
     write_cub(tmp_path / "cub")
     assert "it holds CUB-200-2011's archive" in tell(tmp_path / "cub")
