@@ -208,7 +208,8 @@ def test_a_wrong_root_says_what_was_expected_and_what_is_near(tmp_path, folders)
     assert "is no directory" in tell(tmp_path / "nowhere")
     write_cub(tmp_path / "cub")
     assert "it holds CUB-200-2011's archive" in tell(tmp_path / "cub")
-    assert "expected: CUB" in tell(folders, "cub")
+    write_folders(far.parent / "folders")
+    assert "expected: CUB" in tell(far.parent / "folders", "cub")
 
 
 def test_a_flat_val_is_one_line(tmp_path):
