@@ -3,6 +3,7 @@
 import json
 import socket
 
+import jax
 import numpy as np
 import pytest
 
@@ -106,6 +107,16 @@ def test_what_compiles_other_programs_is_refused(second_of_two, monkeypatch, nam
     with pytest.raises(UserError, match=r"in process 0 .*; start all .* the same environment") as e:
         starts.check_same_start(config, {"--only": ""})
     assert str(e.value).startswith(f"{name} is '{value}' in process 0 (a) and")
+
+
+def test_what_is_set_of_the_compiler_and_of_jax():
+    flags = {"XLA_FLAGS": "--xla_dump_to=/here --xla_a=1", "HOME": "/root"}
+    plain = agreement.compiler_settings(flags)
+    assert plain["$XLA_FLAGS"] == "--xla_a=1" and plain["$NVIDIA_TF32_OVERRIDE"] == ""
+    with jax.default_matmul_precision("bfloat16"):
+        other = agreement.compiler_settings(flags)
+    changed = {name for name in plain if plain[name] != other[name]}
+    assert changed == {"jax's setting jax_default_matmul_precision"}
 
 
 def test_other_data_are_refused(second_of_two, monkeypatch):
