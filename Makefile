@@ -3,7 +3,8 @@
 # make test                             install into .venv-test; the checks of make lint, then every
 #                                       lane of tests
 # make lint                             formatter, linter and type checker
-# make chaos [CHAOS_SEED=0]             kills, signals and damaged files at random, for hours
+# make chaos [CHAOS_SEED=0]             kills, signals and damaged files at random, for hours;
+#                                       CHAOS_CONFIGS=A,B: kills of other runs than the digits'
 # make bucket [BUCKET_EPOCHS=2]         the digits pipeline in a bucket on loopback, killed twice; 0:
 #                                       the epochs of the config
 # make experiments [SEEDS=5]            install likewise, and run experiments/fashion for both
@@ -47,10 +48,11 @@ lint: .venv-test/stamp
 	done; test -z "$$failed"
 
 CHAOS_SEED ?= 0
+CHAOS_CONFIGS ?= configs/nac_digits.py,configs/vmoe_digits.py
 chaos: .venv-test/stamp
-	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
-	  .venv-test/bin/python -m pytest -s tests/chaos \
-	  tests/chaos/long_kills.py
+	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_CONFIGS=$(CHAOS_CONFIGS) \
+	  CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
+	  .venv-test/bin/python -m pytest -s tests/chaos tests/chaos/long_kills.py
 
 BUCKET_EPOCHS ?= 2
 bucket: .venv-test/stamp

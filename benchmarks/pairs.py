@@ -194,6 +194,8 @@ def main() -> None:
         config.recipes.m2mkd.batch, config.recipes.m2mkd.accumulate = arguments.batch, 1
     if arguments.images:
         config.data.train_images = arguments.images
+    if arguments.kept or arguments.flops:
+        config.distillation.token_weight = 0.0  # no tokens are among the kept targets
     phases = phases_of(config)
     if arguments.flops:
         count(config, phases)

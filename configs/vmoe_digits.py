@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     data.augment.crop, data.augment.shift = "shift", 2
 
     presets.small_vmoe(config)
+    config.distillation.token_weight = 1.0  # better than 0: docs/experiments.md#meaning
 
     train = config.recipes
     train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 24, 2e-3, 2

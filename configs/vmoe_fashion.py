@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
 
     presets.small_vmoe(config)
     config.vmoe.width, config.vmoe.depths = 64, (2,) * 4
+    config.distillation.token_weight = 1.0  # better than 0: docs/experiments.md#meaning
 
     train = config.recipes
     train.pt.epochs, train.pt.lr, train.pt.warmup_epochs = 18, 3e-3, 1

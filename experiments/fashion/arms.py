@@ -97,6 +97,14 @@ ABLATIONS = (
         (("distillation.teacher_of", "(0,4,3,2,1,5)"),),
         family="nac",
     ),
+    Arm(
+        "keep_stitches",
+        "stitches kept end to end",
+        TAUGHT,
+        (*TEACHERS, "m2mkd"),
+        (("vmoe.keep_stitches", "True"),),
+        family="vmoe",
+    ),
     Arm("alpha_0", "labels alone (alpha 0)", TAUGHT, TEACHERS, (("distillation.alpha", "0.0"),)),
     Arm("alpha_1", "teacher alone (alpha 1)", TAUGHT, TEACHERS, (("distillation.alpha", "1.0"),)),
     Arm(
