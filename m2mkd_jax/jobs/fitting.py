@@ -17,10 +17,13 @@ import psutil
 
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.models import layers
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel.process import from_main, say
+from m2mkd_jax.train.step import Step
 
 # Share of the memory that a step may plan: the rest is for batches that wait, and for evaluation.
 USABLE = 0.9
+SMALL = 2**25  # bytes of a network whose gradient is no burden
 
 
 class FittingStep:
@@ -28,7 +31,7 @@ class FittingStep:
 
     Args:
         job: its name, for people.
-        make: loss -> jitted step.
+        make: loss -> compiled step.
         loss: of a batch.
 
     Attributes:
@@ -36,7 +39,7 @@ class FittingStep:
         flops: of a step, of the products before anything is recomputed; 0: unknown.
     """
 
-    def __init__(self, job: str, make: Callable[[Callable], Any], loss: Callable):
+    def __init__(self, job: str, make: Callable[[Callable], Step], loss: Callable):
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
         self._checked = False
@@ -75,17 +78,16 @@ class FittingStep:
         limit = device_memory()
         if not limit:
             return True
-        # The jitted step finds this program in jax's cache and does not compile it again.
-        traced = self._step.trace(*arguments)
+        traced, programs = self._step.compile(*arguments)
         self.flops = flops_of(traced.jaxpr.jaxpr)
-        self.needed = planned_bytes(traced.lower().compile())
+        self.needed = max(planned_bytes(program) for program in programs)
         self._checked = from_main(self.needed <= USABLE * limit)
         return self._checked
 
     def _recompute(self, arguments: tuple[Any, ...]) -> None:
         self._checked = True
         self._step = self._make(recomputing(self._loss))
-        with_remat = planned_bytes(self._step.lower(*arguments).compile())
+        with_remat = max(map(planned_bytes, self._step.compile(*arguments)[1]))
         say(
             f"[{self._job}] activations with remat='auto' are recomputed: a step needs "
             f"{with_remat / 2**30:.1f} GiB, without {self.needed / 2**30:.1f} of "
@@ -110,6 +112,17 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int:
         return 0
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return kept + plan.temp_size_in_bytes
+
+
+def in_two_programs(params: Any) -> bool:
+    """Whether gradient and update of a network are programs of their own (train/step.py).
+
+    Args:
+        params: its trainable parameters, or their shapes.
+    """
+    if backend.platform() != "cpu" or jax.device_count() > 1:
+        return False
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) <= SMALL
 
 
 def device_memory() -> int:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.store import latest_step
-from m2mkd_jax.jobs.fitting import FittingStep, device_memory
+from m2mkd_jax.jobs.fitting import FittingStep, device_memory, in_two_programs
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, frozen_program, set_up
@@ -26,7 +26,7 @@ from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
-from m2mkd_jax.train.step import make_joint_step
+from m2mkd_jax.train.step import Step, make_joint_step
 
 # What of a recipe decides the batches, which jobs of one program share.
 SHARED_FIELDS = (
@@ -196,13 +196,14 @@ class JointSetup:
             places = {job: own.placement for job, own in self.setups.items()}
             where = (places, meshes.replicated(setup.mesh))
 
-        def make(loss: Callable) -> Any:
+        def make(loss: Callable) -> Step:
             return make_joint_step(
                 setup.on_mesh(loss),
                 {job: (own.optimizer, own.phase.recipe) for job, own in self.setups.items()},
                 setup.phase.data,
                 setup.phase.seed,
                 out_shardings=where,
+                apart=in_two_programs([own.params for own in self.setups.values()]),
             )
 
         return FittingStep(", ".join(self.setups), make, self.loss)

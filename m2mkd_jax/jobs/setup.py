@@ -26,7 +26,7 @@ from m2mkd_jax.data.indices import balanced_weights
 from m2mkd_jax.data.sources import describe_missing
 from m2mkd_jax.detection import optimizer as detection_optimizer
 from m2mkd_jax.detection.training import batch_shapes
-from m2mkd_jax.jobs.fitting import FittingStep
+from m2mkd_jax.jobs.fitting import FittingStep, in_two_programs
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend, partition
@@ -39,7 +39,7 @@ from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.program import Program
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
-from m2mkd_jax.train.step import initial_state, make_step
+from m2mkd_jax.train.step import Step, initial_state, make_step
 from m2mkd_jax.train.trained_parts import by_part
 
 # Of the learning rate, where there are no data to count.
@@ -259,7 +259,7 @@ class Setup:
         if self.mesh is not None:
             where = (self.placement, meshes.replicated(self.mesh))
 
-        def make(loss: Callable) -> Any:
+        def make(loss: Callable) -> Step:
             return make_step(
                 self.on_mesh(loss),
                 self.optimizer,
@@ -267,6 +267,7 @@ class Setup:
                 data or phase.data,
                 phase.seed,
                 out_shardings=where,
+                apart=in_two_programs(self.params),
             )
 
         return FittingStep(phase.job, make, self.program.loss)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ import optax
 
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.train import erasing, mixing
-from m2mkd_jax.train.optimizer import ema_update
+from m2mkd_jax.train.optimizer import ema_update, global_norm
 from m2mkd_jax.train.trained_parts import without_frozen
 
 
@@ -94,7 +95,8 @@ def make_step(
     data: Any,
     seed: int,
     out_shardings: Any = None,
-) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
+    apart: bool = False,
+) -> Step:
     """The compiled training step; it donates the old state's buffers.
 
     Args:
@@ -105,6 +107,7 @@ def make_step(
         seed: of all randomness; a step's key depends on it and the step number alone.
         out_shardings: (of the state, of the metrics); the new state needs the old one's shardings,
             or its buffers cannot be reused. None: the compiler's choice.
+        apart: gradient and update are two programs, see `StepInTwo`; with the same results.
 
     Returns:
         (state, frozen, batch) -> (state, metrics); the batch has "image" uint8 (B, H, W, C) and
@@ -115,13 +118,18 @@ def make_step(
         value, metrics = loss(trainable[""], *arguments)
         return value, {"": metrics}
 
-    update = _joint_update(joint_loss, {"": (optimizer, recipe)}, data)
+    joint_gradient, joint_update = _parts(joint_loss, {"": (optimizer, recipe)}, data)
 
-    def step(state: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
-        states, metrics = update({"": state}, frozen, batch, key)
+    def gradient(state: dict, *arguments: Any) -> tuple[dict, dict]:
+        grads, metrics = joint_gradient({"": state}, *arguments)
+        return grads[""], metrics[""]
+
+    def update(state: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
+        states, metrics = joint_update({"": state}, {"": grads}, {"": metrics})
         return states[""], metrics[""]
 
-    return SeededStep(backend.jit(step, donate_argnums=0, out_shardings=out_shardings), seed)
+    kind = StepInTwo if apart else Step
+    return kind(gradient, update, lambda state: state["params"], seed, out_shardings)
 
 
 def make_joint_step(
@@ -130,7 +138,8 @@ def make_joint_step(
     data: Any,
     seed: int,
     out_shardings: Any = None,
-) -> Callable[[dict, dict, dict], tuple[dict, dict]]:
+    apart: bool = False,
+) -> Step:
     """`make_step` for jobs that train on the same batches, each with a state of its own.
 
     Args:
@@ -138,56 +147,111 @@ def make_joint_step(
             job; the scalar is the sum of the jobs' losses, so that each job's gradient is its own.
         jobs: name -> optimizer and recipe. The states are after the same number of steps, and the
             recipes mix alike.
-        data, seed, out_shardings: as for `make_step`; the shardings by job.
+        data, seed, out_shardings, apart: as for `make_step`; the shardings by job.
 
     Returns:
         (states, frozen, batch) -> (states, metrics), both by job. A batch may have more entries,
         which go to the loss as they are, and no images if the loss needs none.
     """
-    step = _joint_update(loss, jobs, data)
-    return SeededStep(backend.jit(step, donate_argnums=0, out_shardings=out_shardings), seed)
+
+    def params(states: dict) -> dict:
+        return {job: state["params"] for job, state in states.items()}
+
+    kind = StepInTwo if apart else Step
+    return kind(*_parts(loss, jobs, data), params, seed, out_shardings)
 
 
-class SeededStep:
+class Step:
     """A compiled step with its seed: (state, frozen, batch) -> (state, metrics).
 
     The seed's key is an argument of the program: jobs that differ in nothing else find the same one
     in the cache of compiled programs.
 
     Args:
-        compiled: a jitted function of state, frozen, batch and the data of a key.
+        gradient: (state, frozen, batch, data of a key) -> (gradient, metrics).
+        update: (state, gradient, metrics) -> (state, metrics).
+        params: of a state, or of its shardings.
         seed: of all randomness.
+        out_shardings: as for `make_step`.
     """
 
-    def __init__(self, compiled: Any, seed: int):
-        self._compiled = compiled
+    def __init__(
+        self, gradient: Callable, update: Callable, params: Callable, seed: int, out_shardings: Any
+    ):
+        def step(state: dict, *arguments: Any) -> tuple[dict, dict]:
+            return update(state, *gradient(state, *arguments))
+
+        self._gradient, self._update, self._params = gradient, update, params
+        self._whole = backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
         self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self._compiled(*arguments, self._key)
+    def __call__(self, *arguments: Any) -> tuple[dict, dict]:
+        return self._whole(*arguments, self._key)
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
         """As `jax.jit`'s."""
-        return self._compiled.trace(*arguments, self._key)
+        return self._whole.trace(*arguments, self._key)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""
-        return self._compiled.lower(*arguments, self._key)
+        return self._whole.lower(*arguments, self._key)
+
+    def compile(self, *arguments: Any) -> tuple[jax.stages.Traced, list[jax.stages.Compiled]]:
+        """What has the products, traced, and the programs of a call; jax keeps them for calls.
+
+        Args:
+            arguments: of a call, or their shapes and shardings.
+        """
+        traced = self.trace(*arguments)
+        return traced, [traced.lower().compile()]
 
 
-def _joint_update(
+class StepInTwo(Step):
+    """A `Step` whose gradient and update are programs of their own; `lower` shows both in one.
+
+    For small networks on a CPU: the two compile side by side, and XLA runs an update's many short
+    kernels faster by themselves than in a branch of a program. The gradient is in memory as a
+    whole, where one program has room for it among activations that are no longer needed.
+    """
+
+    def __init__(
+        self, gradient: Callable, update: Callable, params: Callable, seed: int, out_shardings: Any
+    ):
+        super().__init__(gradient, update, params, seed, out_shardings)
+        of_gradient = None
+        if out_shardings is not None:
+            of_gradient = (params(out_shardings[0]), out_shardings[1])
+        self._first = backend.jit(gradient, out_shardings=of_gradient)
+        self._second = backend.jit(update, donate_argnums=0, out_shardings=out_shardings)
+
+    def __call__(self, state: dict, *arguments: Any) -> tuple[dict, dict]:
+        return self._second(state, *self._first(state, *arguments, self._key))
+
+    def compile(self, *arguments: Any) -> tuple[jax.stages.Traced, list[jax.stages.Compiled]]:
+        """As `Step`'s; in two threads, as a good part of XLA's compiler runs in one."""
+        state = arguments[0]
+        traced = self._first.trace(*arguments, self._key)
+        metrics = traced.out_info[1]
+        second = self._second.lower(state, self._params(state), metrics)
+        with ThreadPoolExecutor(1, "compile") as thread:
+            update = thread.submit(second.compile)
+            programs = [traced.lower().compile(), update.result()]
+        return traced, programs
+
+
+def _parts(
     loss: Callable,
     jobs: Mapping[str, tuple[optax.GradientTransformation, Any]],
     data: Any,
-) -> Callable[[dict, dict, dict, jax.Array], tuple[dict, dict]]:
-    """The step of `make_joint_step` before it is compiled; its last argument is a key's data."""
+) -> tuple[Callable, Callable]:
+    """Gradient and update of `make_joint_step`, before they are compiled; see `Step`."""
     _, mixing_recipe = next(iter(jobs.values()))
 
     def of_trained(params: dict, *arguments: Any) -> tuple[jax.Array, dict]:
         own = {job: without_frozen(params[job], recipe) for job, (_, recipe) in jobs.items()}
         return loss(own, *arguments)
 
-    def step(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
+    def gradient(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
         batch = prepared(prepare_keys, batch, mixing_recipe, data) | {"step": first["step"]}
@@ -197,16 +261,18 @@ def _joint_update(
         (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(
             params, frozen, batch, loss_key
         )
-        new = {}
+        return grads, metrics
+
+    def update(states: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
+        new, told = {}, {}
         for job, (optimizer, recipe) in jobs.items():
-            norm = metrics[job]["gradient_norm"] = optax.tree.norm(
-                _accumulated(states[job], grads[job], recipe)
-            )
+            norm = global_norm(_accumulated(states[job], grads[job], recipe))
             finite = jnp.isfinite(metrics[job]["loss"]) & jnp.isfinite(norm)
             new[job] = _advance(states[job], grads[job], finite, optimizer, recipe)
-        return new, metrics
+            told[job] = {**metrics[job], "gradient_norm": norm}
+        return new, told
 
-    return step
+    return gradient, update
 
 
 def step_keys(

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.train.optimizer import decay_mask, ema_update, make_optimizer
+from m2mkd_jax.train.optimizer import decay_mask, ema_update, global_norm, make_optimizer
 from m2mkd_jax.train.schedule import learning_rate
 
 
@@ -176,3 +176,12 @@ def test_mistakes(changes, says):
     with pytest.raises(UserError, match=says) as error:
         make_optimizer(recipe(**changes), 5, {"kernel": shaped(2, 2)})
     assert "\n" not in str(error.value)
+
+
+def test_the_global_norm_of_large_and_small_arrays():
+    rng = np.random.default_rng(0)
+    shapes = {"scalar": (), "row": (7,), "matrix": (130, 127), "experts": (4, 5, 6)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    squares = sum(np.square(leaf, dtype=np.float64).sum() for leaf in tree.values())
+    np.testing.assert_allclose(global_norm(tree), np.sqrt(squares), rtol=1e-6)
+    assert global_norm({}) == 0

@@ -37,8 +37,10 @@ def trained(accumulate: int, ema: float, updates: int = 3) -> dict:
     return trained_and_norm(accumulate, ema, updates)[0]
 
 
-def trained_and_norm(accumulate: int, ema: float, updates: int = 3) -> tuple[dict, float]:
-    """`trained`, and the gradient norm of the last update."""
+def trained_and_norm(
+    accumulate: int, ema: float, updates: int = 3, apart: bool = False
+) -> tuple[dict, float]:
+    """`trained`, and the gradient norm of the last update; `apart` as for `make_step`."""
     recipe, data = setting(accumulate, ema)
     rng = np.random.default_rng(0)
     params = {
@@ -49,7 +51,7 @@ def trained_and_norm(accumulate: int, ema: float, updates: int = 3) -> tuple[dic
     }
     optimizer = make_optimizer(recipe, updates, params)
     state = initial_state(params, {"model": {}}, optimizer, recipe)
-    step = make_step(loss, optimizer, recipe, data, seed=0)
+    step = make_step(loss, optimizer, recipe, data, seed=0, apart=apart)
     for _ in range(updates):
         images = rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
         labels = rng.integers(0, CLASSES, BATCH, np.int32)
@@ -86,7 +88,17 @@ def test_the_gradient_norm_of_a_batch_in_parts_is_that_of_the_batch():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate):
+def test_a_step_in_two_programs_is_the_same(accumulate):
+    one, norm = trained_and_norm(accumulate, ema=0.9)
+    two, norm_in_two = trained_and_norm(accumulate, ema=0.9, apart=True)
+    assert norm == norm_in_two
+    for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate, apart):
     recipe, data = setting(accumulate, ema=0.9)
     params = {"model": {"kernel": jnp.ones((3 * SIDE**2, CLASSES)), "bias": jnp.zeros(CLASSES)}}
     optimizer = make_optimizer(recipe, 4, params)
@@ -96,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate):
         value = jnp.where(batch["target"][0, 0] > 0.5, jnp.nan, value)  # a label of 0
         return value, metrics | {"loss": value}
 
-    step = make_step(breaking, optimizer, recipe, data, seed=0)
+    step = make_step(breaking, optimizer, recipe, data, seed=0, apart=apart)
     image = np.arange(BATCH * SIDE**2 * 3, dtype=np.uint8).reshape(BATCH, SIDE, SIDE, 3)
     good = {"image": image, "label": np.ones(BATCH, np.int32)}
     bad = {"image": image, "label": np.zeros(BATCH, np.int32)}
