@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -26,6 +27,7 @@ from m2mkd_jax.parallel.process import alone, from_main, is_main, union
 
 # Keys by their ends that may differ: where data lie on a machine, and how many cores it has.
 OF_THE_MACHINE = ("root", "workers")
+_LONG_AGO = 3600.0  # seconds after which no process waits for a file any more
 SHARED_SECONDS = 30.0  # within which a network file system shows what another machine has written
 
 
@@ -72,6 +74,10 @@ def check_same_directory(workdir: Path) -> None:
         return
     name = f".seen-{secrets.token_hex(8)}"
     if is_main():
+        for left in workdir.glob(".seen-*"):  # by processes that were killed in the lines below
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _LONG_AGO:
+                    left.unlink()
         (workdir / name).touch()
     sign = workdir / from_main(name)
     deadline = time.monotonic() + SHARED_SECONDS

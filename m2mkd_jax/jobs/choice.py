@@ -55,7 +55,10 @@ def choose(plan: Plan, workdir: Path, only: str, redo: str, extend: str) -> Choi
         UserError: one line that names the flag and the job.
     """
     chosen = plan.select(only)
-    stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
+    again = plan.select(redo, "--redo") if redo else []
+    for name in again:
+        require(name in chosen, f"--redo={name}: --only={only} leaves it out; name it there too")
+    stale = from_main(stale_after(workdir, again))
     measured = [n for n in chosen if n not in stale and plan.job(n).kind is Kind.EVALUATION]
     for name in measured:
         if from_main(_has_other_images(plan, workdir, name)):

@@ -60,8 +60,8 @@ def _refuse(error: BaseException, where: str = "") -> int:
 
 
 def _require(flag: flags.FlagHolder) -> None:
-    """Refuses a flag that is not given, or empty. Raises UserError."""
-    if not flag.value:
+    """Refuses a flag that is not given, or blank. Raises UserError."""
+    if not (flag.value and str(flag.value).strip()):
         raise UserError(f"--{flag.name} is missing; see m2mkd --help")
 
 

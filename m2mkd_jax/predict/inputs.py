@@ -79,6 +79,8 @@ def read_labels(path: str, classes: int) -> list[str]:
     Raises:
         UserError: it cannot be read, or has another number of names.
     """
+    if path.lower().endswith((".csv", ".tsv")):  # whose lines would be taken for names
+        raise UserError(f"--labels: {path} is a table; give a text with a name per line, or JSON")
     try:
         text = read_text(path)
         names = strict_json.parse(text) if path.endswith(".json") else text.splitlines()

@@ -95,8 +95,9 @@ def test_output_that_nobody_reads_ends_a_run_in_one_line(tmp_path_factory, tmp_p
 
 
 def test_an_empty_flag_is_a_missing_one(forks, tmp_path):
-    code, printed = forks.run(CONFIG, "--workdir=")
-    assert code == 2 and "--workdir is missing" in printed
-    assert not (ROOT / "config.json").exists()
+    for blank in ("", " "):
+        code, printed = forks.run(CONFIG, f"--workdir={blank}")
+        assert code == 2 and "--workdir is missing" in printed
+    assert not (ROOT / "config.json").exists() and not (ROOT / " ").exists()
     code, printed = forks.run("--config=", f"--workdir={tmp_path}")
     assert code == 2 and "--config is missing" in printed

@@ -167,6 +167,8 @@ def test_what_it_refuses(weights, images, tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("one\ntwo")
     refused(weights, picture, f"--labels={tmp_path / 'labels.txt'}", words="2 names for 10 classes")
     refused(weights, picture, f"--labels={tmp_path / 'none'}", words="cannot be read")
+    (tmp_path / "labels.csv").write_text("\n".join(f"{i},class {i}" for i in range(10)))
+    refused(weights, picture, f"--labels={tmp_path / 'labels.csv'}", words="is a table")
     flag = arch_flag(ARCH["a"], tmp_path)
     refused(middle, picture, flag, words="takes tokens (B, N, 24)")
     refused(middle, npz(images=good), flag, words="takes tokens (B, N, 24)")

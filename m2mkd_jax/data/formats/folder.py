@@ -180,7 +180,7 @@ def files_below(folder: str | Path) -> tuple[list[str], list[str]]:
             path = name if prefix == "." else os.path.join(prefix, name)
             if is_image(name):
                 images.append(path)
-            elif not name.startswith(".") and not name.lower().endswith(_TEXTS):
+            elif not name.startswith(".") and not is_text(name):
                 others.append(path)
     if not images:
         images = [path for path in others if path.lower().endswith(ARRAY_SUFFIX)]
@@ -188,8 +188,13 @@ def files_below(folder: str | Path) -> tuple[list[str], list[str]]:
     return sorted(images), others
 
 
+def is_text(name: str) -> bool:
+    """Whether a file beside images is a text by its name, which is left out without a word."""
+    return name.lower().endswith(_TEXTS)
+
+
 def say_left_out(root: Path, paths: Sequence[str]) -> None:
-    """Names files below a folder that are no images by their names, if there are any."""
+    """Names files below a folder, or in a tar file, that are no images by their names, if any."""
     if paths:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         named = ", ".join(printable(str(root / path)) for path in sorted(paths)[:3])

@@ -6,7 +6,8 @@
 The class of an image is its folder inside the tar (CLASS/name.JPEG or CLASS/images/name.JPEG), or
 the number in a file of the same name beside it (name.jpg, name.cls), or in one of the same
 WebDataset key, which ends at the first dot of a name (name.image.jpg, name.cls); line n of
-root/classes.txt, if it exists, names class n. Axes: N images.
+root/classes.txt, if it exists, names class n. Other files are left out, and named but for texts.
+Axes: N images.
 """
 
 import functools
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
-from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.folder import check_same_classes, is_text, say_left_out
 from m2mkd_jax.data.formats.member_index import Member, indexed
 from m2mkd_jax.data.formats.parts import check_parts
 from m2mkd_jax.data.formats.text import read_text
@@ -247,6 +248,7 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) ->
     """The images of one tar file."""
     classes: dict[str, str] = {}
     found: dict[str, tuple[str, str, tarfile.TarInfo]] = {}
+    left_out: list[str] = []
     for member in tar:
         stem, suffix = os.path.splitext(member.name)
         if member.isdir() or os.path.basename(stem).startswith("."):
@@ -262,6 +264,9 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) ->
             folders = [part for part in parts if part not in ("images", ".")]
             folder = folders[-1] if folders else ""
             found[member.name] = (folder, stem, _linked(tar, member, path))
+        elif not field and not is_text(member.name):
+            left_out.append(member.name)
+    say_left_out(path, left_out)
     sampled: dict[str, str] = {}  # by key, the image that has its class from there
     for own, (folder, stem, member) in found.items():
         key = _key(own)[0]

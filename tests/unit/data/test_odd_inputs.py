@@ -135,6 +135,15 @@ def test_a_row_of_a_data_set_whose_class_is_nan_has_none(tmp_path):
     assert "row 1 of the split train" in said and "has no class" in said
 
 
+def test_what_is_no_image_in_a_shard_is_named_but_for_texts(tmp_path, capsys):
+    names = ("a/1.png", "b/2.png", "b/3.heic", "a/1.json", "a/.hidden", "b/notes.txt")
+    pack(tmp_path / "train-0.tar", *names)
+    assert len(tar.list_images(tmp_path, "train")[0]) == 2
+    said = capsys.readouterr().err
+    assert "warning: left out, no image by its name" in said
+    assert said.strip().endswith(f": {tmp_path / 'train-0.tar' / 'b/3.heic'}")
+
+
 def test_a_shard_cut_between_two_members_is_damaged(tmp_path):
     path = pack(tmp_path / "train-0.tar", *(f"a/{i}.png" for i in range(5)))
     whole = path.read_bytes()
