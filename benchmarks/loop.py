@@ -1,4 +1,4 @@
-"""Python's cost per training step of the demo: the loop with its data, against the step alone.
+"""Python's cost per training step of nac_digits: the loop with its data, against the step alone.
 
     python -m benchmarks.loop [--steps=200] [--job=m2mkd/1] [--trackers=tensorboard]
 

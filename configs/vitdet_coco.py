@@ -2,7 +2,8 @@
 
 Command:  python -m m2mkd_jax.main --config=configs/vitdet_coco.py --workdir=DIR \
               --config.init.teacher=CHECKPOINT
-Hardware: not run; a step is planned with --dry_run.
+Hardware: not run; a step is planned with --dry_run, without weights that of detect_scratch
+          (--config.phases="('detect_scratch',)").
 Time:     not run.
 Result:   not run; published from a masked autoencoder: box AP 51.6, mask AP 45.9.
 

@@ -18,8 +18,8 @@ Starts `python3 -m m2mkd_jax.main FLAGS...` on every worker of the slice, which 
   --print       show what would run
   --help        this text
 
-The workdir must be one directory that every worker sees (a mounted bucket or disk). $PYTHON names
-the interpreter on the workers (default: python3).
+The workdir must be one directory that every worker sees (a mounted disk), or gs://BUCKET/...
+(docs/buckets.md). $PYTHON names the interpreter on the workers (default: python3).
 
   launch/tpu_pod.sh -t v4-64 -z us-central2-b -- --config=configs/vmoe_imnet.py \
       --config.mesh.expert=4 --config.vmoe.dispatch=capacity --workdir=/mnt/runs/vmoe

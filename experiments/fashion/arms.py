@@ -101,7 +101,7 @@ ABLATIONS = (
         "keep_stitches",
         "stitches kept end to end",
         TAUGHT,
-        (*TEACHERS, "m2mkd"),
+        TEACHERS,
         (("vmoe.keep_stitches", "True"),),
         family="vmoe",
     ),

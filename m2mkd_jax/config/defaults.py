@@ -116,7 +116,7 @@ DISTILLATION: Keys = {
         True,
         "with views: compute what the meta model gives the students, and the teacher's logits, "
         "once for each view, and keep them on disk until the job ends; without mixup, cutmix, "
-        "erasing and repeated augmentation",
+        "erasing, repeated augmentation and token_weight",
     ),
 }
 

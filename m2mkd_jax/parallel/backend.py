@@ -79,7 +79,7 @@ class CompiledFunction:
 def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -> Any:
     """`jax.jit` for a program of this package.
 
-    On a CPU the higher of LLVM's optimisation levels take half as long again to compile a training
+    On a CPU the higher of LLVM's optimisation levels take 20 to 40% longer to compile a training
     step and make it no faster (benchmarks/RESULTS.md): products are a library's, and level 1 also
     vectorises loops. A level in $XLA_FLAGS stays.
 
