@@ -29,10 +29,8 @@ class Lines:
         self._file: IO[str] | None = None
         self._held = [text]
         self._uploaded = time.monotonic()
-        if in_bucket(path):
-            write_bytes(path, text.encode())
-        else:
-            path.write_text(text)
+        write_bytes(path, text.encode())  # a full disk leaves what was there
+        if not in_bucket(path):
             self._file = path.open("a", buffering=1)
 
     def add(self, line: str) -> None:

@@ -75,7 +75,7 @@ def check_same_directory(workdir: Path) -> None:
     name = f".seen-{secrets.token_hex(8)}"
     if is_main():
         for left in workdir.glob(".seen-*"):  # by processes that were killed in the lines below
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > _LONG_AGO:
                     left.unlink()
         (workdir / name).touch()

@@ -56,9 +56,12 @@ def choose(plan: Plan, workdir: Path, only: str, redo: str, extend: str) -> Choi
     """
     chosen = plan.select(only)
     again = plan.select(redo, "--redo") if redo else []
-    for name in again:
-        require(name in chosen, f"--redo={name}: --only={only} leaves it out; name it there too")
     stale = from_main(stale_after(workdir, again))
+    left_out = ", ".join(name for name in stale if name not in chosen)
+    require(
+        not left_out,
+        f"--redo={redo} drops {left_out} too, which --only={only} leaves out; name all there",
+    )
     measured = [n for n in chosen if n not in stale and plan.job(n).kind is Kind.EVALUATION]
     for name in measured:
         if from_main(_has_other_images(plan, workdir, name)):

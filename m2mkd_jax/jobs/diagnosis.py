@@ -86,9 +86,14 @@ def _first_stage(setup: Setup, state: dict, images: jax.Array, key: jax.Array) -
 
 
 def _first_gradient(setup: Setup, state: dict, batch: dict[str, Any], key: jax.Array) -> str:
-    """The array nearest to the loss whose gradient is not finite; "" if all are."""
+    """The array nearest to the loss whose gradient is not finite; "" if all are.
+
+    Nor is it known on kept targets: a step on them has no teacher.
+    """
     program = setup.joined.single
     params, frozen = _single(setup, state)
+    if set(program.teacher) - set(frozen):
+        return ""
     grads = jax.grad(lambda params: program.loss(params, frozen, batch, key)[0])(params)
     for name in reversed(program.student):
         if name in grads and (path := not_finite(jax.tree.map(np.asarray, grads[name]))):

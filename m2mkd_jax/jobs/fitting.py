@@ -79,7 +79,7 @@ class FittingStep:
         if not limit:
             return True
         traced, programs = self._step.compile(*arguments)
-        self.flops = flops_of(traced.jaxpr.jaxpr)
+        self.flops = sum(flops_of(program.jaxpr.jaxpr) for program in traced)
         self.needed = max(planned_bytes(program) for program in programs)
         self._checked = from_main(self.needed <= USABLE * limit)
         return self._checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,11 +142,13 @@ class TimeLeft:
 
     def _took(self, name: str, look: bool) -> tuple[float, float] | None:
         """Seconds of a finished job, and of its steps; `look` whether it has ended since."""
-        if look and name not in self._finished and is_done(self.workdir, name):
-            directory = job_directory(self.workdir, name)
-            seconds = float(read_record(directory / "done.json").get("seconds", 0.0))
-            steps = min(_stepping(directory / "metrics.jsonl"), seconds)
-            self._finished[name] = seconds, steps or seconds
+        # An estimate can do without what cannot be read just now, or is damaged.
+        with contextlib.suppress(UserError, OSError):
+            if look and name not in self._finished and is_done(self.workdir, name):
+                directory = job_directory(self.workdir, name)
+                seconds = float(read_record(directory / "done.json").get("seconds", 0.0))
+                steps = min(_stepping(directory / "metrics.jsonl"), seconds)
+                self._finished[name] = seconds, steps or seconds
         return self._finished.get(name)
 
 

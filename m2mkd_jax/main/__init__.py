@@ -3,8 +3,8 @@
 `python -m m2mkd_jax.main` is the same command.
 
 Exit codes: 0 done; 2 the input is wrong (one line on stderr); 3 preempted, state saved, run the
-same command again; 4 another process of the run is lost, or a bucket does not answer; 141 nobody reads the
-output any more; anything else is a bug.
+same command again; 4 another process of the run is lost, or a bucket does not answer; 141 nobody
+reads the output any more; anything else is a bug.
 """
 
 from __future__ import annotations

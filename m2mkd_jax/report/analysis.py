@@ -6,6 +6,7 @@ again when a job has finished since, or another number of images is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from m2mkd_jax.checkpoint.files import read_record, replace_file, write_record
 from m2mkd_jax.config.defaults import teaching_data
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
-from m2mkd_jax.jobs.run import image_source
+from m2mkd_jax.jobs.run import has_test_images, image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases.build import END_TO_END, build_phase
@@ -84,6 +85,8 @@ def analyse(run: RunRecord, images: int, say: Callable[[str], object] = print) -
     except UserError as error:
         found.notes.append(f"Nothing was analysed: {error}.")
         return found
+    with contextlib.suppress(UserError):  # of the data, which each part names
+        found.numbers["split"] = "test" if has_test_images(teaching_data(config)) else "held-out"
     say(f"{run.path}: counting FLOPs and measuring networks on {images} test images ...")
     for part in (_costs, _predictions, _modules, _circuit, _experts):
         try:

@@ -52,7 +52,7 @@ class Images:
 def test_images(data: ConfigDict, count: int) -> Images:
     """At most `count` test images, evenly spread over the split, which may be sorted by class.
 
-    Damaged ones are left out, as in evaluation.
+    Where there are none, those of data.validation. Damaged ones are left out, as in evaluation.
 
     Raises:
         UserError: the data are not there or cannot be read.
@@ -179,7 +179,7 @@ def measure_modules(
         if i in phases:
             rest = [meta[j] for j in range(i + 1, every)]
             student = weights.stage(phases[i], f"student_{i}", f"m2mkd/{i}")
-            teacher = weights.stage(phases[i], f"module_{i}", "ft")
+            teacher = imitated(weights, phases[i])
             ours, theirs = student.outputs(x)[0], teacher.outputs(x)[0]
             guess, taught = (run_chain(rest, y).argmax(-1) for y in (ours, theirs))
             found[str(i)] = {
@@ -193,6 +193,12 @@ def measure_modules(
             break
         x = meta[i].outputs(x)[0]
     return found
+
+
+def imitated(weights: Weights, phase: Phase) -> LoadedStage:
+    """The module that a pair's student has imitated, from the job that the config takes it from."""
+    (name,) = set(phase.teacher) - set(phase.student)
+    return weights.stage(phase, name, phase.stages[name].weights.job)
 
 
 def _features(outputs: np.ndarray) -> np.ndarray:

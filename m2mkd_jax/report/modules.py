@@ -24,7 +24,7 @@ def health(run: RunRecord, found: Analysis) -> list[str | Figure]:
     jobs = [j for j in run.of_phase("m2mkd") if j.accuracy is not None]
     if not jobs:
         return []
-    rows = []
+    rows, split = [], found.numbers.get("split", "test")
     for job in jobs:
         own, accuracy = measured.get(str(job.index), {}), job.accuracy or 0.0
         stitches = ", ".join(f"{n} {v:.3g}" for n, v in own.get("stitches", {}).items())
@@ -44,8 +44,8 @@ def health(run: RunRecord, found: Analysis) -> list[str | Figure]:
         ("module", "student", "teacher", "gap", "agreement", "linear CKA", "stitch norms"),
         rows,
         "Health of the modules. Accuracy of the meta model with its module i replaced by student "
-        "i, and by teacher module i; agreement is the share of test images that both put into the "
-        "same class; linear CKA compares the outputs of student and teacher module (tokens "
+        f"i, and by teacher module i; agreement is the share of {split} images that both put into "
+        "the same class; linear CKA compares the outputs of student and teacher module (tokens "
         "averaged; 1: equal up to a rotation and a factor); norms are of the stitches' kernels. A "
         "module far below its teacher needs more epochs (recipes.m2mkd.modules) before the network "
         "is assembled.",

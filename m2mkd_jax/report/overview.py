@@ -216,13 +216,20 @@ def job_flops(job: JobRecord, found: Mapping[str, Mapping[str, float]]) -> float
     return own.get("flops_per_step", 0.0) * job.steps + once
 
 
+def _teaching(run: RunRecord, phase: str) -> tuple[str, ...]:
+    """The phases that a network of a phase stands on."""
+    phases = TEACHING.get(phase, ())
+    before_tuning = run.config.get("distillation", {}).get("teach_from") == "mt"
+    return tuple(p for p in phases if not (before_tuning and phase == "e2e" and p == "ft"))
+
+
 def uncharged(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What a network of a phase stands on, and whose FLOPs are not known.
 
     Jobs that were deleted or have not begun, and phases whose weights came from elsewhere.
     """
     missing = []
-    for teaching in TEACHING.get(phase, ()):
+    for teaching in _teaching(run, phase):
         jobs = run.of_phase(teaching)
         missing += [job.name for job in jobs if not job_flops(job, found)]
         missing += [] if jobs else [teaching]
@@ -233,7 +240,7 @@ def teaching_flops(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, 
     """FLOPs of the jobs that a network of a phase stands on, each by itself."""
     return sum(
         job_flops(job, found)
-        for teaching in TEACHING.get(phase, ())
+        for teaching in _teaching(run, phase)
         for job in run.of_phase(teaching)
     )
 

@@ -41,7 +41,7 @@ def prediction_figures(found: Analysis) -> list[str | Figure]:
     return [
         _confusion(main, logits[main], labels, names),
         _reliability(logits, labels),
-        _scores(logits, labels),
+        _scores(logits, labels, found.numbers.get("split", "test")),
         _samples(found, main, logits[main], labels, names),
     ]
 
@@ -50,7 +50,7 @@ def _title(job: str) -> str:
     return ARMS.get(job, job)
 
 
-def _scores(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
+def _scores(logits: Mapping[str, np.ndarray], labels: np.ndarray, split: str) -> str:
     rows = []
     for job, own in logits.items():
         found = scores(own, labels)
@@ -68,9 +68,9 @@ def _scores(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
     return table(
         ("network", "top-1", "top-5", "ECE", "Brier", "NLL"),
         rows,
-        f"Scores on {len(labels)} test images. ECE: mean distance of confidence and accuracy over "
-        "bins of equally many images; Brier: squared distance of the probabilities from the truth, "
-        "0 to 2; NLL: negative log-likelihood in nats. Lower is better for these three.",
+        f"Scores on {len(labels)} {split} images. ECE: mean distance of confidence and accuracy "
+        "over bins of equally many images; Brier: squared distance of the probabilities from the "
+        "truth, 0 to 2; NLL: negative log-likelihood in nats. Lower is better for these three.",
     )
 
 

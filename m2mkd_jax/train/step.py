@@ -196,14 +196,14 @@ class Step:
         """As `jax.jit`'s."""
         return self._whole.lower(*arguments, self._key)
 
-    def compile(self, *arguments: Any) -> tuple[jax.stages.Traced, list[jax.stages.Compiled]]:
-        """What has the products, traced, and the programs of a call; jax keeps them for calls.
+    def compile(self, *arguments: Any) -> tuple[list[jax.stages.Traced], list[jax.stages.Compiled]]:
+        """The programs of a call, traced and compiled; jax keeps them for calls.
 
         Args:
             arguments: of a call, or their shapes and shardings.
         """
         traced = self.trace(*arguments)
-        return traced, [traced.lower().compile()]
+        return [traced], [traced.lower().compile()]
 
 
 class StepInTwo(Step):
@@ -227,16 +227,17 @@ class StepInTwo(Step):
     def __call__(self, state: dict, *arguments: Any) -> tuple[dict, dict]:
         return self._second(state, *self._first(state, *arguments, self._key))
 
-    def compile(self, *arguments: Any) -> tuple[jax.stages.Traced, list[jax.stages.Compiled]]:
+    def compile(self, *arguments: Any) -> tuple[list[jax.stages.Traced], list[jax.stages.Compiled]]:
         """As `Step`'s; in two threads, as a good part of XLA's compiler runs in one."""
         state = arguments[0]
-        traced = self._first.trace(*arguments, self._key)
-        metrics = traced.out_info[1]
-        second = self._second.lower(state, self._params(state), metrics)
+        first = self._first.trace(*arguments, self._key)
+        metrics = first.out_info[1]
+        second = self._second.trace(state, self._params(state), metrics)
+        lowered = second.lower()
         with ThreadPoolExecutor(1, "compile") as thread:
-            update = thread.submit(second.compile)
-            programs = [traced.lower().compile(), update.result()]
-        return traced, programs
+            update = thread.submit(lowered.compile)
+            programs = [first.lower().compile(), update.result()]
+        return [first, second], programs
 
 
 def _parts(

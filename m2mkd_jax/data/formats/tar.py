@@ -152,10 +152,12 @@ def list_images(
     """
     if not shards(root, split):
         raise UserError(f"{root} has no {split} shards: {' or '.join(_EXPECTED[split])} expected")
-    members, classes = _members(root, split, field)
+    left_out: list[str] = []
+    members, classes = _members(root, split, field, left_out)
+    say_left_out(as_path(root), left_out)
     names = sorted(classes)
     if split == "test" and shards(root, "train"):
-        names = sorted(_members(root, "train", field)[1])
+        names = sorted(_members(root, "train", field, [])[1])
         check_same_classes(f"{root} (test shards)", names, sorted(classes))
     number = {name: label for label, name in enumerate(names)}
     members.sort(key=lambda member: (number[member[0]], member[1]))
@@ -164,23 +166,25 @@ def list_images(
     return TarFiles(shards(root, split), shard, start, size), labels, _titles(root, names)
 
 
-def _members(root: str | Path, split: str, field: str) -> tuple[list[Member], set[str]]:
+def _members(
+    root: str | Path, split: str, field: str, left_out: list[str]
+) -> tuple[list[Member], set[str]]:
     """The members of a split and the set of their classes."""
     members: list[Member] = []
     for number, path in enumerate(shards(root, split)):
         try:
-            read = functools.partial(_read_members, path, number, field)
+            read = functools.partial(_read_members, path, number, field, left_out)
             members += indexed(path, number, field, read)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"cannot read the shard {path} ({error}): copy it again") from error
     return members, {member[0] for member in members}
 
 
-def _read_members(path: Path, number: int, field: str) -> list[Member]:
+def _read_members(path: Path, number: int, field: str, left_out: list[str]) -> list[Member]:
     """The members of one tar file, from its headers."""
     _check_uncompressed(path)
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        members = list(_shard_members(tar, number, path, field))
+        members = list(_shard_members(tar, number, path, field, left_out))
         _check_end(tar, path)
     return members
 
@@ -244,11 +248,12 @@ def _is_wanted(suffix: str, own: str, field: str) -> bool:
     return suffix in SUFFIXES
 
 
-def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) -> Iterator[Member]:
-    """The images of one tar file."""
+def _shard_members(
+    tar: tarfile.TarFile, number: int, path: Path, field: str, left_out: list[str]
+) -> Iterator[Member]:
+    """The images of one tar file; what is no image by its name is added to `left_out`."""
     classes: dict[str, str] = {}
     found: dict[str, tuple[str, str, tarfile.TarInfo]] = {}
-    left_out: list[str] = []
     for member in tar:
         stem, suffix = os.path.splitext(member.name)
         if member.isdir() or os.path.basename(stem).startswith("."):
@@ -265,8 +270,7 @@ def _shard_members(tar: tarfile.TarFile, number: int, path: Path, field: str) ->
             folder = folders[-1] if folders else ""
             found[member.name] = (folder, stem, _linked(tar, member, path))
         elif not field and not is_text(member.name):
-            left_out.append(member.name)
-    say_left_out(path, left_out)
+            left_out.append(os.path.join(path.name, member.name))
     sampled: dict[str, str] = {}  # by key, the image that has its class from there
     for own, (folder, stem, member) in found.items():
         key = _key(own)[0]

@@ -138,10 +138,15 @@ def test_a_row_of_a_data_set_whose_class_is_nan_has_none(tmp_path):
 def test_what_is_no_image_in_a_shard_is_named_but_for_texts(tmp_path, capsys):
     names = ("a/1.png", "b/2.png", "b/3.heic", "a/1.json", "a/.hidden", "b/notes.txt")
     pack(tmp_path / "train-0.tar", *names)
-    assert len(tar.list_images(tmp_path, "train")[0]) == 2
+    pack(tmp_path / "train-1.tar", "a/4.png", "b/5.wnid")
+    pack(tmp_path / "val-0.tar", "a/6.png", "b/7.png")
+    assert len(tar.list_images(tmp_path, "train")[0]) == 3
     said = capsys.readouterr().err
     assert "warning: left out, no image by its name" in said
-    assert said.strip().endswith(f": {tmp_path / 'train-0.tar' / 'b/3.heic'}")
+    left = [str(tmp_path / "train-0.tar/b/3.heic"), str(tmp_path / "train-1.tar/b/5.wnid")]
+    assert said.strip().endswith(": " + ", ".join(left))
+    assert len(tar.list_images(tmp_path, "test")[0]) == 2
+    assert not capsys.readouterr().err
 
 
 def test_a_shard_cut_between_two_members_is_damaged(tmp_path):

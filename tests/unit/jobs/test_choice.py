@@ -21,8 +21,8 @@ ASKS = {"run": pipeline.run, "dry run": dry_run.dry_run}
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"only": "e2e,ft", "redo": "ft"}, "--only leaves out m2mkd/0, which is done again and"),
-        ({"only": "mt/0", "redo": "e2e"}, "--redo=e2e: --only=mt/0 leaves it out; name it there"),
+        ({"only": "e2e,ft", "redo": "ft"}, "--redo=ft drops m2mkd/0, m2mkd/1, "),
+        ({"only": "mt/0", "redo": "eval"}, "--redo=eval drops eval too, which --only=mt/0 leaves"),
         ({"only": "mt/0", "extend": "pt"}, "--extend=pt: --only=mt/0 leaves it out; name it there"),
         ({"redo": "e2e"}, "e2e: another process is running it in"),
     ],

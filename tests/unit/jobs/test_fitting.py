@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs import fitting
 from m2mkd_jax.jobs.setup import fresh_setup, training_step
 from tests.e2e import tiny_vmoe
@@ -79,6 +80,20 @@ def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
     expected = again.make_step()(again.initial_state(), again.frozen, batch)[1]
     for name, value in jax.device_get(expected).items():
         np.testing.assert_array_equal(metrics[name], value, name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_products_of_the_update_are_counted(optimizer):
+    config = tiny_vmoe.get_config()
+    config.recipes.pt.batch, config.recipes.pt.optimizer = 8, optimizer
+    setup = fresh_setup(config, "pt")
+    step, state = setup.make_step(), setup.initial_state()
+    size = setup.phase.data.image_size
+    batch = {"image": np.zeros((8, size, size, 3), np.uint8), "label": np.zeros(8, np.int32)}
+    assert step.fits(state, setup.frozen, batch)
+    whole = step._step.trace(state, setup.frozen, batch)
+    assert type(step._step).__name__ == "StepInTwo"
+    assert step.flops == flops_of(whole.jaxpr.jaxpr) > 0
 
 
 def test_what_fails_ahead_is_raised_by_the_first_call():

@@ -4,13 +4,16 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import read_record, write_record
-from m2mkd_jax.report import analysis, curves, overview
+from m2mkd_jax.config.files import find_config, read_config
+from m2mkd_jax.phases.build import build_phase
+from m2mkd_jax.report import analysis, curves, measure, overview
 from m2mkd_jax.report.__main__ import main
 from m2mkd_jax.report.analysis import Analysis, _keep
 from m2mkd_jax.report.measure import Images
@@ -245,6 +248,30 @@ def test_teaching_is_charged_whole_or_what_is_left_out_is_said(tmp_path):
     assert "does not have their steps: mt/1;" in charged.caption
     assert "Not charged" not in given.caption
     assert overview.uncharged(run, "e2e_scratch", costs) == []
+
+
+def test_what_students_did_not_learn_from_is_not_charged(tmp_path):
+    distillation = runs.config().distillation
+    distillation.teach_from = "mt"
+    run = read_run(runs.add_run(tmp_path / "run", seeds=1, distillation=distillation))
+    costs = counted(run)
+    assert overview.teaching_flops(run, "e2e", costs) == 7 * 200
+    assert overview.teaching_flops(run, "e2e_kd", costs) == 5 * 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("module_2", "ft")),
+        ({"teach_from": "mt"}, ("module_2", "mt/2")),
+        ({"teacher_of": (0, 4, 3, 2, 1, 5)}, ("module_3", "ft")),
+    ],
+)
+def test_a_student_is_measured_beside_the_module_it_imitated(changes, expected):
+    config = read_config(find_config("nac_fashion"))
+    config.distillation.update(changes)
+    weights = SimpleNamespace(stage=lambda phase, name, job: (name, job))
+    assert measure.imitated(weights, build_phase(config, "m2mkd/2")) == expected
 
 
 def test_networks_are_compared_on_test_images_once_all_are_measured(tmp_path):
