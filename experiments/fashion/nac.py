@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.name = "experiments/fashion/nac"
     config.phases = ("pt", "mt", "ft", "m2mkd", "e2e", "e2e_scratch", "e2e_kd", "eval")
     config.e2e_seeds = 5
+    # As published; the arm "alpha_falls" goes from 1 to 0.
+    config.distillation.alpha, config.distillation.alpha_end = 0.5, -1.0
     config.data.train_images, config.data.validation = 4000, 0.02
     config.evaluation.every = 0.75  # 1/16 of the end-to-end epochs
     train = config.recipes
@@ -30,7 +32,6 @@ def get_config() -> ConfigDict:
     train.mt.modules = {"0": {"epochs": 18}}
     train.ft.epochs = 10
     train.m2mkd.epochs, train.m2mkd.warmup_epochs = 6, 1
-    train.m2mkd.stop_within = 0.0
     train.m2mkd.modules = {"0": {"epochs": 18, "lr": 3e-3}}
     train.e2e.epochs, train.e2e.warmup_epochs = 12, 1
     return config

@@ -39,7 +39,9 @@ def test_every_program_compiles_its_step_once(whole):
     jobs = [job["name"] for job in summary(whole[0])["jobs"] if job["name"] != "eval"]
     # All modules of a phase train in one; m2mkd/1 ends before the others, which go on without it.
     programs = [*dict.fromkeys(job.partition("/")[0] for job in jobs), "m2mkd/0 and m2mkd/2"]
-    assert whole[1].stderr.count("Finished XLA compilation of jit(step)") == len(programs)
+    for half in ("gradient", "update"):
+        told = f"Finished XLA compilation of jit({half})"
+        assert whole[1].stderr.count(told) == len(programs)
 
 
 def test_a_module_by_itself_is_as_in_the_program_of_all(workdir, environment, tmp_path):
