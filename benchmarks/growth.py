@@ -5,6 +5,7 @@
 One quantity grows, the others stay; the networks are end to end and fresh, images random. An
 exponent is the slope of log(seconds) over log(quantity), by least squares over all sizes and
 between the largest two. --plot draws what --out holds, with the sweeps of this call replaced.
+Needs the extra `report`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks import machine
@@ -138,13 +140,9 @@ def row(name: str, points: Sequence[dict[str, float]]) -> str:
 
 def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draws seconds over the quantity of each sweep, on logarithmic axes."""
-    import matplotlib  # noqa: PLC0415  an extra, for --plot alone
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
     columns = len(found)
-    figure, axes = pyplot.subplots(1, columns, figsize=(2.6 * columns, 2.6), squeeze=False)
+    figure = Figure(figsize=(2.6 * columns, 2.6))
+    axes = figure.subplots(1, columns, squeeze=False)
     for axis, (name, points) in zip(axes[0], found.items(), strict=True):
         amounts, seconds = ([p[key] for p in points] for key in ("amount", "seconds"))
         axis.loglog(amounts, seconds, "o-")

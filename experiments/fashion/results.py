@@ -39,7 +39,9 @@ def compute(base: Path) -> Compute:
 
 def _flops(run: RunRecord, job: JobRecord, mesh: Any) -> float:
     phase = build_phase(run.restored, job.name)
-    return job_costs(run.restored, phase, mesh).training * phase.recipe.batch * job.steps
+    recipe, costs = phase.recipe, job_costs(run.restored, phase, mesh)
+    kept = costs.targets * phase.views * phase.data.train_images  # once for each view
+    return costs.training * (recipe.batch // recipe.accumulate) * job.steps + kept
 
 
 def write(home: Path) -> None:

@@ -64,7 +64,10 @@ RECIPE: Keys = {
     ),
     "clip": Key(0.0, "largest global norm of the gradient; 0: no clipping", FROM_0),
     "drop_path": Key(
-        0.0, "drop-path rate of the last block; rates grow linearly from 0 over the blocks", BELOW_1
+        0.0,
+        "drop-path rate of the last block; rates grow linearly from 0 over the blocks (in m2mkd "
+        "the student's own: one of a single block has none); a NAC's propagators all have it",
+        BELOW_1,
     ),
     "ema": Key(
         0.0,

@@ -155,7 +155,8 @@ class Program:
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed", and "params" where
                 only a part of them is trained.
             batch: "image" (B, H, W, C) normalised, "target" (B, K) rows that sum to one; and
-                "step", the number of the training step from 0, where alpha depends on it.
+                "step", the number of the training step from 0, without those that were skipped,
+                where alpha depends on it.
             key: for drop-path and the network's own noise; None switches all of it off.
 
         Returns:

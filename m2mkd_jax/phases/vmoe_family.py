@@ -55,6 +55,11 @@ class VMoEFamily(StudentFamily):
             all(0 <= block < sum(self.depths) for block in spec.moe_pos),
             f"config.vmoe.moe_pos is {spec.moe_pos}; blocks are 0 to {sum(self.depths) - 1}",
         )
+        require(
+            spec.router != "published" or not spec.top_k == 1 < spec.experts,
+            "config.vmoe.top_k: the published router's weight of a single choice is always 1 and "
+            'teaches it nothing; use 2 or more, or config.vmoe.router="vmoe"',
+        )
         for name in ("m2mkd", "e2e", "fewshot"):
             if any(recipe_name(phase) == name for phase in config.phases):
                 for index in range(self.modules) if name == "m2mkd" else (None,):

@@ -155,12 +155,12 @@ def _update_rule(recipe: Any, rate: Callable, params: Any) -> list[optax.Gradien
             rate,
             weight_decay=recipe.weight_decay,
             weight_decay_mask=mask,
-            adam_b2=0.999,
-            adam_weight_decay=recipe.weight_decay,
             muon_weight_dimension_numbers=hidden_matrices,
             consistent_rms=_MUON_RMS,
         )
-        return [muon]
+        # Not muon's own AdamW: it has Nesterov momentum, and decays what the mask leaves out.
+        adamw = optax.adamw(rate, 0.9, 0.999, 1e-8, **decay)
+        return [optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)]
     if recipe.optimizer == "adamw":
         return [optax.adamw(rate, 0.9, 0.999, 1e-8, **decay)]
     return [optax.lion(rate, **decay)]
@@ -202,6 +202,15 @@ def hidden_matrices(params: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(-2, -1)
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _muon_or_adamw(params: Any) -> Any:
+    """Which of the two updates each parameter."""
+    return jax.tree.map(
+        lambda axes: "adamw" if axes is None else "muon",
+        hidden_matrices(params),
+        is_leaf=lambda axes: axes is None or isinstance(axes, optax.contrib.MuonDimensionNumbers),
+    )
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

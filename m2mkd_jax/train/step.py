@@ -255,7 +255,8 @@ def _parts(
     def gradient(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
-        batch = prepared(prepare_keys, batch, mixing_recipe, data) | {"step": first["step"]}
+        taken = first["step"] - first["skipped"]  # a skipped step is no part of an update
+        batch = prepared(prepare_keys, batch, mixing_recipe, data) | {"step": taken}
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {job: states[job]["params"] for job in jobs}

@@ -98,11 +98,6 @@ class VMoESpec:
                 f"vmoe.top_k: {self.top_k} choices among {self.experts} experts; "
                 "use 1 to the number of experts"
             )
-        if self.router == "published" and self.top_k == 1 < self.experts:
-            raise UserError(
-                "vmoe.top_k: the published router's weight of a single choice is always 1 and "
-                'teaches it nothing; use top_k 2 or more, or router "vmoe"'
-            )
         for field in ("noise", "group_images", "stitch_dim"):
             if getattr(self, field) < 0:
                 raise UserError(f"vmoe.{field}: {getattr(self, field)} must not be negative")

@@ -63,7 +63,6 @@ def dense_logits(depths):
         ({"router": "switch"}, "no router 'switch'; one of published"),
         ({"dispatch": "drop"}, "no dispatch 'drop'; one of dropless, capacity"),
         ({"top_k": 4}, "4 choices among 3 experts"),
-        ({"top_k": 1}, "teaches it nothing"),
         ({"noise": -1.0}, "vmoe.noise: -1.0 must not be negative"),
         ({"capacity_factor": 0.0}, "capacity_factor: 0.0 must be above 0"),
         ({"pre_stitch_pos": (1,)}, "stitches need the width"),

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.setup import frozen_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.phases.build import build_phase
@@ -55,6 +57,18 @@ def test_a_nac_loses_the_mediators_of_the_weakest_links_first():
         shape = chain.abstract(smaller.stages["nac"].build).params["mediator_latents"]
         assert shape["signatures"].shape == left.shape
     assert found[3].title == "mediators, at random"
+
+
+def test_a_token_may_choose_a_single_expert_of_a_published_router():
+    config, _, trees, images = network("tiny_vmoe")
+    config.vmoe.router = "published"
+    (one,) = students(config).reductions(trees, 0, {})
+    assert (one.title, one.kept) == ("choices per token", 1)
+    smaller = dataclasses.replace(build_phase(config, "e2e_scratch"), stages=one.stages)
+    assert np.isfinite(logits(config, smaller, one.trees, images)).all()
+    config.vmoe.top_k = 1
+    with pytest.raises(UserError, match=r"config\.vmoe\.top_k: the published router's weight"):
+        students(config).check(teaching=False, devices=1)
 
 
 def test_experts_that_get_no_tokens_can_go():

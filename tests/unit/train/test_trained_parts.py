@@ -83,6 +83,30 @@ def test_optimizers_by_name_descend_and_decay():
         assert np.abs(decayed - plain).max() > 0, name
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_the_rule_leaves_out_does_not_decay(name):
+    params = stages((1,))
+    still = jax.tree.map(jnp.zeros_like, params)
+    for rule, kept in (("published", ("bias", "scale", "pos_embed", "cls_token")), ("none", ())):
+        own = recipe(optimizer=name, weight_decay=0.5, decay_rule=rule)
+        optimizer = make_optimizer(own, 1, params)
+        change, _ = optimizer.update(still, optimizer.init(params), params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(change):
+            if not kept or path[-1].key in kept:
+                np.testing.assert_array_equal(leaf, 0, jax.tree_util.keystr(path))
+
+
+def test_muon_leaves_the_head_to_adamw():
+    params = stages((1,))
+    plain, muon = (updated(recipe(optimizer=name), params) for name in ("adamw", "muon"))
+    for tree in (plain, muon):
+        assert (tree["module_0"]["head"]["kernel"] != params["module_0"]["head"]["kernel"]).any()
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(
+            muon["module_0"]["head"][name], plain["module_0"]["head"][name]
+        )
+
+
 @pytest.mark.parametrize("name", ["lamb", "adafactor"])
 def test_layers_of_a_stack_are_measured_each_by_itself(name):
     """LAMB's trust ratio and Adafactor's root mean squares, against optax on single layers."""
