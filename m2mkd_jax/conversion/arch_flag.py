@@ -33,7 +33,9 @@ VMOE_VARIANTS = {"base": (16, 768, 12), "large": (16, 1024, 16), "huge": (14, 12
 
 _INTEGERS = {"patch", "width", "heads", "image_size", "classes", "experts", "stitch_dim", "idx"}
 _LISTS = {"depths", "moe_pos", "pre_stitch_pos", "post_stitch_pos"}
-_FIELDS = {"kind", "qkv_bias", "eps", *_INTEGERS, *_LISTS}
+# Of a V-MoE, what neither names nor shapes show; types by the defaults of VMoESpec.
+ROUTING = ("router", "top_k", "noise", "dispatch", "capacity_factor", "group_images")
+_FIELDS = {"kind", "qkv_bias", "eps", *_INTEGERS, *_LISTS, *ROUTING}
 # What the weights of a patch embedding alone tell, `channels`, is not stated.
 _NAC_FIELDS = {field.name for field in dataclasses.fields(NACSpec)} - {"remat", "channels"}
 _ASSEMBLY_FIELDS = {"student_type", "prior", "prior_options"}  # of a NAC made of students
@@ -113,7 +115,8 @@ def vit_fields(spec: ViTSpec, classes: bool = True) -> Fields:
 
 def vmoe_fields(spec: VMoESpec) -> Fields:
     """The fields of a V-MoE."""
-    own = {k: getattr(spec, k) for k in ("experts", "moe_pos", "pre_stitch_pos", "post_stitch_pos")}
+    names = ("experts", "moe_pos", "pre_stitch_pos", "post_stitch_pos", *ROUTING)
+    own = {k: getattr(spec, k) for k in names}
     stitch = {"stitch_dim": spec.stitch_dim} if spec.stitch_dim else {}
     return vit_fields(spec.vit) | own | stitch | {"kind": "vmoe"}
 
@@ -174,6 +177,9 @@ def _is_valid(name: str, value: Any) -> bool:
         return value in _STUDENT_TYPES
     if name == "prior_options":
         return isinstance(value, dict)
+    if name in ROUTING:
+        kind = type(getattr(VMoESpec, name))
+        return type(value) is kind or (kind is float and type(value) is int)
     return _is_valid_nac(name, value)
 
 

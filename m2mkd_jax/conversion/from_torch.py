@@ -25,6 +25,7 @@ from m2mkd_jax.conversion.name_tables import name_table
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, read_layout
 from m2mkd_jax.conversion.report import Report
 from m2mkd_jax.conversion.resize_positions import resize_positions
+from m2mkd_jax.conversion.stated_fields import stated_fields
 from m2mkd_jax.conversion.torch_layouts import assembled_name, is_stitch
 from m2mkd_jax.conversion.torch_weights import TorchWeights, read_torch_weights
 from m2mkd_jax.errors import UserError
@@ -81,6 +82,7 @@ def convert_torch_weights(
     report = Report(str(path), dict(weights.ignored), dict(weights.aliases))
     if weights.kind == "vit":
         adapt_foreign_vit(weights, given, seed, report)
+    given = {**stated_fields(weights.entries, path), **given}
     google = path.suffix in google_npz.SUFFIXES
     if google:
         given = {"heads": weights.entries["heads"], **given}

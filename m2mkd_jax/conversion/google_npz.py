@@ -29,6 +29,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from m2mkd_jax.conversion import google_shards
@@ -37,6 +38,7 @@ from m2mkd_jax.conversion.torch_layouts import expert_names, published_layout
 from m2mkd_jax.conversion.torch_weights import TorchWeights
 from m2mkd_jax.errors import UserError
 
+_TYPES = ("f2", "f4", "V2")  # V2: bfloat16, see `_Arrays.read`
 SUFFIXES = (".npz", google_shards.SUFFIX)
 NORMALISATION = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 _BLOCK = re.compile(r"(?:Transformer|Encoder)/encoderblock_(\d+)/(.+)$")
@@ -110,19 +112,33 @@ class _Arrays:
     def read(self, name: str) -> np.ndarray:
         """An array."""
         if self._shards:
-            return self._shards.read(self._names[name])
-        with open(self.path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            return file[self._names[name]]
+            array = self._shards.read(self._names[name])
+        else:
+            with open(self.path, "rb") as content, np.load(content, allow_pickle=False) as file:
+                array = file[self._names[name]]
+        # numpy writes bfloat16 as two bytes of no type.
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays of an .npz. Raises UserError: it cannot be read."""
+    """Names and shapes of the arrays of an .npz.
+
+    Raises:
+        UserError: it cannot be read, or an array of weights is of another type.
+    """
     try:
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            return {name: file[name].shape for name in file.files}
+            arrays = ((name, file[name]) for name in file.files)
+            found = {name: (array.shape, array.dtype.str[1:]) for name, array in arrays}
     except Exception as error:  # a broken file can cause any error in zipfile, zlib and numpy
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read: {reason[:200]}") from None
+    for name, (shape, kind) in found.items():
+        if shape and kind not in _TYPES:  # numbers alone, such as a step, are no weights
+            raise UserError(
+                f'{path}: array "{name}" is of the type {kind}; weights are of 16 or 32 bits'
+            )
+    return {name: shape for name, (shape, _) in found.items()}
 
 
 def _bare(name: str) -> str:
@@ -144,7 +160,11 @@ def _add(
         target: str, parts: list[str], change: Callable[[list[np.ndarray]], np.ndarray]
     ) -> None:
         reads = [functools.partial(arrays.read, part) for part in parts]
-        shape = change([np.broadcast_to(np.float32(0), shapes[part]) for part in parts]).shape
+        try:
+            shape = change([np.broadcast_to(np.float32(0), shapes[part]) for part in parts]).shape
+        except (ValueError, IndexError):
+            found = ", ".join(f"{part} {shapes[part]}" for part in parts)
+            raise UserError(f"{path}: {found} cannot be {target} by its axes") from None
         read = lambda: np.ascontiguousarray(change([one() for one in reads]))
         tensors[target] = Tensor(parts[0], shape, "float32", (str(path), target), read, False)
         used.update(parts)
@@ -161,6 +181,8 @@ def _add(
         missing = [part for part in parts if part not in shapes]
         if missing:
             raise UserError(f'{path}: array "{missing[0]}" is missing')
+        if len({shapes[part] for part in parts}) > 1:
+            raise UserError(f"{path}: {', '.join(parts)} are of unequal shapes")
         word = "weight" if match[2] == "kernel" else "bias"
         put(f"{start}.attn.qkv.{word}", parts, _joined_heads)
     elif match := re.match(r"Moe/Mlp/(Dense_[01])/(kernel|bias)$", inside):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from m2mkd_jax.conversion.arch_flag import VMOE_VARIANTS, vit_fields
+from m2mkd_jax.conversion.arch_flag import ROUTING, VMOE_VARIANTS, vit_fields
 from m2mkd_jax.conversion.infer_fields import FieldResolver, Shapes
 from m2mkd_jax.conversion.torch_layouts import assembled_name
 from m2mkd_jax.conversion.torch_weights import TorchWeights
@@ -66,9 +66,7 @@ def infer_vmoe(
         vit=_vit_spec(resolver),
         moe_pos=tuple(found["moe_pos"]),
         experts=experts,
-        top_k=min(2, experts),
-        # With a single expert the published router's weight is always 1, as is this one's.
-        router="published" if experts > 1 else "vmoe",
+        **(assumed_routing(experts) | {k: given[k] for k in ROUTING if k in given}),
         stitch_dim=found.get("stitch_dim", 0) if any(kept.values()) else 0,
         pre_stitch_pos=tuple(kept["pre_stitch_pos"]),
         post_stitch_pos=tuple(kept["post_stitch_pos"]),
@@ -84,6 +82,14 @@ def infer_vmoe(
     if idx is not None and max(idx, -1) != expected and not (expected == 1 and idx > 1):
         raise UserError(f"{where}: --arch says idx {idx}, but this is student {expected}")
     return description | {"first": first, "last": last}, resolver.notes
+
+
+def assumed_routing(experts: int) -> dict[str, Any]:
+    """What a V-MoE's routing is taken to be where nothing says it: the published one.
+
+    With a single expert the published router's weight is always 1, as is the other one's.
+    """
+    return {"router": "published" if experts > 1 else "vmoe", "top_k": min(2, experts)}
 
 
 def _network_shapes(weights: TorchWeights, where: str) -> Shapes:

@@ -14,6 +14,7 @@ from m2mkd_jax.conversion import safetensors_file, torch_file, torch_layouts
 from m2mkd_jax.conversion.name_tables import name_table
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, write_layout
 from m2mkd_jax.conversion.report import Report
+from m2mkd_jax.conversion.stated_fields import STATED, unseen_fields
 from m2mkd_jax.conversion.torch_layouts import FileLayout, Layout
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import registry, variants
@@ -58,13 +59,25 @@ def convert_to_torch(
     grouped = description["kind"] == "nac_student" and len(names) > 1
     report = Report(str(source), {}, {})
     arrays, fixed = _named_arrays(description, trees, names, grouped, report)
+    fresh = layout is None
     if layout is None:
         layout = _published_layout(description, list(arrays), grouped)
+    if "" in layout["files"]:
+        layout = _with_fields(layout, unseen_fields(description, fresh))
     if "" in layout["files"]:
         _write_file(layout["files"][""], layout["depths"], arrays, fixed, target)
     else:
         _write_directory(layout, arrays, fixed, target)
     return report
+
+
+def _with_fields(layout: Layout, fields: Mapping[str, Any]) -> Layout:
+    """The layout of a single file that states these fields, if there are any, and no others."""
+    file = layout["files"][""]
+    entries = {name: value for name, value in file["entries"].items() if name != STATED}
+    if fields:
+        entries[STATED] = json.dumps(fields, sort_keys=True)
+    return {**layout, "files": {"": {**file, "entries": entries}}}
 
 
 def _named_arrays(

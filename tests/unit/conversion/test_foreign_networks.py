@@ -3,6 +3,7 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -45,6 +46,31 @@ def test_googles_networks_compute_the_same(moe, tmp_path):
     model = m2mkd_jax.load(tmp_path / "network.npz")
     assert model.mean == [0.5, 0.5, 0.5] and model.description["kind"] == ("vmoe" if moe else "vit")
     assert_close(model(IMAGES), foreign.run_google(arrays, IMAGES), OUTPUT_TOLERANCE)
+
+
+def test_a_file_of_bfloat16_is_read(tmp_path):
+    arrays = {k: v.astype(ml_dtypes.bfloat16) for k, v in foreign.google_npz(moe=True).items()}
+    np.savez(tmp_path / "network.npz", **arrays)
+    assert np.load(tmp_path / "network.npz")["cls"].dtype == "V2"
+    model = m2mkd_jax.load(tmp_path / "network.npz")
+    rounded = {name: array.astype(np.float32) for name, array in arrays.items()}
+    assert_close(model(IMAGES), foreign.run_google(rounded, IMAGES), OUTPUT_TOLERANCE)
+
+
+def test_arrays_of_another_type_or_shape_are_refused(tmp_path):
+    good = foreign.google_npz()
+    query = next(name for name in good if name.endswith("query/kernel"))
+    key = query.replace("query", "key")
+    width = good[key].shape[0]
+    for name, array, words in (
+        ("cls", good["cls"].astype(np.float64), "cls.* is of the type f8"),
+        ("cls", np.ones(good["cls"].shape, np.int32), "cls.* is of the type i4"),
+        ("embedding/kernel", good["embedding/kernel"][0, 0], "embedding/kernel .* by its axes"),
+        (key, np.ones((width, 1, good[key][0].size), np.float32), "are of unequal shapes"),
+    ):
+        np.savez(tmp_path / "x.npz", **{**good, name: array})
+        with pytest.raises(m2mkd_jax.UserError, match=words):
+            m2mkd_jax.load(tmp_path / "x.npz")
 
 
 def test_shards_of_vmoe_hold_what_one_file_does(tmp_path):
@@ -122,12 +148,12 @@ def test_damaged_and_unknown_npz_are_refused(tmp_path):
 
     arrays = foreign.google_npz()
     start = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1"
-    refused({"a": np.ones(3)}, "no checkpoint of Google's")
+    refused({"a": np.ones(3, np.float32)}, "no checkpoint of Google's")
     refused({k: v for k, v in arrays.items() if k != "cls"}, "average pooling")
     refused({k: v for k, v in arrays.items() if k != f"{start}/key/bias"}, "key/bias. is missing")
     refused({k: v for k, v in arrays.items() if "encoder_norm" not in k}, "norm.weight. is missing")
-    refused({**arrays, "pre_logits/kernel": np.ones((12, 12))}, "pre_logits")
-    refused({**arrays, "other/kernel": np.ones((12, 12))}, "other/kernel. has no place")
+    refused({**arrays, "pre_logits/kernel": np.ones((12, 12), "f4")}, "pre_logits")
+    refused({**arrays, "other/kernel": np.ones((12, 12), "f4")}, "other/kernel. has no place")
     (tmp_path / "x.npz").write_bytes(b"PK nothing")
     with pytest.raises(m2mkd_jax.UserError, match="cannot be read"):
         m2mkd_jax.load(tmp_path / "x.npz")

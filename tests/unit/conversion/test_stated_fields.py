@@ -1,0 +1,55 @@
+"""Networks of one's own come back from torch's files as the functions that they were."""
+
+import json
+
+import numpy as np
+import pytest
+
+import m2mkd_jax
+from m2mkd_jax.conversion.stated_fields import STATED, stated_fields
+from m2mkd_jax.convert.__main__ import main
+from m2mkd_jax.errors import UserError
+
+pytest.importorskip("torch")
+NAC = {"iterations": 1, "input_latents": 4, "mediator_latents": 6, "output_latents": 3}
+NETWORKS = {
+    "vit": ("vit_large_patch16_224", {"image_size": 16, "patch": 8, "width": 16, "heads": 4}),
+    "one choice": ("vmoe_digits", {"router": "vmoe", "top_k": 1}),
+    "experts choose": ("vmoe_digits", {"router": "expert_choice"}),
+    "published": ("vmoe_digits", {}),
+    "options": ("nac_digits", {"gain": 1.0, "add_one": False, "modulation": "none", **NAC}),
+    "no residual": ("nac_digits", {"read_in_residual": False, "truncation": None, **NAC}),
+}
+
+
+def built(name):
+    variant, fields = NETWORKS[name]
+    if variant.startswith("vit"):
+        return m2mkd_jax.build(variant, depths=(1, 1), classes=5, **fields)
+    if variant.startswith("vmoe"):
+        fields = {"depths": (1, 1), "moe_pos": (0, 1), "image_size": 16, **fields}
+    return m2mkd_jax.build(variant, **fields)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_comes_back_as_it_was(name, suffix, tmp_path):
+    model = built(name)
+    size = model.description["spec"].get("vit", model.description["spec"])["image_size"]
+    images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
+    m2mkd_jax.save_weights(tmp_path / "own", model.trees, model.description)
+    file = tmp_path / f"there.{suffix}"
+    assert main([str(tmp_path / "own"), str(file)]) == 0
+    assert main([str(file), str(tmp_path / "back")]) == 0
+    back = m2mkd_jax.load(tmp_path / "back")
+    np.testing.assert_allclose(back(images), model(images), atol=1e-6)
+    assert main([str(tmp_path / "back"), str(tmp_path / f"again.{suffix}")]) == 0
+    assert (tmp_path / f"again.{suffix}").stat().st_size > 0
+
+
+def test_an_entry_that_is_none_of_ours_is_refused(tmp_path):
+    assert stated_fields({}, tmp_path) == {}
+    assert stated_fields({STATED: json.dumps({"router": "vmoe"})}, tmp_path) == {"router": "vmoe"}
+    for wrong in ("{", "[1]", 3, json.dumps({"router": 1}), json.dumps({"no_such": 1})):
+        with pytest.raises(UserError):
+            stated_fields({STATED: wrong}, tmp_path)
