@@ -50,7 +50,7 @@ def parser() -> Parser:
     for name, words in (("mean", "mean"), ("std", "standard deviation")):
         found.add_argument(
             f"--{name}",
-            type=_three_numbers,
+            type=_numbers,
             metavar="R,G,B",
             help=f"{words} of the pixels (0 to 1) that the network was trained with (default: "
             f"ImageNet's {','.join(map(str, IMAGENET[name]))})",
@@ -67,11 +67,11 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _three_numbers(text: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     """The value of --mean or --std."""
     numbers = [float(word) for word in text.split(",")]
-    if len(numbers) != 3 or not all(0 <= n <= 1 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text} is not three numbers from 0 to 1")
+    if not all(0 <= n <= 1 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1 for each channel")
     return numbers
 
 

@@ -60,6 +60,14 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
     converted.description["normalisation"] |= given
     used = converted.description["normalisation"]
     stated = given or any(name.startswith("pixel_") for name in detector or ())
+    spec = converted.description["spec"]
+    channels = spec.get("vit", spec).get("channels", 3)
+    for name in ("mean", "std"):
+        if len(used[name]) != channels:
+            raise UserError(
+                f"{args.source}: its images have {channels} channels; give --{name} with a number "
+                "for each, by commas"
+            )
     source_of = "as given" if stated else "ImageNet's, for no file says it; see --mean and --std"
     report.notes.append(f"normalisation: mean {used['mean']}, std {used['std']} ({source_of})")
     try:

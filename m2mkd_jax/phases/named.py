@@ -55,6 +55,10 @@ def fresh_network(
     return {**network.describe, "normalisation": normalisation}, trees
 
 
+def _of_channels(count: int) -> dict[str, list[float]]:
+    return {"mean": [0.5] * count, "std": [0.5] * count}
+
+
 def _vit(name: str, seed: int, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """See `fresh_network`; one stage of `depth` blocks, or stages of `depths`."""
     spec, depth = variants.vit_variant(name, 1000)
@@ -67,7 +71,8 @@ def _vit(name: str, seed: int, fields: Mapping[str, Any]) -> tuple[dict[str, Any
         "kind": "vit",
         "spec": dataclasses.asdict(spec),
         "depths": depths,
-        "normalisation": IMAGENET,
+        # Of other images than ImageNet's nothing is known: to -1 to 1.
+        "normalisation": IMAGENET if spec.channels == 3 else _of_channels(spec.channels),
     }
     trees = {}
     for stage, key in zip(

@@ -53,3 +53,18 @@ def test_an_entry_that_is_none_of_ours_is_refused(tmp_path):
     for wrong in ("{", "[1]", 3, json.dumps({"router": 1}), json.dumps({"no_such": 1})):
         with pytest.raises(UserError):
             stated_fields({STATED: wrong}, tmp_path)
+
+
+def test_a_network_of_one_channel_needs_a_mean_of_one(tmp_path, capsys):
+    model = m2mkd_jax.build(
+        "vit_large_patch16_224", image_size=16, patch=8, width=16, heads=4, depths=(1,), channels=1
+    )
+    own = {**model.description, "normalisation": {"mean": [0.5], "std": [0.25]}}
+    m2mkd_jax.save_weights(tmp_path / "own", model.trees, own)
+    file, back = str(tmp_path / "there.safetensors"), str(tmp_path / "back")
+    assert main([str(tmp_path / "own"), file]) == 0
+    assert main([file, back]) == 2
+    assert "its images have 1 channels; give --mean" in capsys.readouterr().err
+    assert main([file, back, "--mean=0.5", "--std=0.25"]) == 0
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype(np.float32)
+    np.testing.assert_allclose(m2mkd_jax.load(back)(images), model(images), atol=1e-6)
