@@ -42,7 +42,7 @@ def detect(root: str | Path) -> str | None:
         return None
     if huggingface.find(root):
         return "huggingface"
-    if tfds.find_prepared(root):
+    if tfds.prepared_in(root):
         return "prepared"
     if cifar.find(root):
         return "cifar"
@@ -120,7 +120,7 @@ def has_test(root: str | Path, layout: str) -> bool:
     if layout == "shards":
         return bool(tar.shards(root, "test"))
     if layout == "prepared":
-        return tfds.has_split(_prepared(root), "test")
+        return tfds.has_split(prepared(root), "test")
     if layout == "tables":
         return tables.has_test(root)
     if layout == "huggingface":
@@ -133,7 +133,7 @@ def test_only(root: str | Path, layout: str) -> bool:
     if layout == "shards":
         return not tar.shards(root, "train")
     if layout == "prepared":
-        return not tfds.has_split(_prepared(root), "train")
+        return not tfds.has_split(prepared(root), "train")
     return layout == "classes"
 
 
@@ -155,7 +155,12 @@ def open_split(root: str | Path, layout: str, split: str, columns: Columns = FOU
     return source
 
 
-def _prepared(root: str | Path) -> Path:
+def prepared(root: str | Path) -> Path:
+    """The directory that TFDS prepared, in `root` or below it.
+
+    Raises:
+        UserError: there is none, or there are several data sets.
+    """
     directory = tfds.find_prepared(root)
     if directory is None:
         raise UserError(f"{root} does not hold {LAYOUTS['prepared']}")
@@ -163,7 +168,7 @@ def _prepared(root: str | Path) -> Path:
 
 
 def _open_prepared(root: str | Path, split: str) -> ImageSource:
-    files, names = tfds.list_images(_prepared(root), split)
+    files, names = tfds.list_images(prepared(root), split)
     return EncodedImageSource(files, tfds.RecordLabels(files), names)
 
 

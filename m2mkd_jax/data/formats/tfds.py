@@ -14,6 +14,8 @@ import tensorflow_datasets as tfds
 from m2mkd_jax.errors import UserError
 
 _INFO = "dataset_info.json"
+_HUGGING_FACE = "state.json"  # stands beside a dataset_info.json that is not of TFDS
+_NAMED = 5  # data sets that a message names
 # imagenet2012 has a test split without labels, so validation is preferred.
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}
 
@@ -102,18 +104,36 @@ class RecordLabels:
         return np.asarray(self[np.arange(len(self))], dtype)
 
 
-def find_prepared(root: str | Path) -> Path | None:
-    """The newest prepared version in `root` or up to two folders below it, or None."""
+def prepared_in(root: str | Path) -> list[Path]:
+    """The prepared versions in `root` or up to two folders below it; Hugging Face's are none."""
     root = Path(root)
-    for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}"):
-        found = [path.parent for path in root.glob(pattern)]
-        if found:
-            return max(found, key=lambda path: [_number(part) for part in path.name.split(".")])
-    return None
+    patterns = (_INFO, f"*/{_INFO}", f"*/*/{_INFO}")
+    found = [path.parent for pattern in patterns for path in sorted(root.glob(pattern))]
+    found = [path for path in found if not (path / _HUGGING_FACE).exists()]
+    return [root] if root in found else found
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
+def find_prepared(root: str | Path) -> Path | None:
+    """The newest prepared version in `root` or up to two folders below it, or None.
+
+    Raises:
+        UserError: versions of more than one data set.
+    """
+    found = prepared_in(root)
+    # Folders of versions of one data set are beside each other; others are data sets themselves.
+    sets = sorted({path.parent if _version(path) else path for path in found})
+    if len(sets) > 1:
+        raise UserError(
+            f"{root} holds {len(sets)} prepared data sets ({', '.join(map(str, sets[:_NAMED]))}"
+            f"{', ...' if len(sets) > _NAMED else ''}): give the directory of one"
+        )
+    return max(found, key=_version, default=None)
+
+
+def _version(directory: Path) -> list[int]:
+    """The numbers of a version's folder (1.0.0); [] if its name is no version."""
+    parts = directory.name.split(".")
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
 
 
 def has_split(directory: str | Path, split: str) -> bool:

@@ -183,18 +183,6 @@ def test_preparing_from_the_wrong_place_is_one_line(tmp_path, capsys, folders):
     assert "cannot prepare in" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_is_prepared_is_not_taken_for_another_source(tmp_path, capsys, monkeypatch):
-    write_folders(tmp_path / "a")
-    write_folders(tmp_path / "b", per_class=4)
-    write_prepared(tmp_path / "out", tmp_path / "a", monkeypatch)
-    there = tmp_path / "out" / "tiny_imagenet" / "1.0.0"
-    before = {path: path.read_bytes() for path in there.iterdir()}
-    assert prepare.main(["tiny_imagenet", str(tmp_path / "b"), str(tmp_path / "out")]) == 2
-    error = f"m2mkd_jax: {there} is there already; remove it or choose another DATA_DIR"
-    assert capsys.readouterr().err.splitlines()[-1] == error
-    assert {path: path.read_bytes() for path in there.iterdir()} == before
-
-
 def test_classes_that_tiny_imagenet_has_not_are_not_prepared(tmp_path, capsys, monkeypatch):
     write_folders(tmp_path)
     monkeypatch.setattr(prepare.TinyImagenet, "names", CLASSES[:2])
