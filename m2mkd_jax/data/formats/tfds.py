@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 _INFO = "dataset_info.json"
 _HUGGING_FACE = "state.json"  # stands beside a dataset_info.json that is not of TFDS
 _NAMED = 5  # data sets that a message names
+_SHOWN = 200  # characters of an error of TFDS
 # imagenet2012 has a test split without labels, so validation is preferred.
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}
 
@@ -136,9 +137,25 @@ def _version(directory: Path) -> list[int]:
     return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
 
 
+def _builder(directory: str | Path) -> Any:
+    """TFDS's description of a prepared directory.
+
+    Raises:
+        UserError: its files are damaged, or not of TFDS.
+    """
+    try:
+        return tfds.builder_from_directory(str(directory))
+    except Exception as error:  # damaged json can cause any error in TFDS's and protobuf's parsers
+        reason = printable(" ".join(str(error).split()))[:_SHOWN]
+        raise UserError(
+            f"{directory}: its {_INFO} or features.json is none that TensorFlow Datasets writes "
+            f"({type(error).__name__}: {reason}): prepare it again, or remove it"
+        ) from error
+
+
 def has_split(directory: str | Path, split: str) -> bool:
     """Whether a prepared directory holds the split 'train' or 'test'."""
-    splits = tfds.builder_from_directory(str(directory)).info.splits
+    splits = _builder(directory).info.splits
     return any(name in splits for name in _SPLITS[split])
 
 
@@ -153,9 +170,10 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
         The records and the class names.
 
     Raises:
-        UserError: not prepared as ArrayRecord, no such split, or no image and label features.
+        UserError: damaged, not prepared as ArrayRecord, no such split, or no image and label
+            features.
     """
-    builder = tfds.builder_from_directory(str(directory))
+    builder = _builder(directory)
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(

@@ -156,3 +156,27 @@ def test_what_is_prepared_is_not_taken_for_another_source(tmp_path, capsys, monk
     error = f"m2mkd_jax: {there} is there already; remove it or choose another DATA_DIR"
     assert capsys.readouterr().err.splitlines()[-1] == error
     assert {path: path.read_bytes() for path in there.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no json", b'{"builder_name": "x"}', b"[1]", b"\xff"])
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_or_foreign_description_is_one_line(file, content, tmp_path, capsys, monkeypatch):
+    write_folders(tmp_path / "a")
+    write_prepared(tmp_path / "td", tmp_path / "a", monkeypatch)
+    there = tmp_path / "td" / "tiny_imagenet" / "1.0.0"
+    (there / file).write_bytes(content)
+    capsys.readouterr()
+    assert check.main([str(tmp_path / "td")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"{there}: its dataset_info.json or features.json" in error[0]
+    config = make_config("image_folder", tmp_path / "td")
+    assert str(there) in message(sources.load_source, config, "train")
+
+
+def test_a_table_of_hugging_face_is_not_taken_for_prepared(tmp_path, capsys):
+    for split in ("a", "b"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for file in ("dataset_info.json", "state.json"):
+            (tmp_path / "set" / split / file).write_text("{}")
+    assert check.main([str(tmp_path / "set")]) == 2
+    assert "holds nothing that is known; did you mean" in capsys.readouterr().err
