@@ -64,10 +64,15 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
     """The layout of a directory, which must be one of `wanted`.
 
     Raises:
-        UserError: another layout; names what is expected, and a nearby folder that has it.
+        UserError: another layout; names what is expected, and a nearby folder that has it. Or a
+            directory that cannot be read.
     """
     check_bucket(as_path(root))
-    found = detect(root)
+    try:
+        found = detect(root)
+    except OSError as error:  # a name that is too long, a folder that is locked
+        reason = error.strerror or error
+        raise UserError(f"{root} cannot be read ({reason}; data.root says where to look)") from None
     if found is not None and found in wanted:
         return found
     if in_bucket(root):
@@ -76,13 +81,21 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
             "are read; pack the images so"
         )
     expected = " or ".join(LAYOUTS[name] for name in wanted)
-    near = next((place for place in _nearby(root) if detect(place) in wanted), None)
+    near = next((place for place in _nearby(root) if _readable(place) in wanted), None)
     hint = f"; did you mean {near}?" if near else f"; expected: {expected}"
     if not Path(root).is_dir():
         held = "is no directory"
     else:
         held = f"holds {LAYOUTS[found]}" if found else "holds nothing that is known"
     raise UserError(f"no data in {root} (data.root says where to look): it {held}{hint}")
+
+
+def _readable(place: Path) -> str | None:
+    """`detect` of a directory; None where it cannot be read."""
+    try:
+        return detect(place)
+    except OSError:
+        return None
 
 
 def _nearby(root: str | Path) -> Iterator[Path]:
