@@ -300,3 +300,18 @@ def test_a_neighbour_that_cannot_be_read_is_no_hint(tmp_path, monkeypatch):
     assert "holds nothing that is known" in refusal(layouts.require, tmp_path / "root", ["idx"])
     locked = refusal(layouts.require, tmp_path / "root" / "locked", ["idx"])
     assert "locked cannot be read (Permission denied; data.root" in locked
+
+
+@pytest.mark.parametrize("layout", ["folders", "classes"])
+def test_images_beside_the_folders_of_classes_are_named(layout, tmp_path, capsys):
+    splits = ("train", "val") if layout == "folders" else ("",)
+    for split in splits:
+        for name in ("a/1.png", "b/2.png", "loose.png"):
+            (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / name).write_bytes(encoded(RAMP))
+        (tmp_path / split / "README.txt").write_text("no image")
+    for split, folder in zip(("train", "test"), splits, strict=False):
+        assert len(layouts.open_split(tmp_path, layout, split)) == 2
+        where = tmp_path / folder / "loose.png"
+        said = f"warning: left out, in no folder of a class: {where}"
+        assert capsys.readouterr().err.splitlines() == [said]
