@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 
@@ -61,8 +61,8 @@ def answer(command: Callable[[], int]) -> int:
         command: does everything, and returns the exit code.
 
     Returns:
-        Its exit code; 2 after one line on stderr if the input is wrong; BROKEN_PIPE if whoever
-        reads the output has seen enough.
+        Its exit code; 2 after one line on stderr if the input is wrong, or a file
+        cannot be read or written; BROKEN_PIPE if whoever reads the output has seen enough.
     """
     try:
         code = command()
@@ -74,3 +74,17 @@ def answer(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:  # a path that is too long or not readable; a full disk
+        print(f"m2mkd_jax: {printable(told(error))}", file=sys.stderr)
+        return 2
+
+
+def told(error: OSError) -> str:
+    """What an error of the system says, and of which file."""
+    where = f"{named_file(error)}: " if named_file(error) else ""
+    return f"{where}{error.strerror or error}"
+
+
+def named_file(error: OSError) -> str:
+    """The file that an error is about; of a rename, the name that was meant."""
+    return os.fsdecode(error.filename2 or error.filename or "")

@@ -15,7 +15,7 @@ from importlib import import_module
 from absl import logging
 
 from m2mkd_jax import __version__
-from m2mkd_jax.arguments import BROKEN_PIPE, Arguments
+from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, told
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
 from m2mkd_jax.interruption import ended_by_signals
@@ -67,8 +67,7 @@ def run(name: str, command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
-        where = f"{named_file(error)}: " if named_file(error) else ""
-        reason = f"{where}{error.strerror or error}"
+        reason = told(error)
     except Exception as error:
         if not (reason := storage_failure(error)):
             raise
@@ -77,11 +76,6 @@ def run(name: str, command: Callable[[], None]) -> int:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     print(f"m2mkd_jax.{name}: {line}", file=sys.stderr)
     return WRONG_INPUT
-
-
-def named_file(error: OSError) -> str:
-    """The file that an error is about; of a rename, the name that was meant."""
-    return os.fsdecode(error.filename2 or error.filename or "")
 
 
 def run_module(name: str, parser: Parser, argv: Sequence[str] | None) -> int:

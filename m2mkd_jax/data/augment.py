@@ -271,7 +271,7 @@ def evaluation_image(image: np.ndarray, size: int) -> np.ndarray:
     else:
         width, height = int(short * width / height), short
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return resample.resize(image, height, width)[top : top + size, left : left + size]
+    return resample.resize(image, height, width, window=(top, left, size, size))
 
 
 def training_images(

@@ -79,7 +79,8 @@ def check(
         out(f"{root}: COCO's format (annotations/instances_*.json)")
         return all([check_instances(*paths, quick, out) for paths in instances])
     layout = layouts.require(root, tuple(layouts.LAYOUTS))
-    out(f"{root}: {layouts.LAYOUTS[layout]}")
+    place = layouts.prepared(root) if layout == "prepared" else root
+    out(f"{place}: {layouts.LAYOUTS[layout]}")
     good, found, order = True, 0, ""
     renditions = layouts.test_only(root, layout) and not options.validation
     tested = renditions or layouts.has_test(root, layout)

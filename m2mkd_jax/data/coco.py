@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from m2mkd_jax.data.annotations import Mask, Scene, bitmap, library
 from m2mkd_jax.data.coco_problems import (
@@ -26,6 +25,7 @@ from m2mkd_jax.data.coco_problems import (
     problem,
     sound_polygons,
 )
+from m2mkd_jax.data.decode import Form, decode
 from m2mkd_jax.errors import UserError, printable
 
 # As many examples of each problem are named.
@@ -33,6 +33,7 @@ NAMED = 3
 _SHOWN = 80  # characters of a name
 # Problem of an object that is kept with its other polygons.
 UNSOUND = "polygons of fewer than 3 points"
+_UPRIGHT = Form(oriented=True)
 
 
 @dataclass(frozen=True)
@@ -251,14 +252,16 @@ def truth(data: CocoData) -> dict[str, Any]:
 def read_upright(path: Path) -> np.ndarray:
     """An image as its camera held it, (H, W, 3) uint8 RGB.
 
+    16 bits are scaled to 8.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has 32 bits.
     """
     try:
-        with Image.open(path) as file:
-            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return decode(content, str(path), form=_UPRIGHT)
 
 
 def decode_mask(segmentation: Any) -> Mask:

@@ -42,7 +42,7 @@ def detect(root: str | Path) -> str | None:
         return None
     if huggingface.find(root):
         return "huggingface"
-    if tfds.find_prepared(root):
+    if tfds.prepared_in(root):
         return "prepared"
     if cifar.find(root):
         return "cifar"
@@ -64,10 +64,15 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
     """The layout of a directory, which must be one of `wanted`.
 
     Raises:
-        UserError: another layout; names what is expected, and a nearby folder that has it.
+        UserError: another layout; names what is expected, and a nearby folder that has it. Or a
+            directory that cannot be read.
     """
     check_bucket(as_path(root))
-    found = detect(root)
+    try:
+        found = detect(root)
+    except OSError as error:  # a name that is too long, a folder that is locked
+        reason = error.strerror or error
+        raise UserError(f"{root} cannot be read ({reason}; data.root says where to look)") from None
     if found is not None and found in wanted:
         return found
     if in_bucket(root):
@@ -76,13 +81,21 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
             "are read; pack the images so"
         )
     expected = " or ".join(LAYOUTS[name] for name in wanted)
-    near = next((place for place in _nearby(root) if detect(place) in wanted), None)
+    near = next((place for place in _nearby(root) if _readable(place) in wanted), None)
     hint = f"; did you mean {near}?" if near else f"; expected: {expected}"
     if not Path(root).is_dir():
         held = "is no directory"
     else:
         held = f"holds {LAYOUTS[found]}" if found else "holds nothing that is known"
     raise UserError(f"no data in {root} (data.root says where to look): it {held}{hint}")
+
+
+def _readable(place: Path) -> str | None:
+    """`detect` of a directory; None where it cannot be read."""
+    try:
+        return detect(place)
+    except OSError:
+        return None
 
 
 def _nearby(root: str | Path) -> Iterator[Path]:
@@ -120,7 +133,7 @@ def has_test(root: str | Path, layout: str) -> bool:
     if layout == "shards":
         return bool(tar.shards(root, "test"))
     if layout == "prepared":
-        return tfds.has_split(_prepared(root), "test")
+        return tfds.has_split(prepared(root), "test")
     if layout == "tables":
         return tables.has_test(root)
     if layout == "huggingface":
@@ -133,7 +146,7 @@ def test_only(root: str | Path, layout: str) -> bool:
     if layout == "shards":
         return not tar.shards(root, "train")
     if layout == "prepared":
-        return not tfds.has_split(_prepared(root), "train")
+        return not tfds.has_split(prepared(root), "train")
     return layout == "classes"
 
 
@@ -155,7 +168,12 @@ def open_split(root: str | Path, layout: str, split: str, columns: Columns = FOU
     return source
 
 
-def _prepared(root: str | Path) -> Path:
+def prepared(root: str | Path) -> Path:
+    """The directory that TFDS prepared, in `root` or below it.
+
+    Raises:
+        UserError: there is none, or there are several data sets.
+    """
     directory = tfds.find_prepared(root)
     if directory is None:
         raise UserError(f"{root} does not hold {LAYOUTS['prepared']}")
@@ -163,7 +181,7 @@ def _prepared(root: str | Path) -> Path:
 
 
 def _open_prepared(root: str | Path, split: str) -> ImageSource:
-    files, names = tfds.list_images(_prepared(root), split)
+    files, names = tfds.list_images(prepared(root), split)
     return EncodedImageSource(files, tfds.RecordLabels(files), names)
 
 

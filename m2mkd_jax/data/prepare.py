@@ -10,6 +10,7 @@ training from prepared data equals training from folders. Axes: N images.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,12 @@ class _Folders(tfds.core.GeneratorBasedBuilder):
             data_dir: the directory of prepared data sets.
 
         Raises:
-            UserError: another layout, other classes, or no images; nothing is written then.
+            UserError: prepared already, another layout, other classes, or no images; nothing is
+                written then.
         """
+        there = Path(data_dir) / self.name / str(self.VERSION)
+        if there.exists():  # which TFDS would take for prepared from this source
+            raise UserError(f"{there} is there already; remove it or choose another DATA_DIR")
         layouts.require(source, (self.layout,))
         found = layouts.class_names(source, self.layout) or []
         missing, unknown = set(self.names) - set(found), set(found) - set(self.names)

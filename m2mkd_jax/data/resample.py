@@ -2,6 +2,7 @@
 
 OpenCV's bicubic resizing has no antialiasing. Here a pass over one axis is a product with a sparse
 matrix of Pillow's own integer weights, so the bytes are the same as Pillow's.
+Of a long strip only what a wanted part of the result depends on is resized.
 Axes: H height, W width, C channels, N pixels before a pass, S after it, M pixels across.
 """
 
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import sparse
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Window = tuple[int, int, int, int]  # top, left, rows, columns
 _BITS = 22  # fractional bits of the weights
 _LARGEST = 1 << 23  # bytes of an image; the int32 copies take four times as much
 
@@ -20,7 +23,8 @@ def resize(
     image: np.ndarray,
     height: int,
     width: int,
-    box: tuple[float, float, float, float] | None = None,
+    box: Box | None = None,
+    window: Window | None = None,
 ) -> np.ndarray:
     """Resizes an image, bicubic.
 
@@ -29,31 +33,42 @@ def resize(
         height: of the result.
         width: of the result.
         box: (left, top, right, bottom), the part to resize, in fractional pixels; None: all.
+        window: (top, left, rows, columns), the part of the result that is wanted; None: all.
 
     Returns:
-        uint8 (height, width, C).
+        uint8 (height, width, C), or of `window` (rows, columns, C).
     """
     if image.shape[2] != 3:
         # Neither Pillow nor OpenCV's transpose takes any number of channels.
         planes = (np.ascontiguousarray(image[..., c]) for c in range(image.shape[2]))
-        return np.stack([_resize(plane, height, width, box) for plane in planes], -1)
-    return _resize(image, height, width, box)
+        return np.stack([_resize(plane, height, width, box, window) for plane in planes], -1)
+    return _resize(image, height, width, box, window)
 
 
 def _resize(
-    image: np.ndarray, height: int, width: int, box: tuple[float, float, float, float] | None
+    image: np.ndarray, height: int, width: int, box: Box | None, window: Window | None
 ) -> np.ndarray:
     """`resize` of an image (H, W, 3), or of one channel (H, W)."""
     old_height, old_width = image.shape[:2]
-    if image.size > _LARGEST:
-        whole = Image.fromarray(image)
-        return np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box))
+    if image.size > _LARGEST and window is None:
+        return _by_pillow(image, height, width, box)
+    first_row, first_column, row_count, column_count = window or (0, 0, height, width)
     # Pillow keeps the box in float32.
     left, top, right, bottom = np.array(box or (0, 0, old_width, old_height), np.float32)
-    rows = _weights(old_height, height, top, bottom)
-    columns = _weights(old_width, width, left, right)
+    from_rows, rows = _weights(old_height, height, top, bottom, first_row, row_count)
+    from_columns, columns = _weights(old_width, width, left, right, first_column, column_count)
+    part = image[from_rows, from_columns]
+    if part.size > _LARGEST:
+        whole = _by_pillow(image, height, width, box)
+        part = whole[first_row : first_row + row_count, first_column : first_column + column_count]
+        return np.ascontiguousarray(part)
     tall = old_height - height > max(0, 2 * (old_width - width))
-    return _passes(image, rows, columns, tall and _tall_begins_with_rows())
+    return _passes(part, rows, columns, tall and _tall_begins_with_rows())
+
+
+def _by_pillow(image: np.ndarray, height: int, width: int, box: Box | None) -> np.ndarray:
+    whole = Image.fromarray(image)
+    return np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 def _passes(
@@ -69,7 +84,7 @@ def _passes(
 def _tall_begins_with_rows() -> bool:
     """Whether this Pillow starts with the rows if they shrink most; older versions never do."""
     edges = np.random.default_rng(0).integers(0, 2, (40, 6, 3), np.uint8) * 255
-    rows, columns = (_weights(length, 4, 0, length) for length in edges.shape[:2])
+    rows, columns = (_weights(length, 4, 0, length, 0, 4)[1] for length in edges.shape[:2])
     theirs = Image.fromarray(edges).resize((4, 4), Image.Resampling.BICUBIC)
     return np.array_equal(np.asarray(theirs), _passes(edges, rows, columns, rows_first=True))
 
@@ -85,22 +100,27 @@ def _pass(image: np.ndarray, weights: sparse.csr_array) -> np.ndarray:
 
 # Most images of a data set have one of a few sizes; an entry takes 12 kB or more.
 @functools.lru_cache(maxsize=512)
-def _weights(length: int, wanted: int, start: float, stop: float) -> sparse.csr_array:
-    """The weights of N = `length` pixels in S = `wanted` new ones between start and stop.
+def _weights(
+    length: int, wanted: int, start: float, stop: float, first: int, count: int
+) -> tuple[slice, sparse.csr_array]:
+    """The weights of `length` pixels in `count` new ones from `first` on.
 
-    The kernel is Keys's cubic with a = -1/2, stretched to the size of the new pixels when they are
-    larger.
+    All new pixels, of which there are `wanted`, lie between start and stop. The kernel is Keys's
+    cubic with a = -1/2, stretched to the size of the new pixels when they are larger.
 
     Returns:
-        int32 (S, N), with _BITS fractional bits.
+        The N pixels that have weights, and these, int32 (S = count, N), with _BITS fractional bits.
     """
     step = float(stop - start) / wanted
     stretch = max(step, 1.0)
-    centre = start + step * (np.arange(wanted)[:, None] + 0.5)
+    centre = start + step * (np.arange(first, first + count)[:, None] + 0.5)
     pixel = np.floor(centre - 2 * stretch).astype(np.int32) + np.arange(int(4 * stretch) + 2)
     x = abs(pixel + 0.5 - centre) / stretch
     near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     value = np.where(x < 1, near, far) * ((x < 2) & (pixel >= 0) & (pixel < length))
     value = np.round(value / value.sum(1, keepdims=True) * 2**_BITS).astype(np.int32)
     row, column = np.nonzero(value)
-    return sparse.csr_array((value[row, column], (row, pixel[row, column])), (wanted, length))
+    used = pixel[row, column]
+    low, high = int(used.min()), int(used.max()) + 1
+    matrix = sparse.csr_array((value[row, column], (row, used - low)), (count, high - low))
+    return slice(low, high), matrix

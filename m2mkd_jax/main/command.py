@@ -17,8 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m2mkd_jax.arguments import BROKEN_PIPE, refuse_repeated
-from m2mkd_jax.command_line import named_file
+from m2mkd_jax.arguments import BROKEN_PIPE, named_file, refuse_repeated
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values

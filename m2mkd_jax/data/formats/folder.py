@@ -9,7 +9,8 @@
     root/CLASS/*.jpg                 a test split only (ImageNet-R)
 
 Classes are the folder names, sorted. Files that are images by their names count, and in a folder
-without any those that are arrays (.npy); others are left out, and named but for texts.
+without any those that are arrays (.npy); others are left out, and named but for texts. So
+are images in no folder of a class.
 Axes: N images.
 """
 
@@ -26,6 +27,7 @@ from m2mkd_jax.errors import UserError, printable
 
 _ANNOTATIONS = "val_annotations.txt"
 _TEXTS = (".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".ini", ".db")  # beside images
+_NO_IMAGE = f"no image by its name ({', '.join(SUFFIXES)})"
 _NAMED = 10  # classes that a message names
 EXPECTED = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -161,6 +163,8 @@ def list_classes(
         files += [os.fsencode(os.path.join(below, file)) for file in found]
         labels += [label] * len(found)
     say_left_out(root, left_out)
+    loose = [os.path.join(folder, name) for name in image_files(root / folder)]
+    say_left_out(root, loose, "in no folder of a class")
     return np.array(files), np.array(labels, np.int32)
 
 
@@ -193,15 +197,18 @@ def is_text(name: str) -> bool:
     return name.lower().endswith(_TEXTS)
 
 
-def say_left_out(root: Path, paths: Sequence[str]) -> None:
-    """Names files below a folder, or in a tar file, that are no images by their names, if any."""
+def say_left_out(root: Path, paths: Sequence[str], reason: str = _NO_IMAGE) -> None:
+    """Names files below a folder, or in a tar file, that are left out, if any.
+
+    Args:
+        root: the folder.
+        paths: below it.
+        reason: why they are left out.
+    """
     if paths:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         named = ", ".join(printable(str(root / path)) for path in sorted(paths)[:3])
-        print(
-            f"warning: left out, no image by its name ({', '.join(SUFFIXES)}): {named}{more}",
-            file=sys.stderr,
-        )
+        print(f"warning: left out, {reason}: {named}{more}", file=sys.stderr)
 
 
 def _annotated(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

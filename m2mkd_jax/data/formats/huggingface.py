@@ -1,6 +1,7 @@
 """Data sets of Hugging Face's `datasets`: what `save_to_disk` writes, and Parquet files.
 
-    root/dataset_dict.json, root/train/*.arrow ...      or root/state.json, root/*.arrow
+    root/train/state.json, root/train/*.arrow ... [root/dataset_dict.json]
+    root/state.json, root/*.arrow
     root/train-00000-of-00002.parquet, root/validation-*.parquet      or the same below root/data
 
 Read by the library `datasets` (extra `huggingface`), because its Arrow tables under a memory map
@@ -22,6 +23,7 @@ from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.errors import UserError
 
 EXPECTED = "a data set of Hugging Face's datasets (dataset_dict.json, state.json, or *.parquet)"
+_STATE = "state.json"  # of a saved table
 _SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val")}
 
 
@@ -68,9 +70,18 @@ class TableFiles:
 def find(root: str | Path) -> bool:
     """Whether a directory holds a saved data set or Parquet files."""
     root = Path(root)
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return True
-    return bool(_parquet(root))
+    return _is_whole(root) or bool(_saved_splits(root) or _parquet(root))
+
+
+def _is_whole(root: Path) -> bool:
+    """Whether a directory is what one `save_to_disk` wrote."""
+    return (root / "dataset_dict.json").is_file() or (root / _STATE).is_file()
+
+
+def _saved_splits(root: Path) -> list[str]:
+    """The names of the splits that are saved in folders of a directory."""
+    known = [name for names in _SPLITS.values() for name in names]
+    return [name for name in known if (root / name / _STATE).is_file()]
 
 
 def _parquet(root: Path) -> dict[str, list[str]]:
@@ -96,6 +107,8 @@ def _splits(root: Path) -> dict[str, Any]:
     try:
         if parquet := _parquet(root):
             return {k: datasets.Dataset.from_parquet(files) for k, files in parquet.items()}
+        if not _is_whole(root):
+            return {n: datasets.load_from_disk(str(root / n)) for n in _saved_splits(root)}
         found = datasets.load_from_disk(str(root))
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
@@ -106,9 +119,7 @@ def _splits(root: Path) -> dict[str, Any]:
 def has_test(root: str | Path) -> bool:
     """Whether there is a test split."""
     root = Path(root)
-    names = _parquet(root) or {
-        path.name for path in root.iterdir() if path.is_dir() and (path / "state.json").is_file()
-    }
+    names = _parquet(root) or _saved_splits(root)
     return bool(set(_SPLITS["test"]) & set(names))
 
 

@@ -96,13 +96,16 @@ def read_idx(path: str | Path) -> np.ndarray:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error}): download it again") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UINT8:
+    body = 4 + 4 * content[3] if len(content) > 3 else 4
+    if len(content) < body or content[:2] != b"\0\0" or content[2] != _UINT8:
         raise UserError(f"{path} is not an IDX file of unsigned bytes: download it again")
-    body = 4 + 4 * content[3]
     shape = tuple(int(axis) for axis in np.frombuffer(content[4:body], ">u4"))
     if len(content) != body + math.prod(shape):
         raise UserError(
             f"{path} has {len(content)} bytes where its header says {body + math.prod(shape)}:"
             " download it again"
         )
-    return np.frombuffer(content, np.uint8, offset=body).reshape(shape)
+    try:
+        return np.frombuffer(content, np.uint8, offset=body).reshape(shape)
+    except ValueError as error:  # no items, and more axes or longer ones than an array can have
+        raise UserError(f"{path} says the shape {shape}: download it again") from error

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 _INFO = "dataset_info.json"
+_HUGGING_FACE = "state.json"  # stands beside a dataset_info.json that is not of TFDS
+_NAMED = 5  # data sets that a message names
+_SHOWN = 200  # characters of an error of TFDS
 # imagenet2012 has a test split without labels, so validation is preferred.
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}
 
@@ -102,23 +105,57 @@ class RecordLabels:
         return np.asarray(self[np.arange(len(self))], dtype)
 
 
-def find_prepared(root: str | Path) -> Path | None:
-    """The newest prepared version in `root` or up to two folders below it, or None."""
+def prepared_in(root: str | Path) -> list[Path]:
+    """The prepared versions in `root` or up to two folders below it; Hugging Face's are none."""
     root = Path(root)
-    for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}"):
-        found = [path.parent for path in root.glob(pattern)]
-        if found:
-            return max(found, key=lambda path: [_number(part) for part in path.name.split(".")])
-    return None
+    patterns = (_INFO, f"*/{_INFO}", f"*/*/{_INFO}")
+    found = [path.parent for pattern in patterns for path in sorted(root.glob(pattern))]
+    found = [path for path in found if not (path / _HUGGING_FACE).exists()]
+    return [root] if root in found else found
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
+def find_prepared(root: str | Path) -> Path | None:
+    """The newest prepared version in `root` or up to two folders below it, or None.
+
+    Raises:
+        UserError: versions of more than one data set.
+    """
+    found = prepared_in(root)
+    # Folders of versions of one data set are beside each other; others are data sets themselves.
+    sets = sorted({path.parent if _version(path) else path for path in found})
+    if len(sets) > 1:
+        raise UserError(
+            f"{root} holds {len(sets)} prepared data sets ({', '.join(map(str, sets[:_NAMED]))}"
+            f"{', ...' if len(sets) > _NAMED else ''}): give the directory of one"
+        )
+    return max(found, key=_version, default=None)
+
+
+def _version(directory: Path) -> list[int]:
+    """The numbers of a version's folder (1.0.0); [] if its name is no version."""
+    parts = directory.name.split(".")
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+
+
+def _builder(directory: str | Path) -> Any:
+    """TFDS's description of a prepared directory.
+
+    Raises:
+        UserError: its files are damaged, or not of TFDS.
+    """
+    try:
+        return tfds.builder_from_directory(str(directory))
+    except Exception as error:  # damaged json can cause any error in TFDS's and protobuf's parsers
+        reason = printable(" ".join(str(error).split()))[:_SHOWN]
+        raise UserError(
+            f"{directory}: its {_INFO} or features.json is none that TensorFlow Datasets writes "
+            f"({type(error).__name__}: {reason}): prepare it again, or remove it"
+        ) from error
 
 
 def has_split(directory: str | Path, split: str) -> bool:
     """Whether a prepared directory holds the split 'train' or 'test'."""
-    splits = tfds.builder_from_directory(str(directory)).info.splits
+    splits = _builder(directory).info.splits
     return any(name in splits for name in _SPLITS[split])
 
 
@@ -133,9 +170,10 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
         The records and the class names.
 
     Raises:
-        UserError: not prepared as ArrayRecord, no such split, or no image and label features.
+        UserError: damaged, not prepared as ArrayRecord, no such split, or no image and label
+            features.
     """
-    builder = tfds.builder_from_directory(str(directory))
+    builder = _builder(directory)
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(

@@ -1,12 +1,13 @@
 """Instances in COCO's format: what is wrong is counted and named; masks; generated scenes."""
 
 import copy
+import io
 import json
 import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as mask_coding
 
 from m2mkd_jax.data import annotations, coco
@@ -229,3 +230,36 @@ def test_digit_scenes_have_exact_masks_and_tight_boxes():
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any()
     with pytest.raises(UserError, match="at least 56"):
         digits_scene(0, "train", 0, side=40)
+
+
+def saved(path, pixels, orientation=1, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("shape", [(12, 16, 3), (12, 16)], ids=["rgb", "grey"])
+def test_images_of_8_bits_are_pillows_upright(suffix, orientation, shape, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = saved(tmp_path / f"a.{suffix}", pixels, orientation)
+    # Of a grey TIFF file that it maps to memory, Pillow turns the sides and not the pixels.
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
+        expected = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    assert expected.shape[:2] == ((16, 12) if orientation == 6 else (12, 16))
+    np.testing.assert_array_equal(coco.read_upright(path), expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_images_of_16_bits_are_scaled_and_of_32_refused(suffix, tmp_path):
+    high = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(high << 8 | 99).save(path)
+    np.testing.assert_array_equal(coco.read_upright(path), high[..., None].repeat(3, -1))
+    for kind in (np.float32, np.int32):
+        path = tmp_path / "b.tif"
+        Image.fromarray(high.astype(kind)).save(path)
+        with pytest.raises(UserError, match=r"b\.tif has 32 bits per pixel"):
+            coco.read_upright(path)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -135,6 +136,26 @@ def test_evaluation_scales_the_shorter_side_and_cuts_the_centre(width, height):
     short_is_row = height <= width
     edge = out[:, 32, 0] if short_is_row else out[32, :, 0]
     assert int(edge[-1]) - int(edge[0]) == pytest.approx(100 * 63 / 73, abs=2.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(2000, 1), (1, 2000), (3000, 2)])
+def test_of_a_long_strip_only_what_the_crop_keeps_is_resized(shape, channels):
+    """All of the result would take 32 MB, and its sums four times as much."""
+    strip = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        out = evaluation_image(strip, 64)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    scale = 73 / min(shape)  # int(256 / 224 * 64)
+    height, width = (int(scale * side) for side in shape)
+    top, left = round((height - 64) / 2), round((width - 64) / 2)
+    whole = Image.fromarray(strip.squeeze(2) if channels == 1 else strip)
+    whole = np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC))
+    part = whole[top : top + 64, left : left + 64].reshape(64, 64, channels)
+    np.testing.assert_array_equal(out, part)
 
 
 def test_grey_pictures_of_28_pixels_are_padded_to_32():

@@ -1,5 +1,6 @@
 """Data sets as TFDS's own builders prepare them: the published features, without TensorFlow."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from m2mkd_jax.data import check, sources
+from m2mkd_jax.data import check, layouts, prepare, sources
 from m2mkd_jax.data.class_lists import wordnet_ids
-from tests.data_files import make_config
+from tests.data_files import CLASSES, make_config, message, write_folders
 
 F = tfds.features
 COUNT = 4
@@ -115,3 +116,67 @@ def test_the_check_command_knows_prepared_renditions(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "test: 4 images of 4 classes, 1 to 1 of each (the classes of imagenet_r)" in out
     assert "test: 196 classes without an image" in out and "train" not in out
+
+
+def write_prepared(root, source, monkeypatch):
+    monkeypatch.setattr(prepare.TinyImagenet, "names", CLASSES)
+    assert prepare.main(["tiny_imagenet", str(source), str(root)]) == 0
+
+
+def test_one_prepared_data_set_is_not_taken_for_another(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "td"
+    write_folders(tmp_path / "a")
+    write_prepared(root, tmp_path / "a", monkeypatch)
+    capsys.readouterr()
+    there = root / "tiny_imagenet" / "1.0.0"
+    for given in (root, root / "tiny_imagenet", there):
+        assert check.main([str(given), "--quick"]) == 0
+        assert capsys.readouterr().out.startswith(f"{there}: a directory that TensorFlow")
+    shutil.copytree(there, root / "tiny_imagenet" / "1.0.10")  # newer than 1.0.9
+    shutil.copytree(there, root / "tiny_imagenet" / "1.0.9")
+    assert layouts.prepared(root).name == "1.0.10"
+    shutil.copytree(there, root / "mnist" / "3.0.1")
+    shutil.copytree(there, root / "flat")  # of no version
+    held = ", ".join(str(root / name) for name in ("flat", "mnist", "tiny_imagenet"))
+    error = f"{root} holds 3 prepared data sets ({held}): give the directory of one"
+    assert check.main([str(root)]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"m2mkd_jax: {error}"]
+    config = make_config("image_folder", root)
+    assert message(sources.load_source, config, "train") == error
+    assert check.main([str(root / "mnist"), "--quick"]) == 0
+
+
+def test_what_is_prepared_is_not_taken_for_another_source(tmp_path, capsys, monkeypatch):
+    write_folders(tmp_path / "a")
+    write_folders(tmp_path / "b", per_class=4)
+    write_prepared(tmp_path / "out", tmp_path / "a", monkeypatch)
+    there = tmp_path / "out" / "tiny_imagenet" / "1.0.0"
+    before = {path: path.read_bytes() for path in there.iterdir()}
+    assert prepare.main(["tiny_imagenet", str(tmp_path / "b"), str(tmp_path / "out")]) == 2
+    error = f"m2mkd_jax: {there} is there already; remove it or choose another DATA_DIR"
+    assert capsys.readouterr().err.splitlines()[-1] == error
+    assert {path: path.read_bytes() for path in there.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no json", b'{"builder_name": "x"}', b"[1]", b"\xff"])
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_or_foreign_description_is_one_line(file, content, tmp_path, capsys, monkeypatch):
+    write_folders(tmp_path / "a")
+    write_prepared(tmp_path / "td", tmp_path / "a", monkeypatch)
+    there = tmp_path / "td" / "tiny_imagenet" / "1.0.0"
+    (there / file).write_bytes(content)
+    capsys.readouterr()
+    assert check.main([str(tmp_path / "td")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"{there}: its dataset_info.json or features.json" in error[0]
+    config = make_config("image_folder", tmp_path / "td")
+    assert str(there) in message(sources.load_source, config, "train")
+
+
+def test_a_table_of_hugging_face_is_not_taken_for_prepared(tmp_path, capsys):
+    for split in ("a", "b"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for file in ("dataset_info.json", "state.json"):
+            (tmp_path / "set" / split / file).write_text("{}")
+    assert check.main([str(tmp_path / "set")]) == 2
+    assert "holds nothing that is known; did you mean" in capsys.readouterr().err

@@ -60,3 +60,20 @@ def test_large_images_take_no_whole_numbers_for_their_bytes(monkeypatch):
     monkeypatch.setattr(resample, "_LARGEST", image.size - 1)
     np.testing.assert_array_equal(resample.resize(image, 50, 40), pillow(image, 50, 40))
     assert not asked
+
+
+@pytest.mark.parametrize("largest", [1 << 23, 20_000, 0])
+@pytest.mark.parametrize("pixels", [EDGES, PHOTO], ids=["edges", "photo"])
+def test_a_window_is_that_part_of_pillows_result(pixels, largest, monkeypatch):
+    monkeypatch.setattr(resample, "_LARGEST", largest)
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        height, width = rng.integers(2, (428, 641))
+        new_height, new_width = rng.integers(1, (300, 300))
+        top, left = rng.integers(0, (new_height, new_width))
+        rows, columns = rng.integers(1, (new_height - top + 1, new_width - left + 1))
+        image = pixels[:height, :width]
+        out = resample.resize(image, new_height, new_width, window=(top, left, rows, columns))
+        expected = pillow(image, new_height, new_width)[top : top + rows, left : left + columns]
+        np.testing.assert_array_equal(out, expected)
+        assert out.flags.c_contiguous

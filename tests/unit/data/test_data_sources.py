@@ -255,6 +255,21 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot read"),
         (lambda path: path.write_bytes(gzip.compress(b"hello there")), "not an IDX file"),
+        *(
+            (
+                lambda path, end=end: path.write_bytes(
+                    gzip.compress(gzip.decompress(path.read_bytes())[:end])
+                ),
+                "not an IDX file",
+            )
+            for end in (0, 3, 4, 7, 15)
+        ),
+        (
+            lambda path: path.write_bytes(
+                gzip.compress(bytes((0, 0, 8, 3, *bytes(4), *b"\xff" * 8)))
+            ),
+            "says the shape",
+        ),
         (lambda path: write_idx(path, np.zeros((5, 28, 28)), gzip.open), "do not belong together"),
         (
             lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1])),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_jax.data import check, layouts
+from m2mkd_jax.data import check, layouts, prepare
 from m2mkd_jax.data.decode import DamagedImage, decode
 from m2mkd_jax.data.formats import huggingface, tables, tar
 from m2mkd_jax.errors import UserError
@@ -274,3 +274,44 @@ def test_a_table_in_another_encoding_is_refused(tmp_path):
     assert tar.list_images(tmp_path, "train")[2] == ("né", "b")
     titles.write_bytes("né\nb\n".encode("latin-1"))
     assert "not UTF-8 text (byte 1 is 0xe9)" in refusal(tar.list_images, tmp_path, "train")
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys, monkeypatch):
+    root = tmp_path / ("x" * 300)
+    for command in (check.main, prepare.main):
+        given = [str(root)] if command is check.main else ["tiny_imagenet", str(root), "out"]
+        assert command(given) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and f"{root}" in error[0] and "File name too long" in error[0]
+    assert "cannot be read (File name too long; data.root" in refusal(
+        layouts.require, root, ["folders"]
+    )
+
+
+def test_a_neighbour_that_cannot_be_read_is_no_hint(tmp_path, monkeypatch):
+    (tmp_path / "root" / "locked").mkdir(parents=True)
+
+    def scan(folder, real=os.scandir):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert "holds nothing that is known" in refusal(layouts.require, tmp_path / "root", ["idx"])
+    locked = refusal(layouts.require, tmp_path / "root" / "locked", ["idx"])
+    assert "locked cannot be read (Permission denied; data.root" in locked
+
+
+@pytest.mark.parametrize("layout", ["folders", "classes"])
+def test_images_beside_the_folders_of_classes_are_named(layout, tmp_path, capsys):
+    splits = ("train", "val") if layout == "folders" else ("",)
+    for split in splits:
+        for name in ("a/1.png", "b/2.png", "loose.png"):
+            (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / name).write_bytes(encoded(RAMP))
+        (tmp_path / split / "README.txt").write_text("no image")
+    for split, folder in zip(("train", "test"), splits, strict=False):
+        assert len(layouts.open_split(tmp_path, layout, split)) == 2
+        where = tmp_path / folder / "loose.png"
+        said = f"warning: left out, in no folder of a class: {where}"
+        assert capsys.readouterr().err.splitlines() == [said]

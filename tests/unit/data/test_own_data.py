@@ -298,8 +298,9 @@ def test_hugging_face_data_sets(folders, tmp_path, monkeypatch):
         tables[split] = datasets.Dataset.from_dict(columns, features=features)
         (tmp_path / "parquet/data").mkdir(parents=True, exist_ok=True)
         tables[split].to_parquet(tmp_path / f"parquet/data/{split}-00000-of-00001.parquet")
+        tables[split].save_to_disk(tmp_path / "apart" / split)
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
-    for root in (tmp_path / "saved", tmp_path / "parquet"):
+    for root in (tmp_path / "saved", tmp_path / "apart", tmp_path / "parquet"):
         for split in ("train", "test"):
             found, expected = own(root, split), own(folders, split)
             assert pixels(found) == pixels(expected) and found.class_names == CLASSES
