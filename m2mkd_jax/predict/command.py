@@ -102,8 +102,7 @@ def _of_arrays(model: Model, labels: Sequence[str], args: argparse.Namespace) ->
         if getattr(args, flag):
             raise UserError(f"--{flag} is for image files; --npz writes what --npz_in gives")
     inputs, fixed = read_npz(args.npz_in)
-    # A student's states are dealt over the batch: all inputs are one.
-    size = len(inputs) if fixed else args.batch
+    size = _batch_size(args.batch, model.period(fixed))
     outputs = np.concatenate(
         [np.asarray(model(inputs[i : i + size], fixed)) for i in range(0, len(inputs), size)]
     )
@@ -118,6 +117,11 @@ def _of_arrays(model: Model, labels: Sequence[str], args: argparse.Namespace) ->
         replace_file(Path(args.npz), lambda tmp: save_npz(tmp, arrays))
 
 
+def _batch_size(wanted: int, period: int) -> int:
+    """The size of batches that give what one call of all inputs gives; see `Model.period`."""
+    return max(wanted // period, 1) * period
+
+
 def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> None:
     """Predicts for image files and folders."""
     if not model.image_size:
@@ -129,13 +133,13 @@ def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> 
         raise UserError(f"--csv, --json: {args.checkpoint} gives tokens, no classes")
     files = image_files(args.images)
     check_outputs(args, [file for file, _ in files])
+    size = _batch_size(args.batch, model.period())
     found = Found(model, labels, args)
     progress = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2)
     with progress, _new_directory(args.attention) as pictures:
-        for batch in batches(files, model, args.batch, args.workers):
+        for batch in batches(files, model, size, args.workers):
             # A single batch is not padded: its program serves no other.
-            size = args.batch if len(files) > args.batch else len(batch.paths)
-            found.add(batch, size, pictures)
+            found.add(batch, size if len(files) > size else len(batch.paths), pictures)
             progress.update(len(batch.paths))
     found.write()
 
