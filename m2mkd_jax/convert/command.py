@@ -23,6 +23,7 @@ from m2mkd_jax.conversion.to_torch import convert_to_torch
 from m2mkd_jax.detection.spec import is_detection
 from m2mkd_jax.detection.weights import TREE, convert_detector, read_arch_file, write_detector
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.outputs import refuse_inputs
 from m2mkd_jax.parallel import memory
 
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     target = Path(os.path.realpath(args.target.expanduser()))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
+    refuse_inputs(target, (source, args.arch), str(args.target))
     _check_target(target, args, into_weights=stored is None)
     if stored is None:
         _from_torch(source, target, args)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,13 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.predict import attention_pictures, results
 from m2mkd_jax.predict.detections import predict_detection
 from m2mkd_jax.predict.images import Batch, batches, image_files
-from m2mkd_jax.predict.inputs import check_outputs, read_labels, read_npz, save_npz
+from m2mkd_jax.predict.inputs import (
+    check_outputs,
+    new_directory,
+    read_labels,
+    read_npz,
+    save_npz,
+)
 
 FOR_IMAGES = ("csv", "json", "features", "attention")
 
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("top", "batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
-    check_outputs(args, [args.checkpoint, args.labels, args.npz_in, *args.images])
+    check_outputs(args, [args.checkpoint, args.arch, args.labels, args.npz_in, *args.images])
     checkpoint = local_path(args.checkpoint)  # downloaded once
     detection = open_detection(checkpoint, args.arch)
     if detection is not None:
@@ -136,35 +141,12 @@ def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> 
     size = _batch_size(args.batch, model.period())
     found = Found(model, labels, args)
     progress = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2)
-    with progress, _new_directory(args.attention) as pictures:
+    with progress, new_directory(args.attention) as pictures:
         for batch in batches(files, model, size, args.workers):
             # A single batch is not padded: its program serves no other.
             found.add(batch, size if len(files) > size else len(batch.paths), pictures)
             progress.update(len(batch.paths))
     found.write()
-
-
-@contextlib.contextmanager
-def _new_directory(given: str) -> Iterator[Path | None]:
-    """A directory that appears at the end, complete, or not at all; None where none is asked for.
-
-    Raises:
-        UserError: it is there already.
-    """
-    if not given:
-        yield None
-        return
-    target = Path(given).expanduser()
-    if target.exists():
-        raise UserError(f"{given} is there already; choose another directory")
-    tmp = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        tmp.rename(target)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 class Found:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files import strict_json
+from m2mkd_jax.files.outputs import check_file, check_new_directory, refuse_inputs
 
-OUTPUTS = ("csv", "json", "npz", "features", "attention", "draw")  # flags that name what is written
+DIRECTORIES = ("attention", "draw")  # flags that name directories that are written
+OUTPUTS = ("csv", "json", "npz", "features", *DIRECTORIES)
 
 
 def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -49,23 +53,46 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def check_outputs(args: argparse.Namespace, files: Sequence[str]) -> None:
-    """Refuses an output that would replace an input, or another output.
+    """Refuses an output that would replace an input or another output, or cannot be written.
 
     Args:
         args: of the command.
-        files: that it reads.
+        files: that it reads, and directories.
 
     Raises:
         UserError: names the flag and the file.
     """
-    taken = {Path(file).resolve(): "it is read" for file in files if file}
+    taken: dict[Path, str] = {}
     for flag in OUTPUTS:
         if not (given := getattr(args, flag)):
             continue
-        path = Path(given).resolve()
+        name, path = f"--{flag}={given}", Path(given).resolve()
+        refuse_inputs(given, files, name)
         if path in taken:
-            raise UserError(f"--{flag}={given}: {taken[path]}; choose another file")
-        taken[path] = f"--{flag} is written there"
+            raise UserError(f"{name}: {taken[path]} is written there; choose another path")
+        (check_new_directory if flag in DIRECTORIES else check_file)(given, name)
+        taken[path] = f"--{flag}"
+
+
+@contextlib.contextmanager
+def new_directory(given: str) -> Iterator[Path | None]:
+    """A directory that appears at the end, complete, or not at all; None where none is asked for.
+
+    Args:
+        given: its path, which `check_outputs` has looked at.
+    """
+    if not given:
+        yield None
+        return
+    target = Path(given).expanduser()
+    tmp = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        tmp.rename(target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def read_labels(path: str, classes: int) -> list[str]:

@@ -121,13 +121,18 @@ def test_no_output_replaces_an_input_or_another_output(weights, images, tmp_path
     before = (folder / "0.png").read_bytes()
     for given, flags, words in (
         (folder / "0.png", (f"--csv={folder / '0.png'}",), "it is read"),
-        (folder, (f"--json={folder / 'x' / '..' / '0.png'}",), "it is read"),
+        (folder / "0.png", (f"--json={folder / 'x' / '..' / '0.png'}",), "it is read"),
+        (folder, (f"--json={folder / '0.png'}",), f"lies in {folder}, which is read"),
+        (folder, (f"--json={weights / 'description.json'}",), f"lies in {weights}, which is read"),
         (folder, (f"--csv={tmp_path / 'o'}", f"--json={tmp_path / 'o'}"), "--csv is written there"),
+        (folder, (f"--csv={tmp_path}",), "is a directory"),
+        (folder, (f"--draw={tmp_path}",), "is there already"),
     ):
         assert predict.main([str(weights), str(given), *flags]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
     assert (folder / "0.png").read_bytes() == before and not (tmp_path / "o").exists()
+    assert m2mkd_jax.load(weights).classes == 10
 
 
 def test_what_it_refuses(weights, images, tmp_path, capsys):
