@@ -69,6 +69,8 @@ def run(name: str, command: Callable[[], None]) -> int:
     except OSError as error:  # a path that is too long or not readable; a full disk
         where = f"{named_file(error)}: " if named_file(error) else ""
         reason = f"{where}{error.strerror or error}"
+    except MemoryError as error:
+        reason = f"the memory does not suffice ({error}); ask for less, or take a larger machine"
     except Exception as error:
         if not (reason := storage_failure(error)):
             raise

@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
     """
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
-    for flag in ("top", "batch"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
+    for flag, least in (("top", 1), ("batch", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag}={getattr(args, flag)}: give a number from {least} on")
     check_outputs(args, [args.checkpoint, args.arch, args.labels, args.npz_in, *args.images])
     checkpoint = local_path(args.checkpoint)  # downloaded once
     detection = open_detection(checkpoint, args.arch)

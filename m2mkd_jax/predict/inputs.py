@@ -42,8 +42,11 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise UserError(
             f'--npz_in: {path} needs an array "images" (of a middle module, its tokens)'
         )
-    if inputs[0].dtype.kind != "f" or not len(inputs[0]):
-        raise UserError(f"--npz_in: {path}: the inputs are {inputs[0].dtype}, not some floats")
+    if inputs[0].dtype.kind != "f" or not inputs[0].ndim or not inputs[0].size:
+        raise UserError(
+            f"--npz_in: {path}: the inputs are {inputs[0].dtype} of shape {inputs[0].shape}, not "
+            "some floats"
+        )
     with np.errstate(over="ignore"):
         images = inputs[0].astype(np.float32)
     for name, array in {"inputs": images, **arrays}.items():
@@ -110,7 +113,7 @@ def read_labels(path: str, classes: int) -> list[str]:
         raise UserError(f"--labels: {path} is a table; give a text with a name per line, or JSON")
     try:
         text = read_text(path)
-        names = strict_json.parse(text) if path.endswith(".json") else text.splitlines()
+        names = strict_json.parse(text) if path.lower().endswith(".json") else text.splitlines()
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
