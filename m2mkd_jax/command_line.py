@@ -68,6 +68,8 @@ def run(name: str, command: Callable[[], None]) -> int:
         return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
         reason = told(error)
+    except MemoryError as error:
+        reason = f"the memory does not suffice ({error}); ask for less, or take a larger machine"
     except Exception as error:
         if not (reason := storage_failure(error)):
             raise

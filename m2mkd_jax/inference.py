@@ -111,6 +111,24 @@ class Model:
         """The parameter count of the network."""
         return sum(self.stages.values())
 
+    def period(self, fixed: Mapping[str, ArrayLike] | None = None) -> int:
+        """How many inputs take different states: input b of a call takes state b modulo this.
+
+        A batch that begins at a multiple of it gives what one call of all inputs gives.
+
+        Args:
+            fixed: as of a call.
+
+        Returns:
+            R of a single NAC student with states, 1 of other networks.
+
+        Raises:
+            UserError: as of a call, of `fixed`.
+        """
+        stages = list((self._with_fixed(fixed) if fixed else self._weights).values())
+        states = stages[0].get("fixed", {}).get("states") if len(stages) == 1 else None
+        return 1 if states is None else int(np.shape(states)[0])
+
     @property
     def trees(self) -> dict[str, Any]:
         """{"params", "fixed"} of every stage, by name: what `save_weights` takes."""
@@ -182,10 +200,11 @@ class Model:
             have = stage["fixed"].get(key)
             if others or have is None:
                 raise UserError(f'the network has no "{key}"; only single NAC students have')
-            if np.ndim(value) != have.ndim or np.shape(value)[-1] != have.shape[-1]:
-                raise UserError(
-                    f'"{key}" has shape {np.shape(value)}, the stored ones {have.shape}'
-                )
+            shape, kind = np.shape(value), np.asarray(value).dtype
+            if len(shape) != have.ndim or shape[-1] != have.shape[-1] or 0 in shape:
+                raise UserError(f'"{key}" has shape {shape}, the stored ones {have.shape}')
+            if kind.kind not in "fiu" and not jnp.issubdtype(kind, jnp.floating):
+                raise UserError(f'"{key}" is {kind}, not numbers')
         arrays = {key: np.asarray(value, np.float32) for key, value in fixed.items()}
         return {name: {**stage, "fixed": {**stage["fixed"], **arrays}}}
 

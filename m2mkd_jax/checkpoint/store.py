@@ -38,6 +38,7 @@ from m2mkd_jax.checkpoint.orbax_tree import (
     silence_abandoned_reads,
     stored_shapes,
 )
+from m2mkd_jax.checkpoint.replacing import replace_directory, why_kept
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import (
@@ -255,8 +256,9 @@ def save_weights(
 ) -> None:
     """Writes finished weights: DIRECTORY/<name> (an Orbax PyTree each) and description.json.
 
-    The directory appears complete or not at all; an existing one is replaced. In a multi-process
-    run every process makes the call, and process 0 writes the description.
+    The directory appears complete or not at all; one that this function wrote, with nothing else in
+    it, is replaced. In a multi-process run every process makes the call, and process 0 writes the
+    description.
 
     Args:
         directory: the new directory.
@@ -266,6 +268,7 @@ def save_weights(
             a function that returns it, called once all trees are written.
 
     Raises:
+        UserError: the directory holds something else.
         ValueError: a name is not a plain file name.
         OSError: the file system refuses; then nothing is left.
     """
@@ -273,6 +276,8 @@ def save_weights(
         if not re.fullmatch(r"\w[\w.-]*", name) or name == "description.json":
             raise ValueError(f"{name!r} cannot name a tree of weights")
     target = absolute(directory)
+    if reason := from_main(why_kept(target, trees.keys()) if is_main() else ""):
+        raise UserError(reason)
     # Nothing is renamed in a bucket: there the description, written last, makes weights of it.
     tmp = target if in_bucket(target) else target.with_name(f".{target.name}.writing")
     if is_main():
@@ -288,21 +293,11 @@ def save_weights(
             content = {"format": _FORMAT, "description": dict(described), "trees": sums}
             write_record(tmp / "description.json", content)
             if tmp != target:
-                _replace_directory(tmp, target)
+                replace_directory(tmp, target)
     except BaseException:
         remove_tree(tmp)
         raise
     barrier(f"weights end {target}")
-
-
-def _replace_directory(new: Path, target: Path) -> None:
-    """Renames a local directory, in place of another."""
-    old = target.with_name(f".{target.name}.old")
-    remove_tree(old)
-    if target.exists():  # a directory cannot be renamed onto a full one
-        target.rename(old)
-    new.rename(target)
-    remove_tree(old)
 
 
 def _save_tree(path: Path, tree: Tree) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.checkpoint.replacing import why_kept
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.config.keys import in_single
 from m2mkd_jax.conversion.from_torch import convert_from_torch
@@ -22,6 +23,7 @@ from m2mkd_jax.conversion.to_torch import convert_to_torch
 from m2mkd_jax.detection.spec import is_detection
 from m2mkd_jax.detection.weights import TREE, convert_detector, read_arch_file, write_detector
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.outputs import refuse_inputs
 from m2mkd_jax.parallel import memory
 
 
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     target = Path(os.path.realpath(args.target.expanduser()))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
+    refuse_inputs(target, (source, args.arch), str(args.target))
     _check_target(target, args, into_weights=stored is None)
     if stored is None:
         _from_torch(source, target, args)
@@ -111,7 +114,10 @@ def _check_target(target: Path, args: argparse.Namespace, into_weights: bool) ->
         return
     if not args.overwrite:
         raise UserError(f"{args.target} is there already; choose another DST or add --overwrite")
-    if into_weights != (target / "description.json").is_file() or (
-        not into_weights and target.is_dir()
-    ):
-        raise UserError(f"{args.target} is not what this conversion makes; remove it yourself")
+    if reason := why_kept(target) if into_weights else _why_no_file(target):
+        raise UserError(reason)
+
+
+def _why_no_file(target: Path) -> str:
+    """Why a torch file cannot be at a path; "": it can."""
+    return f"{target} is a directory; give the path of a file" if target.is_dir() else ""

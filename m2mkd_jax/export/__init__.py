@@ -60,7 +60,9 @@ def parser() -> Parser:
         "--module", type=int, metavar="I", help="only this stage of the network, counted from 0"
     )
     found.add_argument("--arch", default="", help="the network of torch weights; see convert")
-    found.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    found.add_argument(
+        "--overwrite", action="store_true", help="replace OUT and OUT.json if they exist"
+    )
     return found
 
 

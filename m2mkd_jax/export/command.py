@@ -20,6 +20,7 @@ from m2mkd_jax.checkpoint.files import replace_file, write_json
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.export.onnx_file import OnnxProgram
 from m2mkd_jax.export.stablehlo import StableHLOProgram
+from m2mkd_jax.files.outputs import check_file, refuse_inputs
 from m2mkd_jax.inference import Model, load_network
 
 TOLERANCE = 1e-4
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """
     target = Path(os.path.expanduser(args.target))
     described = target.with_name(f"{target.name}.json")
-    _check(args, target)
+    _check(args, (target, described))
     model = load_network(args.checkpoint, args.module, arch=args.arch)
     if 4 * model.parameters > LARGEST:
         raise UserError(
@@ -72,18 +73,19 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _check(args: argparse.Namespace, target: Path) -> None:
-    """Refuses arguments before anything is loaded. Raises UserError."""
+def _check(args: argparse.Namespace, written: Sequence[Path]) -> None:
+    """Refuses arguments, and files to write, before anything is loaded. Raises UserError."""
     if args.batch < 0:
         raise UserError(f"--batch={args.batch}: give a number from 1 on, or 0 for any")
     if args.format == "onnx" and args.platforms != export.PLATFORMS:
         raise UserError(
             "--platforms is for --format=stablehlo; ONNX runs wherever its runtime does"
         )
-    if target.is_dir():
-        raise UserError(f"{target} is a directory; give the path of a file")
-    if target.exists() and not args.overwrite:
-        raise UserError(f"{target} is there already; choose another OUT or add --overwrite")
+    for path in written:
+        refuse_inputs(path, (args.checkpoint, args.arch), str(path))
+        check_file(path, str(path))
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} is there already; choose another OUT or add --overwrite")
 
 
 def _shape(model: Model, args: argparse.Namespace) -> tuple[int, ...]:

@@ -7,6 +7,9 @@ CKPT is a directory of weights (converted, a job's or a run's), a torch or safet
 hf://OWNER/REPOSITORY[/FILE]. An IMAGE is a file, or a folder that is searched with all folders in
 it; a damaged image in a folder is named on stderr and left out. Images are resized, cropped and
 normalised as in evaluation, decoded by --workers threads while the network runs on --batch at once.
+Of a single NAC student input b takes its state b modulo R, counted without the images left out, and
+the batches are of a multiple of R: results do not depend on --batch, and are those of
+m2mkd_jax.load(CKPT)(inputs).
 
 --json and --csv write the likeliest classes of every image, --npz all logits, --features what the
 head sees (`features`, (B, D)), each beside the images' names; --attention=DIR writes a picture for

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,13 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.predict import attention_pictures, results
 from m2mkd_jax.predict.detections import predict_detection
 from m2mkd_jax.predict.images import Batch, batches, image_files
-from m2mkd_jax.predict.inputs import check_outputs, read_labels, read_npz, save_npz
+from m2mkd_jax.predict.inputs import (
+    check_outputs,
+    new_directory,
+    read_labels,
+    read_npz,
+    save_npz,
+)
 
 FOR_IMAGES = ("csv", "json", "features", "attention")
 
@@ -39,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
     """
     if bool(args.images) == bool(args.npz_in):
         raise UserError("give image files, or --npz_in=FILE")
-    for flag in ("top", "batch"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}={getattr(args, flag)}: give a number from 1 on")
-    check_outputs(args, [args.checkpoint, args.labels, args.npz_in, *args.images])
+    for flag, least in (("top", 1), ("batch", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag}={getattr(args, flag)}: give a number from {least} on")
+    check_outputs(args, [args.checkpoint, args.arch, args.labels, args.npz_in, *args.images])
     checkpoint = local_path(args.checkpoint)  # downloaded once
     detection = open_detection(checkpoint, args.arch)
     if detection is not None:
@@ -102,8 +107,7 @@ def _of_arrays(model: Model, labels: Sequence[str], args: argparse.Namespace) ->
         if getattr(args, flag):
             raise UserError(f"--{flag} is for image files; --npz writes what --npz_in gives")
     inputs, fixed = read_npz(args.npz_in)
-    # A student's states are dealt over the batch: all inputs are one.
-    size = len(inputs) if fixed else args.batch
+    size = _batch_size(args.batch, model.period(fixed))
     outputs = np.concatenate(
         [np.asarray(model(inputs[i : i + size], fixed)) for i in range(0, len(inputs), size)]
     )
@@ -118,6 +122,11 @@ def _of_arrays(model: Model, labels: Sequence[str], args: argparse.Namespace) ->
         replace_file(Path(args.npz), lambda tmp: save_npz(tmp, arrays))
 
 
+def _batch_size(wanted: int, period: int) -> int:
+    """The size of batches that give what one call of all inputs gives; see `Model.period`."""
+    return max(wanted // period, 1) * period
+
+
 def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> None:
     """Predicts for image files and folders."""
     if not model.image_size:
@@ -129,38 +138,15 @@ def _of_files(model: Model, labels: Sequence[str], args: argparse.Namespace) -> 
         raise UserError(f"--csv, --json: {args.checkpoint} gives tokens, no classes")
     files = image_files(args.images)
     check_outputs(args, [file for file, _ in files])
+    size = _batch_size(args.batch, model.period())
     found = Found(model, labels, args)
     progress = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2)
-    with progress, _new_directory(args.attention) as pictures:
-        for batch in batches(files, model, args.batch, args.workers):
+    with progress, new_directory(args.attention) as pictures:
+        for batch in batches(files, model, size, args.workers):
             # A single batch is not padded: its program serves no other.
-            size = args.batch if len(files) > args.batch else len(batch.paths)
-            found.add(batch, size, pictures)
+            found.add(batch, size if len(files) > size else len(batch.paths), pictures)
             progress.update(len(batch.paths))
     found.write()
-
-
-@contextlib.contextmanager
-def _new_directory(given: str) -> Iterator[Path | None]:
-    """A directory that appears at the end, complete, or not at all; None where none is asked for.
-
-    Raises:
-        UserError: it is there already.
-    """
-    if not given:
-        yield None
-        return
-    target = Path(given).expanduser()
-    if target.exists():
-        raise UserError(f"{given} is there already; choose another directory")
-    tmp = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        tmp.rename(target)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 class Found:

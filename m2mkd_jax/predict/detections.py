@@ -16,7 +16,7 @@ from m2mkd_jax.detection.inference import DetectionModel, ImageDetections, read_
 from m2mkd_jax.detection.pictures import detect_in_image, drawn, whole_masks
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.evaluate.coco import coco_results
-from m2mkd_jax.predict.inputs import read_labels, read_npz, save_npz
+from m2mkd_jax.predict.inputs import new_directory, read_labels, read_npz, save_npz
 
 TOP = 5  # of a detector's results, printed
 FOR_NETWORKS = ("csv", "features", "attention", "device")
@@ -61,32 +61,35 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
     labels: Sequence[str] = model.class_names
     if args.labels:
         labels = read_labels(args.labels, model.classes)
-    folder = Path(args.draw) if args.draw else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
     images = [read_upright(Path(path)) for path in args.images]
     arrays: dict[str, np.ndarray] = {}
     results: list[dict[str, Any]] = []
-    for i, (path, image) in enumerate(zip(args.images, images, strict=True)):
-        found = detect_in_image(model, image)
-        arrays |= _detection_arrays(found, i)
-        shown = "  ".join(
-            f"{labels[c] if labels else c} {score:.4f} [{', '.join(f'{n:.0f}' for n in box)}]"
-            for c, score, box in zip(found.classes, found.scores, found.boxes[:TOP], strict=False)
-        )
-        print(printable(f"{path}: {len(found.scores)} detections  {shown}"))
-        if not (folder or args.json):
-            continue
-        masks = whole_masks(found, *image.shape[:2])
-        if folder:
-            picture = drawn(image, found, masks, labels)
-            picture.save(folder / f"{i}_{Path(path).stem}.png")
-        if args.json:
-            results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
+    with new_directory(args.draw) as folder:
+        for i, (path, image) in enumerate(zip(args.images, images, strict=True)):
+            found = detect_in_image(model, image)
+            arrays |= _detection_arrays(found, i)
+            _say(path, found, labels)
+            if not (folder or args.json):
+                continue
+            masks = whole_masks(found, *image.shape[:2])
+            if folder:
+                picture = drawn(image, found, masks, labels)
+                picture.save(folder / f"{i}_{Path(path).stem}.png")
+            if args.json:
+                results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
     if args.json:
         replace_file(Path(args.json), lambda tmp: _write_text(tmp, json.dumps(results)))
     if args.npz:
         replace_file(Path(args.npz), lambda tmp: save_npz(tmp, arrays))
+
+
+def _say(path: str, found: ImageDetections, labels: Sequence[str]) -> None:
+    """Prints the best detections in an image."""
+    shown = "  ".join(
+        f"{labels[c] if labels else c} {score:.4f} [{', '.join(f'{n:.0f}' for n in box)}]"
+        for c, score, box in zip(found.classes, found.scores, found.boxes[:TOP], strict=False)
+    )
+    print(printable(f"{path}: {len(found.scores)} detections  {shown}"))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files import strict_json
+from m2mkd_jax.files.outputs import check_file, check_new_directory, refuse_inputs
 
-OUTPUTS = ("csv", "json", "npz", "features", "attention", "draw")  # flags that name what is written
+DIRECTORIES = ("attention", "draw")  # flags that name directories that are written
+OUTPUTS = ("csv", "json", "npz", "features", *DIRECTORIES)
 
 
 def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -38,8 +42,11 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise UserError(
             f'--npz_in: {path} needs an array "images" (of a middle module, its tokens)'
         )
-    if inputs[0].dtype.kind != "f" or not len(inputs[0]):
-        raise UserError(f"--npz_in: {path}: the inputs are {inputs[0].dtype}, not some floats")
+    if inputs[0].dtype.kind != "f" or not inputs[0].ndim or not inputs[0].size:
+        raise UserError(
+            f"--npz_in: {path}: the inputs are {inputs[0].dtype} of shape {inputs[0].shape}, not "
+            "some floats"
+        )
     with np.errstate(over="ignore"):
         images = inputs[0].astype(np.float32)
     for name, array in {"inputs": images, **arrays}.items():
@@ -49,23 +56,46 @@ def read_npz(path: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def check_outputs(args: argparse.Namespace, files: Sequence[str]) -> None:
-    """Refuses an output that would replace an input, or another output.
+    """Refuses an output that would replace an input or another output, or cannot be written.
 
     Args:
         args: of the command.
-        files: that it reads.
+        files: that it reads, and directories.
 
     Raises:
         UserError: names the flag and the file.
     """
-    taken = {Path(file).resolve(): "it is read" for file in files if file}
+    taken: dict[Path, str] = {}
     for flag in OUTPUTS:
         if not (given := getattr(args, flag)):
             continue
-        path = Path(given).resolve()
+        name, path = f"--{flag}={given}", Path(given).resolve()
+        refuse_inputs(given, files, name)
         if path in taken:
-            raise UserError(f"--{flag}={given}: {taken[path]}; choose another file")
-        taken[path] = f"--{flag} is written there"
+            raise UserError(f"{name}: {taken[path]} is written there; choose another path")
+        (check_new_directory if flag in DIRECTORIES else check_file)(given, name)
+        taken[path] = f"--{flag}"
+
+
+@contextlib.contextmanager
+def new_directory(given: str) -> Iterator[Path | None]:
+    """A directory that appears at the end, complete, or not at all; None where none is asked for.
+
+    Args:
+        given: its path, which `check_outputs` has looked at.
+    """
+    if not given:
+        yield None
+        return
+    target = Path(given).expanduser()
+    tmp = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        tmp.rename(target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def read_labels(path: str, classes: int) -> list[str]:
@@ -83,7 +113,7 @@ def read_labels(path: str, classes: int) -> list[str]:
         raise UserError(f"--labels: {path} is a table; give a text with a name per line, or JSON")
     try:
         text = read_text(path)
-        names = strict_json.parse(text) if path.endswith(".json") else text.splitlines()
+        names = strict_json.parse(text) if path.lower().endswith(".json") else text.splitlines()
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):

@@ -64,9 +64,12 @@ def write_json(path: Path, found: Sequence[Prediction], labels: Sequence[str]) -
 
 
 def write_csv(path: Path, found: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """A row an image: its name, then class, name and probability of each of its classes."""
+    """A row an image: its name, then class, name and probability of each of its classes.
+
+    Names are UTF-8, but for those of files that are not: these keep their bytes.
+    """
     count = len(found[0].classes)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = csv.writer(file)
         titles = ("class", "name", "probability")
         rows.writerow(["image", *(f"{title}_{i + 1}" for i in range(count) for title in titles)])

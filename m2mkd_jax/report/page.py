@@ -14,6 +14,7 @@ from m2mkd_jax.report.records import RunRecord
 from m2mkd_jax.report.style import CSS, SCRIPT
 
 Part = str | Figure
+_BEGINNING, _TITLE = "<!DOCTYPE html>", ": m2mKD report</title>"
 _SUMMARY = "<summary>What differs in their configs</summary>"
 
 
@@ -31,11 +32,16 @@ def page(runs: Sequence[RunRecord], found: Sequence[Analysis]) -> str:
     for number, (run, own) in enumerate(zip(runs, found, strict=True)):
         parts.append(_run(run, own, number))
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'{_BEGINNING}\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}: m2mKD report</title><style>{CSS}</style></head>"
+        f"<title>{html.escape(title)}{_TITLE}<style>{CSS}</style></head>"
         f"<body>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def is_page(content: bytes) -> bool:
+    """Whether the content of a file is such a page."""
+    return content.startswith(_BEGINNING.encode()) and _TITLE.encode() in content
 
 
 def _header(title: str, runs: Sequence[RunRecord]) -> str:

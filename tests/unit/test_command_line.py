@@ -173,3 +173,13 @@ for name in ("main", "convert", "export", "predict", "push", "report.__main__"):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_too_little_memory_is_one_line(capsys):
+    def command():
+        raise MemoryError("Unable to allocate 37.3 GiB")
+
+    assert command_line.run("convert", command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("m2mkd_jax.convert: the memory does not suffice (Unable to allocate")
+    assert said.count("\n") == 1

@@ -1,6 +1,7 @@
 """The predict command and m2mkd_jax.load: images, labels, arrays, and what they refuse."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -67,6 +68,7 @@ def test_more_images_than_a_batch(weights, tmp_path):
     [
         ("lines.txt", "\n".join(f"class {i}" for i in range(10))),
         ("list.json", json.dumps([f"class {i}" for i in range(10)])),
+        ("LIST.JSON", json.dumps([f"class {i}" for i in range(10)], indent=0)),
         ("index.json", json.dumps({str(i): [f"n{i}", f"class {i}"] for i in range(10)})),
     ],
 )
@@ -121,13 +123,18 @@ def test_no_output_replaces_an_input_or_another_output(weights, images, tmp_path
     before = (folder / "0.png").read_bytes()
     for given, flags, words in (
         (folder / "0.png", (f"--csv={folder / '0.png'}",), "it is read"),
-        (folder, (f"--json={folder / 'x' / '..' / '0.png'}",), "it is read"),
+        (folder / "0.png", (f"--json={folder / 'x' / '..' / '0.png'}",), "it is read"),
+        (folder, (f"--json={folder / '0.png'}",), f"lies in {folder}, which is read"),
+        (folder, (f"--json={weights / 'description.json'}",), f"lies in {weights}, which is read"),
         (folder, (f"--csv={tmp_path / 'o'}", f"--json={tmp_path / 'o'}"), "--csv is written there"),
+        (folder, (f"--csv={tmp_path}",), "is a directory"),
+        (folder, (f"--draw={tmp_path}",), "is there already"),
     ):
         assert predict.main([str(weights), str(given), *flags]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
     assert (folder / "0.png").read_bytes() == before and not (tmp_path / "o").exists()
+    assert m2mkd_jax.load(weights).classes == 10
 
 
 def test_what_it_refuses(weights, images, tmp_path, capsys):
@@ -150,6 +157,8 @@ def test_what_it_refuses(weights, images, tmp_path, capsys):
     refused(weights, npz(pictures=good), words='needs an array "images"')
     refused(weights, npz(images=good.astype(np.uint8)), words="not some floats")
     refused(weights, npz(images=good[:0]), words="not some floats")
+    refused(weights, npz(images=np.float32(1)), words="float32 of shape (), not some floats")
+    refused(weights, npz(images=good[..., :0]), words="not some floats")
     refused(weights, npz(images=good.transpose(0, 3, 1, 2)), words="takes images (B, 64, 64, 3)")
     refused(weights, npz(images=good[:, :60]), words="takes images (B, 64, 64, 3)")
     refused(weights, npz(images=good, codes=good[0, 0]), words="only single NAC students have")
@@ -206,6 +215,23 @@ def test_folders_give_json_csv_features_and_attention(weights, images, tmp_path,
     assert pictures == ["0_0.png", "1_1.png", "2_2.png"]
     with Image.open(out["maps"] / "0_0.png") as picture:
         assert picture.size == (128, 64)
+
+
+def test_names_that_are_not_utf8_are_written_as_they_are(weights, images, tmp_path):
+    trees, description = load_weights(weights)
+    odd = os.fsdecode(b"caf\xe9")
+    m2mkd_jax.save_weights(tmp_path / "w", trees, description | {"class_names": [odd] * 10})
+    (tmp_path / "photos").mkdir()
+    name = os.fsdecode(bytes(tmp_path / "photos") + b"/\xff.png")
+    shutil.copy(images / "0.png", name)
+    out = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "npz")}
+    flags = [f"--{kind}={path}" for kind, path in out.items()]
+    run(predict, tmp_path / "w", tmp_path / "photos", *flags)
+    row = out["csv"].read_bytes().splitlines()[1].split(b",")
+    assert row[0] == os.fsencode(name) and row[2] == b"caf\xe9"
+    (entry,) = json.loads(out["json"].read_text(encoding="utf-8"))
+    assert entry["image"] == name and entry["classes"][0]["name"] == odd
+    assert arrays(out["npz"])["images"].tolist() == [name]
 
 
 def test_half_precision_is_near_and_not_equal(weights, images, tmp_path):
@@ -297,6 +323,7 @@ def test_what_it_refuses_of_folders(weights, images, tmp_path, capsys):
     refused(weights, empty, words="holds no images")
     refused(weights, broken, f"--csv={out}", f"--attention={out}.d", words="none of the 1 images")
     refused(weights, images, "--top=0", words="--top=0")
+    refused(weights, images, "--workers=-1", words="--workers=-1: give a number from 0 on")
     refused(weights, images, "--device=tpu", words="--device=tpu: jax finds none")
     refused(weights, images, "--precision=int8", words="int8")
     refused(weights, images, f"--attention={empty}", words="is there already")

@@ -329,6 +329,32 @@ def test_weights_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         save_weights(tmp_path / "w", {"../m": {}}, {})
 
 
+def test_weights_replace_only_weights_that_are_alone(tmp_path):
+    tree = {"m": {"x": np.zeros(3)}}
+
+    def refused(path, words):
+        before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=words):
+            save_weights(path, tree, {})
+        assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+    for name, content in (("notes.txt", "mine"), ("description.json", "{}")):
+        (tmp_path / name[0]).mkdir()
+        (tmp_path / name[0] / name).write_text(content)
+    refused(tmp_path / "n", "n holds other files")
+    refused(tmp_path / "d", "description.json is not one of m2mkd_jax")
+    refused(tmp_path / "n" / "notes.txt", "is a file")
+    save_weights(tmp_path / "w", tree | {"k": {"x": np.zeros(3)}}, {})
+    (tmp_path / "w" / "thesis.txt").write_text("mine")
+    refused(tmp_path / "w", "w holds thesis.txt, which is none of its weights")
+    (tmp_path / "w" / "thesis.txt").unlink()
+    (tmp_path / "empty").mkdir()
+    for name in ("w", "empty"):
+        save_weights(tmp_path / name, tree, {"step": 1})
+        assert list(load_weights(tmp_path / name)[0]) == ["m"]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_match_tree_names_the_first_thing_wrong():
     stages = {i: np.zeros(1) for i in range(11)}  # ints, as nnx.List has; files have strings
     numbered = {str(i): stages[i] for i in stages}

@@ -178,3 +178,9 @@ def test_overwriting(tmp_path, capsys):
     flags = [f"--arch={arch}", "--overwrite"]
     assert convert.main([str(WHOLE), str(tmp_path / "precious"), *flags]) == 2
     assert (tmp_path / "precious" / "file").exists()
+    assert convert.main([str(weights), str(weights / "back.pth")]) == 2
+    assert "which is read" in capsys.readouterr().err and not (weights / "back.pth").exists()
+    (weights / "thesis.txt").touch()
+    capsys.readouterr()
+    assert convert.main([str(WHOLE), str(weights), *flags]) == 2
+    assert "holds thesis.txt" in capsys.readouterr().err and (weights / "thesis.txt").exists()

@@ -173,6 +173,17 @@ def test_predict_draws_and_writes_coco_results(tiny, tmp_path):
     assert {r["category_id"] for r in results} <= {0, 1}
 
 
+def test_predict_draws_into_a_new_directory(tiny, tmp_path, capsys):
+    for name in ("a.png", "0_a.png"):
+        Image.new("RGB", (48, 30)).save(tmp_path / name)
+    before = (tmp_path / "0_a.png").read_bytes()
+    assert predict.main([str(tiny), str(tmp_path / "a.png"), f"--draw={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "is there already" in error and error.count("\n") == 1
+    assert (tmp_path / "0_a.png").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0_a.png", "a.png"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -1,6 +1,7 @@
 """A network as StableHLO or ONNX computes what it computed, or is refused and leaves nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -148,3 +149,21 @@ def test_wrong_input_is_one_line_and_leaves_nothing(networks, tmp_path, capsys, 
     refused(vit, out, "--format=onnx", words="pip install 'm2mkd_jax[onnx]'")
     Path(out).write_text("mine")
     assert main([vit, out, "--format=stablehlo"]) == 2 and Path(out).read_text() == "mine"
+
+
+def test_no_file_but_an_earlier_program_is_replaced(networks, tmp_path, capsys):
+    vit = tmp_path / "vit"
+    shutil.copytree(networks[0] / "vit", vit)
+    (tmp_path / "labels.json").write_text("mine")
+    before = (vit / "description.json").read_bytes()
+    for out, flags, words in (
+        (tmp_path / "labels", (), "labels.json is there already"),
+        (vit / "description", ("--overwrite",), f"lies in {vit}, which is read"),
+        (vit, ("--overwrite",), "it is read"),
+    ):
+        assert main([str(vit), str(out), "--format=stablehlo", *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+    assert (tmp_path / "labels.json").read_text() == "mine"
+    assert (vit / "description.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.json", "vit"]

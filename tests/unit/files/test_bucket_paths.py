@@ -161,6 +161,11 @@ def test_weights_are_there_whole_or_not_at_all(root):
         save_weights(root / "weights", {"m": tree}, killed)
     with pytest.raises(UserError, match="holds no finished weights"):
         load_weights(root / "weights")
+    save_weights(root / "weights", {"m": tree}, {"job": "ft"})  # over the leftovers
+    paths.write_bytes(root / "weights" / "notes.txt", b"mine")
+    with pytest.raises(UserError, match="holds notes"):
+        save_weights(root / "weights", {"m": tree}, {"job": "ft"})
+    assert (root / "weights" / "notes.txt").read_bytes() == b"mine"
 
 
 def test_shards_are_read_in_place(root, tmp_path):

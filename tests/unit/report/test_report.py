@@ -60,6 +60,26 @@ def report(capsys, *directories, flags=("--no_analysis",)):
     return out.read_text(encoding="utf-8")
 
 
+def test_the_page_replaces_nothing_but_an_earlier_page(tmp_path, capsys):
+    run = runs.add_run(tmp_path / "run")
+    (tmp_path / "notes.html").write_text("<!DOCTYPE html>mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for out, words in (
+        (run / "config.json", "is no report"),
+        (tmp_path / "notes.html", "is no report"),
+        (run / "jobs" / "new.html", f"lies in {run}, which is read"),
+        (run / "jobs", "is a directory"),
+    ):
+        assert main([str(run), f"--out={out}", "--no_analysis"]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for flags in ([], [f"--out={run / 'report' / 'b.html'}"], [f"--out={tmp_path / 'c.html'}"]):
+        for _ in range(2):  # the second time over the first page
+            assert main([str(run), *flags, "--no_analysis"]) == 0
+    assert "report</title>" in (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_a_whole_run_is_shown_without_the_network(tmp_path, capsys):
     text = report(capsys, runs.add_run(tmp_path / "run"))
     page = Page(text)
