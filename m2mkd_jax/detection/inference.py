@@ -59,6 +59,7 @@ class DetectionModel:
         description: as above.
         spec: the hyperparameters.
         class_names: names of the classes in their order; () if there are none.
+        category_ids: their ids in COCO's format; () if the weights record none.
     """
 
     def __init__(self, description: Mapping[str, Any], tree: Mapping[str, Any]):
@@ -70,6 +71,7 @@ class DetectionModel:
             np.asarray(recorded[key], np.float32) * 255 for key in ("mean", "std")
         )
         self.class_names = registry.class_names(description)
+        self.category_ids = _category_ids(description, self.classes)
         self._features = backend.jit(
             lambda params, images: chain.merge(part.graph, params, {}).features(images)[0]
         )
@@ -127,6 +129,20 @@ class DetectionModel:
             fields = (boxes, found.scores[i], found.classes[i], found.masks[i])
             result.append(ImageDetections(*(field[own] for field in fields)))
         return result
+
+
+def _category_ids(description: Mapping[str, Any], classes: int) -> tuple[int, ...]:
+    """The recorded ids of the classes, in their order; (): none are recorded.
+
+    Raises:
+        ValueError: they are no list of an id per class.
+    """
+    ids = description.get("category_ids", ())
+    if not isinstance(ids, list | tuple) or not all(type(n) is int for n in ids):
+        raise ValueError("category_ids is no list of integers")
+    if ids and not len(set(ids)) == len(ids) == classes:
+        raise ValueError(f"category_ids: {len(set(ids))} different ones for {classes} classes")
+    return tuple(ids)
 
 
 def pad_images(

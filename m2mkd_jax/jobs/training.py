@@ -17,6 +17,7 @@ from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, train_batches
+from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import local_directory, remove_tree
@@ -372,5 +373,8 @@ def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict)
     if data.get("orientation", False):
         description["orientation"] = True
     if phase.student[-1] in phase.trainable:  # which gives the logits
-        description["class_names"] = list(image_source(data, "train").class_names)
+        source = image_source(data, "train")
+        description["class_names"] = list(source.class_names)
+        if is_scenes(data):
+            description["category_ids"] = list(source.categories)
     save_weights(directory / "weights", trees, description)

@@ -23,7 +23,9 @@ The file of --npz gets `outputs`, and the same as `logits` if the network gives 
 A detector takes with --npz_in `image_0`, `image_1`, ... (H, W, 3) uint8 RGB of any sizes, and
 gives for image i `boxes_i` in its pixels, `scores_i`, `classes_i` and `masks_i`; the backbone of a
 detector gives `last_feat` and `p2` to `p6` for `images`. Of image files, --draw=DIR writes pictures
-with boxes and masks, --json=FILE the results in COCO's format (image_id: its number from 0).
+with boxes and masks, --json=FILE the results in COCO's format (image_id: its number from 0;
+category_id: the id in the training data where the weights record it, as those that a job has
+trained do; otherwise the number of the class from 0, which stderr says).
 
 examples:
   python -m m2mkd_jax.predict runs/nac cat.jpg dog.png --labels=imagenet.json

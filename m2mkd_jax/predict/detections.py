@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
     if args.labels:
         labels = read_labels(args.labels, model.classes)
     images = [read_upright(Path(path)) for path in args.images]
+    ids = model.category_ids or range(model.classes)
+    if args.json and not model.category_ids:
+        print(
+            f"note: {args.checkpoint} records no ids of categories; the category_id of --json is "
+            f"the number of the class, 0 to {model.classes - 1}",
+            file=sys.stderr,
+        )
     arrays: dict[str, np.ndarray] = {}
     results: list[dict[str, Any]] = []
     with new_directory(args.draw) as folder:
@@ -76,7 +84,8 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
                 picture = drawn(image, found, masks, labels)
                 picture.save(folder / f"{i}_{Path(path).stem}.png")
             if args.json:
-                results += coco_results(i, found.boxes, found.scores, found.classes.tolist(), masks)
+                own = [ids[c] for c in found.classes]
+                results += coco_results(i, found.boxes, found.scores, own, masks)
     if args.json:
         replace_file(Path(args.json), lambda tmp: _write_text(tmp, json.dumps(results)))
     if args.npz:

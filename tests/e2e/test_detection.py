@@ -76,4 +76,5 @@ def test_results_weights_and_pictures(whole):
     assert sorted(p.name for p in (folder / "detections").iterdir()) == ["0.png", "1.png"]
     model = m2mkd_jax.load(folder / "weights")
     assert model.class_names == tuple("0123456789")
+    assert model.category_ids == tuple(range(10))
     assert model.is_detector and model.spec.detections == 5

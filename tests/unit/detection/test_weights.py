@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 from PIL import Image
 
 from m2mkd_jax import convert, predict
@@ -14,6 +16,7 @@ from m2mkd_jax.conversion.converted import IMAGENET
 from m2mkd_jax.detection.inference import DetectionModel
 from m2mkd_jax.detection.spec import describe
 from m2mkd_jax.detection.weights import TREE, write_detector
+from m2mkd_jax.jobs import training
 from tests.detection_fixtures import state_dict
 from tests.support import FIXTURES, arrays, facts
 from tests.unit.detection.test_detector import TINY, params
@@ -171,6 +174,44 @@ def test_predict_draws_and_writes_coco_results(tiny, tmp_path):
     assert results[0]["segmentation"]["size"] == [30, 48]
     assert all(r["bbox"][0] + r["bbox"][2] <= 48 + 1e-4 for r in results)
     assert {r["category_id"] for r in results} <= {0, 1}
+
+
+def test_results_have_the_ids_of_the_training_data(tiny, tmp_path, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (30, 48, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    trees, own = load_weights(tiny)
+    found = {}
+    for name, ids in (("none", []), ("coco", [17, 90])):
+        save_weights(tmp_path / name, trees, own | {"category_ids": ids})
+        out = tmp_path / f"{name}.json"
+        assert predict.main([str(tmp_path / name), str(tmp_path / "a.png"), f"--json={out}"]) == 0
+        assert ("records no ids of categories" in capsys.readouterr().err) == (name == "none")
+        found[name] = [r["category_id"] for r in json.loads(out.read_text())]
+    assert found["coco"] == [[17, 90][c] for c in found["none"]] and found["coco"]
+    for odd, words in (
+        ([17], "1 different ones for 2"),
+        ([1, 1], "1 different ones for 2"),
+        (["1", "2"], "no list of integers"),
+    ):
+        save_weights(tmp_path / "odd", trees, own | {"category_ids": odd})
+        assert predict.main([str(tmp_path / "odd"), str(tmp_path / "a.png")]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+
+
+def test_a_job_records_the_ids_of_its_categories(tmp_path, monkeypatch):
+    source = SimpleNamespace(class_names=("cat", "book"), categories=(17, 84))
+    monkeypatch.setattr(training, "image_source", lambda data, split: source)
+    data = ConfigDict({"name": "coco", "objects": 9, "mean": (0.5,), "std": (0.25,)})
+    phase = SimpleNamespace(
+        trainable=("m",), student=("m",), describe={"kind": "detector"}, job="detect", data=data
+    )
+    joined = SimpleNamespace(split=lambda params: params)
+    state = {"params": {"m": {"w": np.zeros(2)}}, "fixed": {}}
+    training._save(SimpleNamespace(phase=phase, joined=joined), tmp_path, state, 3, {})
+    description = load_weights(tmp_path / "weights")[1]
+    assert description["class_names"] == ["cat", "book"]
+    assert description["category_ids"] == [17, 84]
 
 
 def test_predict_draws_into_a_new_directory(tiny, tmp_path, capsys):
