@@ -146,7 +146,13 @@ def _resize_positions(
 
     def read() -> np.ndarray:
         # `array` refuses NaN and infinite values before they spread over all positions.
-        return resize_positions(before.array().astype(np.float32), side).astype(before.dtype)
+        try:
+            return resize_positions(before.array().astype(np.float32), side).astype(before.dtype)
+        except MemoryError:
+            raise UserError(
+                f"pos_embed: the memory does not suffice for {side} x {side} positions of images "
+                f"of {vit.image_size}; give a smaller --image_size"
+            ) from None
 
     shape = (1, vit.tokens, before.shape[2])
     tensors["pos_embed"] = dataclasses.replace(before, shape=shape, read=read, mapped=False)

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from m2mkd_jax import convert, load
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from tests.published_files import ARCH, assert_same_tensors, converted, description, run
+from tests.published_files import (
+    ARCH,
+    arch_flag,
+    assert_same_tensors,
+    converted,
+    description,
+    run,
+)
 from tests.published_files import load as load_torch
 from tests.support import FIXTURES, OUTPUT_TOLERANCE, arrays, assert_close
 
@@ -184,3 +191,15 @@ def test_overwriting(tmp_path, capsys):
     capsys.readouterr()
     assert convert.main([str(WHOLE), str(weights), *flags]) == 2
     assert "holds thesis.txt" in capsys.readouterr().err and (weights / "thesis.txt").exists()
+
+
+def test_an_image_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def too_large(embedding, side):
+        raise MemoryError("Unable to allocate 37.3 GiB")
+
+    monkeypatch.setattr("m2mkd_jax.conversion.from_torch.resize_positions", too_large)
+    flags = [arch_flag(ARCH["a"], tmp_path), "--image_size=1024"]
+    assert convert.main([str(WHOLE), str(tmp_path / "weights"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "give a smaller --image_size" in error and error.count("\n") == 1
+    assert not (tmp_path / "weights").exists()
