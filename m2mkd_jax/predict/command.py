@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     for flag, least in (("top", 1), ("batch", 1), ("workers", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag}={getattr(args, flag)}: give a number from {least} on")
-    check_outputs(args, [args.checkpoint, args.arch, args.labels, args.npz_in, *args.images])
+    # A table may well lie beside the images: what is in a folder of them is looked at below.
+    single = [path for path in args.images if not Path(path).is_dir()]
+    check_outputs(args, [args.checkpoint, args.arch, args.labels, args.npz_in, *single])
     checkpoint = local_path(args.checkpoint)  # downloaded once
     detection = open_detection(checkpoint, args.arch)
     if detection is not None:
