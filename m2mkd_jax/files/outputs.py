@@ -20,6 +20,8 @@ def refuse_inputs(
 ) -> None:
     """Refuses an output that is an input, or that lies in a directory that is one.
 
+    A run's directory may hold further files beside its own.
+
     Args:
         output: path that is written.
         inputs: paths that are read; "" and what is no path, such as hf://..., are passed over.
@@ -30,11 +32,19 @@ def refuse_inputs(
     """
     target = whole(output)
     for given in inputs:
-        source = whole(given) if os.fspath(given) else None
+        if not os.fspath(given):
+            continue
+        source = whole(given)
         if source == target:
             raise UserError(f"{name}: it is read; choose another path")
-        if source in target.parents:
+        if source in target.parents and not _beside_a_run(target, source):
             raise UserError(f"{name} lies in {given}, which is read; choose a path outside it")
+
+
+def _beside_a_run(target: Path, source: Path) -> bool:
+    """Whether a path lies in a run's directory, and is none of what the run has there."""
+    own = ("config.json", "summary.json")
+    return target.parent == source and (source / "jobs").is_dir() and target.name not in own
 
 
 def check_file(output: str | os.PathLike, name: str) -> None:

@@ -25,6 +25,11 @@ def test_inputs_and_what_lies_in_them_are_not_written_over(tmp_path):
             refuse_inputs(path, inputs, "OUT")
     for path in (tmp_path / "new", tmp_path, tmp_path / "folder2" / "x"):
         refuse_inputs(path, inputs, "OUT")
+    (folder / "jobs").mkdir()  # a run's
+    refuse_inputs(folder / "table.csv", inputs, "OUT")
+    for name in ("config.json", "summary.json", "jobs/table.csv"):
+        with pytest.raises(UserError, match="OUT lies in"):
+            refuse_inputs(folder / name, inputs, "OUT")
     with pytest.raises(UserError, match="lies in gs://bucket/run, which is read"):
         refuse_inputs("gs://bucket/run/jobs/x", ["gs://bucket/run"], "OUT")
     refuse_inputs("gs://bucket/run2", ["gs://bucket/run"], "OUT")
