@@ -63,7 +63,8 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
     converted.description["normalisation"] |= given
     used = converted.description["normalisation"]
     stated = given or any(name.startswith("pixel_") for name in detector or ())
-    spec = converted.description["spec"]
+    # A detector's images have three; the channels of its fields are others.
+    spec = converted.description["spec"] if detector is None else {}
     channels = spec.get("vit", spec).get("channels", 3)
     for name in ("mean", "std"):
         if len(used[name]) != channels:

@@ -317,7 +317,7 @@ def test_a_failed_way_back_leaves_nothing(tmp_path, capfd):
     before = sorted(tmp_path.iterdir())
     for target, words in (
         ("back", "must end in"),
-        ("weights", "is there already"),
+        ("weights", "it is read"),
         ("source.pth/x.pth", "cannot be written"),
     ):
         assert convert.main([str(weights), str(tmp_path / target)]) == 2

@@ -4,6 +4,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 
 import pytest
 
@@ -51,6 +52,16 @@ def in_trackio(directory):
         return [(step, json.loads(text)) for step, text in rows]
 
 
+def read_back(name, directory):
+    """{metric: [(step, value)]} of the rows that a service has."""
+    found = {}
+    for step, row in {"wandb": in_wandb, "trackio": in_trackio}[name](directory):
+        for key, value in row.items():
+            if not key.startswith("_"):
+                found.setdefault(key, []).append((step, value))
+    return found
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_what_is_read_back_is_metrics_jsonl(name, tmp_path, monkeypatch):
     # trackio looks at its directory when it is imported.
@@ -78,9 +89,8 @@ def test_what_is_read_back_is_metrics_jsonl(name, tmp_path, monkeypatch):
         second({"step": step, "eval_loss": 0.5, "eval_accuracy": 0.9})
     second.close()
     for directory in directories:
-        found = {}
-        for step, row in {"wandb": in_wandb, "trackio": in_trackio}[name](directory):
-            for key, value in row.items():
-                if not key.startswith("_"):
-                    found.setdefault(key, []).append((step, value))
-        assert found == expected(directory)
+        wanted, deadline = expected(directory), time.monotonic() + 60
+        # wandb's own process may write its last rows after it has been closed.
+        while (found := read_back(name, directory)) != wanted and time.monotonic() < deadline:
+            time.sleep(1)
+        assert found == wanted
