@@ -59,25 +59,25 @@ def convert_to_torch(
     grouped = description["kind"] == "nac_student" and len(names) > 1
     report = Report(str(source), {}, {})
     arrays, fixed = _named_arrays(description, trees, names, grouped, report)
-    fresh = layout is None
+    unseen = unseen_fields(description, fresh=layout is None)
     if layout is None:
         layout = _published_layout(description, list(arrays), grouped)
     if "" in layout["files"]:
-        layout = _with_fields(layout, unseen_fields(description, fresh))
-    if "" in layout["files"]:
-        _write_file(layout["files"][""], layout["depths"], arrays, fixed, target)
+        file = _with_fields(layout["files"][""], unseen)
+        _write_file(file, layout["depths"], arrays, fixed, target)
     else:
         _write_directory(layout, arrays, fixed, target)
+        if unseen:
+            report.notes.append(f"not in these files, to be given by --arch: {unseen}")
     return report
 
 
-def _with_fields(layout: Layout, fields: Mapping[str, Any]) -> Layout:
-    """The layout of a single file that states these fields, if there are any, and no others."""
-    file = layout["files"][""]
+def _with_fields(file: FileLayout, fields: Mapping[str, Any]) -> FileLayout:
+    """The layout of a file that states these fields, if there are any, and no others."""
     entries = {name: value for name, value in file["entries"].items() if name != STATED}
     if fields:
         entries[STATED] = json.dumps(fields, sort_keys=True)
-    return {**layout, "files": {"": {**file, "entries": entries}}}
+    return {**file, "entries": entries}
 
 
 def _named_arrays(

@@ -55,9 +55,9 @@ def choose(plan: Plan, workdir: Path, only: str, redo: str, extend: str) -> Choi
         UserError: one line that names the flag and the job.
     """
     chosen = plan.select(only)
-    again = plan.select(redo, "--redo") if redo else []
-    stale = from_main(stale_after(workdir, again))
-    left_out = ", ".join(name for name in stale if name not in chosen)
+    stale = from_main(stale_after(workdir, plan.select(redo, "--redo"))) if redo else []
+    # Those of phases that the config no longer has cannot be named, and are not made again.
+    left_out = ", ".join(name for name in stale if name in plan.names and name not in chosen)
     require(
         not left_out,
         f"--redo={redo} drops {left_out} too, which --only={only} leaves out; name all there",

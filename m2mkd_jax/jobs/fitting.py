@@ -120,7 +120,7 @@ def in_two_programs(params: Any) -> bool:
     Args:
         params: its trainable parameters, or their shapes.
     """
-    if backend.platform() != "cpu" or jax.device_count() > 1:
+    if not backend.is_one_cpu():
         return False
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) <= SMALL
 

@@ -47,6 +47,11 @@ def platform() -> str:
     return target[0] if target else jax.default_backend()
 
 
+def is_one_cpu() -> bool:
+    """Whether programs are traced for a CPU that is the only device."""
+    return platform() == "cpu" and jax.device_count() == 1
+
+
 class CompiledFunction:
     """`jax.jit` of a function, which on a CPU compiles faster; made by `jit`.
 

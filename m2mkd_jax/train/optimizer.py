@@ -243,7 +243,7 @@ def global_norm(tree: Any) -> jax.Array:
         tree: of arrays.
     """
     leaves = jax.tree.leaves(tree)
-    if backend.platform() != "cpu" or jax.device_count() > 1:
+    if not backend.is_one_cpu():
         return optax.tree.norm(leaves)
     small = [leaf for leaf in leaves if leaf.size <= _SMALL]
     parts = [leaf for leaf in leaves if leaf.size > _SMALL]

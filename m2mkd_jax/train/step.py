@@ -181,7 +181,7 @@ class Step:
         def step(state: dict, *arguments: Any) -> tuple[dict, dict]:
             return update(state, *gradient(state, *arguments))
 
-        self._gradient, self._update, self._params = gradient, update, params
+        self._params = params
         self._whole = backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
         self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
 

@@ -47,6 +47,14 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path, ask, flags, says):
     assert left == before
 
 
+def test_jobs_of_phases_that_are_gone_go_with_what_they_stand_on(tmp_path):
+    config = tiny_vmoe.get_config()
+    finish(Plan(config), tmp_path, Plan(config).names)
+    config.phases = ("pt", "mt", "ft")
+    chosen = choose(Plan(config), tmp_path, "", "ft", "")
+    assert {"ft", "m2mkd/0", "e2e"} <= {*chosen.stale} and chosen.todo == ["ft"]
+
+
 def measured(tmp_path, **values):
     """A finished run of two jobs, of which the second has measured the first on test images."""
     config = made(tiny_vmoe.get_config(), phases=("e2e_scratch", "eval"))
