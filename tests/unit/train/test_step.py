@@ -124,9 +124,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(accumulate, apart)
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_update_copies_nothing_on_a_cpu(accumulate, ema):
+def test_an_update_copies_nothing_on_a_cpu(accumulate, ema, apart):
     recipe, data = setting(accumulate, ema)
     params = {"model": {"kernel": jnp.ones((3 * SIDE**2, 96)), "bias": jnp.zeros(CLASSES)}}
     optimizer = make_optimizer(recipe, 4, params)
@@ -135,9 +136,12 @@ def test_an_update_copies_nothing_on_a_cpu(accumulate, ema):
         value = jnp.square(trainable["model"]["kernel"]).sum() * batch["image"].mean()
         return value, {"loss": value}
 
-    step = make_step(simple, optimizer, recipe, data, seed=0)
+    step = make_step(simple, optimizer, recipe, data, seed=0, apart=apart)
     state = initial_state(params, {"model": {}}, optimizer, recipe)
     image = np.ones((BATCH, SIDE, SIDE, 3), np.uint8)
-    program = step.lower(state, {}, {"image": image, "label": np.ones(BATCH, np.int32)}).compile()
-    copies = [line for line in program.as_text().splitlines() if " copy(" in line]
+    batch = {"image": image, "label": np.ones(BATCH, np.int32)}
+    _, programs = step.compile(state, {}, batch)
+    assert len(programs) == 1 + apart
+    lines = [line for program in programs for line in program.as_text().splitlines()]
+    copies = [line for line in lines if " copy(" in line]
     assert not [line for line in copies if f"f32[{3 * SIDE**2},96]" in line]
