@@ -35,7 +35,12 @@ class CheckedPyTreeHandler(ocp.PyTreeCheckpointHandler):
     _facts: Mapping[str, Any] = MappingProxyType({})
 
     async def async_save(self, directory: Any, *others: Any, args: Any = None) -> Any:
-        self._facts = {"step": args.step, **args.owner, "metrics": args.metrics}
+        self._facts = {
+            "step": args.step,
+            **args.owner,
+            "metrics": args.metrics,
+            "together": list(args.together),
+        }
         return await super().async_save(directory, *others, args=args)
 
     def finalize(self, directory: epath.Path) -> None:
@@ -53,11 +58,13 @@ class CheckedPyTreeSave(ocp.args.PyTreeSave):
         step: of the checkpoint.
         owner: whose state it is, by OWNER.
         metrics: kept beside the checksums, because Orbax keeps them in a file of its own.
+        together: the jobs whose states are saved at this step by one program.
     """
 
     step: int = 0
     owner: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
 
 
 def file_checksums(directory: Path) -> dict[str, str]:
@@ -118,3 +125,11 @@ def saved_metrics(directory: Path) -> dict[str, Any] | None:
         return read_record(directory / FILE)["metrics"]
     except (UserError, KeyError):
         return None
+
+
+def saved_together(directory: Path) -> tuple[str, ...]:
+    """The jobs that a checkpoint was saved with, its own among them; () where that is not said."""
+    try:
+        return tuple(read_record(directory / FILE)["together"])
+    except (UserError, KeyError, TypeError):
+        return ()

@@ -43,8 +43,6 @@ from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nest
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import (
     absolute,
-    as_path,
-    file_names,
     in_bucket,
     make_directory,
     move_tree,
@@ -55,7 +53,6 @@ from m2mkd_jax.parallel.process import barrier, from_main, is_main
 __all__ = [
     "RunCheckpoints",
     "checksum",
-    "latest_step",
     "load_weights",
     "match_tree",
     "save_weights",
@@ -63,7 +60,6 @@ __all__ = [
 
 _STATE = "state"
 _FORMAT = 1
-_COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint in a bucket that is whole
 _numbers = itertools.count()
 
 
@@ -125,7 +121,13 @@ class RunCheckpoints:
             ),
         )
 
-    def save(self, step: int, state: Tree, metrics: Mapping[str, Any] | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        metrics: Mapping[str, Any] | None = None,
+        together: Sequence[str] = (),
+    ) -> bool:
         """Copies the state to the host and writes it in the background.
 
         Once it returns, the caller may donate the state's buffers to the next step. (On CPU Orbax
@@ -136,6 +138,7 @@ class RunCheckpoints:
             step: steps taken; at least that of every saved checkpoint.
             state: pytree of arrays.
             metrics: name -> scalar; without `best_metric` this checkpoint is never the best one.
+            together: the jobs that train in one program from here on, for `common_steps`.
 
         Returns:
             Whether it is saved; False if `step` already was.
@@ -150,7 +153,9 @@ class RunCheckpoints:
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        saved = CheckedPyTreeSave(arrays, step=step, owner=self._owner, metrics=numbers)
+        saved = CheckedPyTreeSave(
+            arrays, step=step, owner=self._owner, metrics=numbers, together=tuple(together)
+        )
         with _writing(self.directory):
             return self._manager.save(
                 step,
@@ -174,8 +179,10 @@ class RunCheckpoints:
                 "or restore it, and start the run again"
             ) from None
 
-    def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree] | None:
-        """Restores the newest checkpoint that can be read.
+    def restore_latest(
+        self, abstract_state: Tree, at: int | None = None
+    ) -> tuple[int, Tree] | None:
+        """Restores the newest checkpoint that can be read, or the one of a step.
 
         A damaged checkpoint (a file is missing, or has not the checksum that it was saved with) is
         skipped, with one line on stderr. Once an older one is read, it is renamed to
@@ -184,6 +191,8 @@ class RunCheckpoints:
         Args:
             abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves (or arrays). A
                 leaf with a sharding is restored with it, one without as a numpy array.
+            at: the step of the checkpoint to go back to, if it can be read; newer ones are then
+                deleted, since their steps are made again. 0: all are. None: the newest.
 
         Returns:
             (step, state), or None if there is no checkpoint.
@@ -194,7 +203,11 @@ class RunCheckpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if at == 0:
+            self._drop(steps, {})
+            return None
+        for step in sorted(steps, key=lambda step: step != at):  # the others from the newest on
             path = self.directory / str(step) / _STATE
             reason = from_main(damage(path, step, self._owner) if is_main() else "")
             if not reason:
@@ -203,7 +216,7 @@ class RunCheckpoints:
                 match_tree(held, abstract_state, where=f"checkpoint {path}")
                 state, reason = attempt(functools.partial(read_tree, path, abstract_state))
             if not reason:
-                self._set_aside(damaged)
+                self._drop([s for s in steps if s > step and s not in damaged], damaged)
                 return step, state
             damaged[step] = reason
             if is_main():
@@ -225,28 +238,22 @@ class RunCheckpoints:
         self.wait()
         self._manager.close()
 
-    def _set_aside(self, steps: Mapping[int, str]) -> None:
-        """Renames damaged checkpoints; Orbax refuses to save at or before the latest step."""
-        if not steps:
+    def _drop(self, superseded: Sequence[int], damaged: Mapping[int, str]) -> None:
+        """Deletes checkpoints, and renames damaged ones.
+
+        Orbax refuses to save at or before the latest step.
+        """
+        if not superseded and not damaged:
             return
         if is_main():
-            for step in steps:
+            for step in superseded:
+                remove_tree(self.directory / str(step))
+            for step in damaged:
                 aside = self.directory / f"{step}.damaged"
                 remove_tree(aside)
                 move_tree(self.directory / str(step), aside)
-        barrier("damaged checkpoints aside")
+        barrier("checkpoints dropped")
         self._manager.reload()
-
-
-def latest_step(directory: str | os.PathLike) -> int:
-    """Steps taken before the newest checkpoint in a directory of `RunCheckpoints`; 0: none."""
-    path = as_path(directory)
-    if in_bucket(path):  # where a directory has its name before all is in it
-        whole = [name.split("/") for name in file_names(path) if name.endswith(f"/{_COMMITTED}")]
-        names = [parts[0] for parts in whole if len(parts) == 2]
-    else:
-        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def save_weights(

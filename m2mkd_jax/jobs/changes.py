@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from m2mkd_jax.checkpoint.files import read_record
-from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.locks import is_held
 from m2mkd_jax.jobs.plan import (

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.checkpoint.steps import common_steps
 from m2mkd_jax.jobs.fitting import FittingStep, device_memory, in_two_programs
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, frozen_program, set_up
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import from_main, say
+from m2mkd_jax.parallel.process import from_main, is_main, say
 from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase
@@ -73,18 +73,24 @@ def alike(run: Run, jobs: Sequence[Job]) -> list[Job]:
     first, *others = jobs
     if not can_join(run.config, first.phase):
         return [first]
-    wanted = _batches(run, first)
+    steps = steps_before(run, jobs)
+
+    def batches(job: Job) -> tuple[Any, ...]:
+        """What decides the batches that a job sees next."""
+        phase = job.phase
+        shared = tuple(phase.recipe[name] for name in SHARED_FIELDS)
+        return phase.data.to_json(), phase.seed, steps[job.name], shared
+
+    wanted = batches(first)
     return [first] + [
-        job for job in others if can_join(run.config, job.phase) and _batches(run, job) == wanted
+        job for job in others if can_join(run.config, job.phase) and batches(job) == wanted
     ]
 
 
-def _batches(run: Run, job: Job) -> tuple[Any, ...]:
-    """What decides the batches that a job sees next."""
-    phase = job.phase
-    start = from_main(latest_step(run.directory(job.name) / "checkpoints"))
-    shared = tuple(phase.recipe[name] for name in SHARED_FIELDS)
-    return phase.data.to_json(), phase.seed, start, shared
+def steps_before(run: Run, jobs: Sequence[Job]) -> dict[str, int]:
+    """The steps that jobs have done, of the checkpoints from which they go on together."""
+    directories = {job.name: run.directory(job.name) / "checkpoints" for job in jobs}
+    return from_main(common_steps(directories) if is_main() else {})
 
 
 def stages_apart(phases: Iterable[Phase]) -> set[str]:

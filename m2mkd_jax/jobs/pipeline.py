@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import write_json
-from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
 from m2mkd_jax.files.paths import (

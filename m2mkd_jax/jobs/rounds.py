@@ -20,6 +20,7 @@ from m2mkd_jax.jobs.joint import (
     is_hybrid,
     joint_setup,
     keeps_targets,
+    steps_before,
     teacher_program,
 )
 from m2mkd_jax.jobs.kept_targets import keep_targets, kept_inputs
@@ -118,6 +119,7 @@ def _train_round(
         chosen, step = fitting_jobs(run, jobs, updates)
     for job in jobs[len(chosen) :]:
         release(job.name)
+    steps = steps_before(run, jobs)  # with the locks, which keep them as they are
     phases = {job.name: job.phase for job in chosen}
     for job in chosen if is_main() else ():
         write_inputs(
@@ -133,11 +135,11 @@ def _train_round(
     if keeps_targets(chosen[0].phase):
         dtype = setup.program.dtype.name
         inputs = {job.name: kept_inputs(job, stages, dtype) for job in chosen}
-        steps = max(total_steps(phase, updates) for phase in phases.values())
-        kept, setup = keep_targets(run, setup, inputs, steps), setup.on_kept()
+        total = max(total_steps(phase, updates) for phase in phases.values())
+        kept, setup = keep_targets(run, setup, inputs, total), setup.on_kept()
     training = Training(run, setup, updates, step, began, kept, time_left)
     del stages, setup  # as jobs end, what they alone need is let go
-    put_off = training.begin(origins, references)
+    put_off = training.begin(steps, origins, references)
     for name in put_off:
         release(name)
     training.run(release)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_jax.checkpoint.files import read_record, write_json
-from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.locks import is_held

@@ -13,6 +13,7 @@ import jax
 
 from m2mkd_jax.checkpoint.checksums import saved_metrics
 from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
@@ -105,10 +106,13 @@ class Training:
         self._detections: DetectionEvaluator | None = None
         self._start = 0
 
-    def begin(self, origins: dict[str, dict], references: dict[str, dict]) -> list[str]:
-        """Fetches the states, from the newest checkpoints where there are any.
+    def begin(
+        self, steps: dict[str, int], origins: dict[str, dict], references: dict[str, dict]
+    ) -> list[str]:
+        """Fetches the states, from checkpoints where there are any.
 
         Args:
+            steps: the step that each job goes on from, by `common_steps`.
             origins: where the stages of each job come from, for its result.
             references: the accuracies that each job is measured by.
 
@@ -123,7 +127,10 @@ class Training:
             run = from_main(run_of(directory / "inputs.json")["id"] if is_main() else "")
             checkpoints = RunCheckpoints(directory / "checkpoints", best, name, run)
             start, earlier = 0, 0.0
-            restored = checkpoints.restore_latest(setup.abstract_state)
+            newest = from_main(latest_step(checkpoints.directory))
+            if newest > steps[name]:
+                say(f"[{name}] goes back from step {newest}, which not all modules have saved")
+            restored = checkpoints.restore_latest(setup.abstract_state, steps[name])
             if restored:
                 start, state = restored
                 saved = saved_metrics(directory / "checkpoints" / str(start) / "state")
@@ -170,6 +177,7 @@ class Training:
             evaluate=self._evaluate,
             save_seconds=60.0 * config.checkpoint_minutes,
             accumulate=accumulate,
+            wait=self._wait,
         )
         if is_main():  # what takes long does so before the clock runs
             matrix_rate(next(iter(self._setup.setups.values())).program.dtype)
@@ -256,6 +264,11 @@ class Training:
             skipped=int(self._states[name]["skipped"]),
             evaluated=from_main(record.log.evaluated),
         )
+
+    def _wait(self) -> None:
+        """Waits until all checkpoints are on disk."""
+        for record in self._records.values():
+            record.checkpoints.wait()
 
     def _seconds(self, record: _Record) -> float:
         """Seconds that a job has taken in all its starts."""
@@ -347,6 +360,7 @@ def _save_finite(
     step: int,
     state: dict,
     metrics: dict,
+    together: tuple[str, ...],
 ) -> None:
     """Saves a state, and the seconds that it took, after the log of the steps before it.
 
@@ -356,7 +370,7 @@ def _save_finite(
     if any_process(bool(wrong)):
         raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
     record.log.upload()
-    record.checkpoints.save(step, state, metrics | {SECONDS: seconds()})
+    record.checkpoints.save(step, state, metrics | {SECONDS: seconds()}, together)
 
 
 def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:

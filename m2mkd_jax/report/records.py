@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import read_json
-from m2mkd_jax.checkpoint.store import latest_step
+from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import PHASES, all_keys, base
 from m2mkd_jax.config.keys import flatten
 from m2mkd_jax.config.values import check_value, leaves

@@ -58,7 +58,8 @@ class Member:
         name: the job, for messages.
         total_steps: steps of the whole job.
         log: takes a log entry, a dict of plain numbers and lists.
-        save: (step, state, metrics) -> None; must copy before it returns.
+        save: (step, state, metrics, jobs that are saved with it) -> None; must copy before it
+            returns.
         stop: metrics of an evaluation -> whether to stop early; None: never.
         learning_rate: update number -> rate, for the log.
         finish: (state, metrics of the last evaluation, steps done) -> None, called once, at the
@@ -72,7 +73,7 @@ class Member:
     name: str
     total_steps: int
     log: Callable[[dict], None]
-    save: Callable[[int, dict, dict], Any]
+    save: Callable[[int, dict, dict, tuple[str, ...]], Any]
     stop: Callable[[dict], bool] | None
     learning_rate: Callable[[int], Any]
     finish: Callable[[dict, dict, int], None] = lambda state, metrics, steps: None
@@ -137,6 +138,7 @@ class Loop:
         evaluate: states by job -> metrics (`eval_*`) by job.
         save_seconds: longest time without a checkpoint; several processes check it when logging.
         accumulate: steps per optimizer update.
+        wait: until what has been saved is on disk.
     """
 
     members: Sequence[Member]
@@ -146,6 +148,7 @@ class Loop:
     evaluate: Callable[[dict], dict[str, dict]]
     save_seconds: float
     accumulate: int = 1
+    wait: Callable[[], None] = lambda: None
     _saved: float = field(default=0.0, init=False)  # when
     _paused: float = field(default=0.0, init=False)  # time in which no steps were made
     _asked: float = field(default=0.0, init=False)  # when the last evaluation began
@@ -234,10 +237,14 @@ class Loop:
             overdue = bool(logs) and from_main(overdue)
         if overdue or stopped:
             self._check_pending(done, members, states)
-        for member in members:
-            own = metrics.get(member.name, {})
-            if own or overdue or stopped:
-                member.save(done, states[member.name], own)
+        if metrics or overdue or stopped:
+            # All at the same steps, each of which all have before the next one is saved: from the
+            # newest of them a killed run goes on in the program that it had.
+            self.wait()
+            together = tuple(member.name for member in members)
+            for member in members:
+                own = metrics.get(member.name, {})
+                member.save(done, states[member.name], own, together)
         if metrics:
             self._paused += time.monotonic() - self._asked
         if metrics or overdue:
@@ -271,6 +278,8 @@ class Loop:
 
     def _finish(self, states: dict, ended: dict[str, dict], done: int) -> dict[str, dict]:
         """Ends jobs, given the metrics of their last evaluations, and lets their states go."""
+        if ended:  # no job is done before the others have the step from which they go on
+            self.wait()
         for member in self.members:
             if member.name in ended:
                 member.finish(states.pop(member.name), ended[member.name], done)
@@ -290,7 +299,7 @@ class Loop:
         due = [member for member in members if all_due or done == member.total_steps]
         if not due:
             return {}
-        self._check_pending(done, due, states)
+        self._check_pending(done, members, states)  # all are saved
         self._asked = time.monotonic()
         return self._measured(done, due, states)
 
@@ -330,7 +339,7 @@ class Loop:
             if member.name != error.name and member.name in states:
                 with contextlib.suppress(NotFinite):
                     member.take(jax.device_get(member.pending()), done, self.accumulate)
-                    member.save(done, states[member.name], {})
+                    member.save(done, states[member.name], {}, (member.name,))
         return error
 
     def _log(self, done: int, due: list[Member], states: dict) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.command import checksums
+
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SIGNALS = int(os.environ.get("CHAOS_SIGNALS", "2"))
@@ -40,15 +42,6 @@ def finish(config, workdir):
     run = start(config, workdir)
     error = run.communicate()[1]
     assert run.returncode == 0, error
-
-
-def trees(workdir):
-    """Checksums of all finished weights, by job and tree."""
-    return {
-        (path.parent.parent.relative_to(workdir).as_posix(), name): tree["sha256"]
-        for path in sorted(workdir.glob("jobs/**/weights/description.json"))
-        for name, tree in json.loads(path.read_text())["trees"].items()
-    }
 
 
 def results(workdir):
@@ -80,7 +73,7 @@ def whole(request, tmp_path_factory):
 
 
 def assert_same(whole, workdir):
-    assert trees(workdir) == trees(whole)
+    assert checksums(workdir) == checksums(whole)
     assert results(workdir) == results(whole)
     assert files(workdir) == files(whole)
     assert most_checkpoints(workdir) <= 3  # the latest two and the best

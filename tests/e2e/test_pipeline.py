@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
+from m2mkd_jax.checkpoint.steps import latest_step
 from tests.e2e import command as commands
 from tests.e2e.command import (
     ROOT,
     TIMEOUT,
-    assert_same_results,
+    checksums,
     records,
     summary,
     wait_for_records,
@@ -89,9 +90,9 @@ def test_another_config_in_the_same_directory_is_refused(whole, environment):
 
 
 def test_killed_in_several_phases_and_resumed(whole, environment, tmp_path):
-    """SIGKILL in the middle of three phases; the summary is that of the uninterrupted run.
+    """SIGKILL in the middle of three phases; weights and summary are the uninterrupted run's.
 
-    But for rounding: a kill between the saves of modules that train together lets them go on apart.
+    In the first of them as if between the saves of modules that train together.
     """
     killed = []
     for job in ("mt/1", "m2mkd/2", "e2e_kd"):
@@ -102,17 +103,27 @@ def test_killed_in_several_phases_and_resumed(whole, environment, tmp_path):
                 process.send_signal(signal.SIGKILL)
                 killed.append(job)
         assert not (tmp_path / "jobs" / job / "done.json").exists()
+        if job == "mt/1":
+            checkpoints = tmp_path / "jobs" / job / "checkpoints"
+            shutil.rmtree(checkpoints / str(latest_step(checkpoints)))
+            began = run(environment, tmp_path, "--only=mt")
+            assert began.returncode == 0, began.stderr
+            assert all(f"[mt/{i}] goes back from step" in began.stdout for i in (0, 2))
     assert len(killed) == 3
     result = run(environment, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "[e2e_kd] resumed at step" in result.stdout
-    assert_same_results(summary(tmp_path), summary(whole[0]))
+    assert summary(tmp_path) == summary(whole[0])
+    assert checksums(tmp_path) == checksums(whole[0])
     for job in JOBS[:-1]:
         mine, other = (records(d, job) for d in (tmp_path, whole[0]))
         steps = [record["step"] for record in mine]
         assert steps == sorted(steps)
-        evaluated = ([r for r in kept if "eval_accuracy" in r] for kept in (mine, other))
-        assert_same_results(*evaluated)
+        # Loss and accuracy of the records that both runs cut at the same steps are equal.
+        common = [record for record in mine if record in other]
+        assert [r for r in mine if "eval_accuracy" in r] == [
+            r for r in other if "eval_accuracy" in r
+        ] and common
 
 
 def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):

@@ -146,6 +146,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capfd, damage):
     run.close()
 
 
+@pytest.mark.parametrize(("at", "expected"), [(4, 4), (2, 2), (0, None), (3, 4)])
+def test_goes_back_to_a_step_and_deletes_those_after_it(tmp_path, at, expected):
+    run = RunCheckpoints(tmp_path)
+    for step, accuracy in ((2, 0.9), (3, 0.1), (4, 0.2)):
+        run.save(step, make_state(step), {"eval_accuracy": accuracy})
+    run.close()
+    if at == 3:  # cannot be read: the newest is good, though the job goes on without the others
+        cut_off(tmp_path / "3")
+    run = RunCheckpoints(tmp_path)
+    restored = run.restore_latest(abstract(make_state(0)), at)
+    left = {4: [2, 3, 4], 2: [2], 0: [], 3: [2, 4]}
+    assert steps_in(tmp_path) == left[at]
+    if expected is None:
+        assert restored is None
+    else:
+        assert restored[0] == expected
+        assert_same(restored[1], make_state(expected))
+    assert run.save((expected or 0) + 1, make_state(5))
+    run.close()
+
+
 def test_all_damaged_is_an_error_and_touches_nothing(tmp_path):
     run = RunCheckpoints(tmp_path)
     run.save(1, make_state(1, size=4096))

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from m2mkd_jax.checkpoint.files import read_record, replace_file, write_json, write_record
-from m2mkd_jax.checkpoint.store import RunCheckpoints, latest_step, load_weights, save_weights
+from m2mkd_jax.checkpoint.steps import latest_step
+from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.data import layouts
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files import lines, paths

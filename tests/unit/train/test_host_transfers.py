@@ -98,7 +98,7 @@ def make_loop():
         name="job",
         total_steps=STEPS,
         log=logs.append,
-        save=lambda step, state, metrics: None,
+        save=lambda step, state, metrics, together: None,
         stop=None,
         learning_rate=lambda update: OnDevice(rate(update)),
     )

@@ -21,7 +21,7 @@ class Recorder:
             name="job",
             total_steps=total,
             log=self.logs.append,
-            save=lambda step, state, metrics: self.saves.append((step, dict(metrics))),
+            save=lambda step, state, metrics, together: self.saves.append((step, dict(metrics))),
             stop=stop,
             learning_rate=lambda update: 0.5 * update,
             finish=lambda *result: self.ended.append(result),
@@ -290,7 +290,7 @@ class Jobs:
             name=name,
             total_steps=total,
             log=lambda entry: note(("log", entry["step"])),
-            save=lambda step, state, metrics: note(("save", step)),
+            save=lambda step, state, metrics, together: note(("save", step)),
             stop=stops.get(name),
             learning_rate=lambda update: 0.0,
             finish=lambda state, metrics, steps: note(("end", steps, state["n"])),
@@ -313,7 +313,7 @@ class Jobs:
 
 
 def test_each_job_ends_by_itself_and_the_rest_go_on():
-    """What a job logs, saves and ends with is what it would by itself."""
+    """What a job logs and ends with is what it would by itself; all save where one ends."""
     totals, stops = {"a": 10, "b": 5, "c": 9}, {"c": near}
     together = Jobs(totals, stops, evaluate_every=2)
     metrics = together.run()
@@ -321,8 +321,45 @@ def test_each_job_ends_by_itself_and_the_rest_go_on():
     for name, total in totals.items():
         alone = Jobs({name: total}, stops, evaluate_every=2)
         assert alone.run() == {name: metrics[name]}
-        assert alone.events[name] == together.events[name]
+        saved, events = (own.events[name] for own in (alone, together))
+        assert [e for e in events if e not in saved] == ([("save", 5)] if name == "a" else [])
+        assert [e for e in events if e in saved] == saved
     assert [event for event in together.events["c"] if event[0] == "end"] == [("end", 4, 4)]
+
+
+def test_all_jobs_have_a_step_before_one_saves_the_next_or_is_done():
+    jobs, order = Jobs({"a": 6, "b": 4}, evaluate_every=2), []
+    for member in jobs.loop.members:
+        member.save = lambda step, state, metrics, together, name=member.name: order.append(
+            (name, step, together)
+        )
+        member.finish = lambda *_, name=member.name: order.append((name, "end"))
+    jobs.loop.wait = lambda: order.append("wait")
+    jobs.run()
+    both = ("a", "b")
+    assert order == [
+        "wait",
+        ("a", 2, both),
+        ("b", 2, both),
+        "wait",
+        ("a", 4, both),
+        ("b", 4, both),
+        "wait",
+        ("b", "end"),
+        "wait",
+        ("a", 6, ("a",)),
+        "wait",
+        ("a", "end"),
+    ]
+
+
+def test_beside_a_job_that_fails_the_others_are_saved_to_go_on_without_it():
+    jobs, saves = Jobs({"a": 8, "b": 8, "c": 8}, losses={"b": math.nan}), []
+    for member in jobs.loop.members:
+        member.save = lambda step, state, metrics, together: saves.append((step, together))
+    with pytest.raises(NotFinite, match="b: the loss is no longer finite at step 1"):
+        jobs.run()
+    assert saves == [(4, ("a",)), (4, ("c",))]
 
 
 def test_jobs_that_had_ended_before_a_kill_do_not_train_on():
