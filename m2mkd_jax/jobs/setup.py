@@ -64,7 +64,7 @@ def make_program(
     Args:
         config: of the run.
         phase: the phase.
-        stages: its initial stages, which a regulariser may look at; None: without regulariser.
+        stages: its initial stages, to which a regulariser may be fitted; None: without regulariser.
         updates_per_epoch: optimizer updates in an epoch.
     """
     regulariser = None
@@ -75,7 +75,7 @@ def make_program(
                 stages[name]["params"],
                 stages[name]["fixed"],
             )
-            for name in phase.trainable
+            for name in (phase.trainable if phase.regulariser_fitted else ())
         }
         regulariser = phase.regulariser(initial)
     program = phase.program(
@@ -302,7 +302,8 @@ def set_up(
     """
     leaves = jax.tree.leaves(stages)
     abstract = bool(leaves) and isinstance(leaves[0], jax.ShapeDtypeStruct)
-    program = make_program(config, phase, None if abstract else stages, updates_per_epoch)
+    initial = None if abstract and phase.regulariser_fitted else stages
+    program = make_program(config, phase, initial, updates_per_epoch)
     whole = not phase.head and phase.regulariser is None and not by_part(phase.recipe)
     joined = join_neighbours(program, stages, trained=whole, apart=apart)
     place = None
@@ -373,7 +374,7 @@ def training_step(name: str | ConfigDict, job: str = "e2e_scratch") -> tuple[Set
     """
     config = name if isinstance(name, ConfigDict) else read_config(find_config(name))
     phase, step = build_phase(config, job), None
-    if phase.regulariser is None:  # else the loss has the initial weights in it
+    if phase.regulariser is None or not phase.regulariser_fitted:
         shapes = set_up(config, phase, abstract_stages(phase))
         step = shapes.make_step()
         step.compile_ahead(shapes.abstract_state, shapes.abstract_frozen, shapes.abstract_batch)

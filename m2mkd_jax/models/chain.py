@@ -12,6 +12,7 @@ Source: arXiv 2402.16918, section 3; docs/reference.md#vit-stages, docs/referenc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,14 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
 
     Cached per `build`: tracing a large stage takes as long as many steps of a small one.
     """
-    return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    stage = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    # Constants are weakly typed, and the arrays of `initialise` are not: a program that is compiled
+    # for the one would be compiled once more for the other.
+    def strong(tree: dict[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    return dataclasses.replace(stage, params=strong(stage.params), fixed=strong(stage.fixed))
 
 
 def initialise(

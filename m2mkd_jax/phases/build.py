@@ -296,5 +296,6 @@ def _end_to_end(config: ConfigDict, job: str, name: str, seed: int) -> Phase:
         teacher=tuple(imitated),
         distillation=config.distillation if imitated else None,
         regulariser=network.regulariser,
+        regulariser_fitted=network.regulariser_fitted,
         describe=network.describe,
     )

@@ -46,12 +46,15 @@ class Network:
         describe: what is saved with its weights, see models/registry.py.
         regulariser: given the initial stages (merged, by name), the term that is added to the
             loss; None: there is none.
+        regulariser_fitted: whether it looks at the initial stages; if not, it is given {}, and a
+            step can be compiled before there are weights.
     """
 
     stages: dict[str, StageSpec]
     rates: tuple
     describe: dict[str, Any]
     regulariser: Callable[[Mapping[str, nnx.Module]], Regulariser] | None = None
+    regulariser_fitted: bool = True
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,11 @@ class NACFamily(StudentFamily):
             rates=((recipe.drop_path,) * spec.iterations,),
             describe={"kind": "nac", "spec": dataclasses.asdict(spec)},
             regulariser=self._regulariser if config.regulariser.kind != "none" else None,
+            regulariser_fitted=config.regulariser.kind == "gaussian_mixture",
         )
 
     def _regulariser(self, stages: Mapping[str, nnx.Module]) -> Regulariser:
-        """config.regulariser, which may look at the initial network."""
+        """config.regulariser; the Gaussian mixture looks at the initial network."""
         wanted, mixture = self.config.regulariser, None
         if wanted.kind == "gaussian_mixture":
             mixture = graph.fit_gaussian_mixture(

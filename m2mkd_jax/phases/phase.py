@@ -73,6 +73,7 @@ class Phase:
         student, trainable, rates, teacher: see program.Program.
         distillation: config.distillation, or None without a teacher.
         regulariser: (initial stages, merged, by name) -> a term of the loss; None: there is none.
+        regulariser_fitted: whether it looks at the initial stages; if not, it is given {}.
         head: path of the only trained part of the trainable stage; (): all of it.
         seed: of fresh weights, data order and training noise.
         views: how many views of an image are shown in turn; 0: new ones in every epoch.
@@ -92,6 +93,7 @@ class Phase:
     teacher: tuple[str, ...] = ()
     distillation: ConfigDict | None = None
     regulariser: Callable[[Mapping[str, nnx.Module]], Regulariser] | None = None
+    regulariser_fitted: bool = True
     head: tuple[str, ...] = ()
     seed: int = 0
     views: int = 0

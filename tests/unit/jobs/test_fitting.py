@@ -10,7 +10,7 @@ import pytest
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs import fitting
 from m2mkd_jax.jobs.setup import fresh_setup, training_step
-from tests.e2e import tiny_vmoe
+from tests.e2e import tiny, tiny_vmoe
 from tests.support import assert_close
 
 
@@ -55,7 +55,22 @@ def test_recomputing_reaches_the_blocks():
     assert products("always") > products("auto") == products("never")
 
 
-def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
+def nac():
+    """A tiny NAC from scratch, whose graph has a regulariser."""
+    config = tiny.get_config()
+    assert config.regulariser.kind == "hinge"
+    config.recipes.e2e.batch = 8
+    return config, "e2e_scratch"
+
+
+def meta_model():
+    config = tiny_vmoe.get_config()
+    config.recipes.pt.batch = 8
+    return config, "pt"
+
+
+@pytest.mark.parametrize("case", [meta_model, nac])
+def test_a_step_that_is_compiled_ahead_is_not_compiled_again(case):
     programs = []
 
     def count(name, seconds, **labels):
@@ -63,11 +78,10 @@ def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
         if name.endswith("backend_compile_duration"):
             programs.append(labels)
 
-    config = tiny_vmoe.get_config()
-    config.recipes.pt.batch = 8
+    config, job = case()
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        setup, state, step = training_step(config, "pt")
+        setup, state, step = training_step(config, job)
         step._ahead.result()
         ahead = len(programs)
         size = setup.phase.data.image_size
@@ -76,7 +90,7 @@ def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
         assert len(programs) == ahead > 0
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    again = fresh_setup(config, "pt")
+    again = fresh_setup(config, job)
     expected = again.make_step()(again.initial_state(), again.frozen, batch)[1]
     for name, value in jax.device_get(expected).items():
         np.testing.assert_array_equal(metrics[name], value, name)
