@@ -7,9 +7,7 @@ more than the device has, once more with it.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.models import layers
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel.process import from_main, say
-from m2mkd_jax.train.step import Step
+from m2mkd_jax.train.step import Programs, Step
 
 # Share of the memory that a step may plan: the rest is for batches that wait, and for evaluation.
 USABLE = 0.9
@@ -43,13 +41,10 @@ class FittingStep:
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
         self._checked = False
-        self._ahead: Future[bool] | None = None
+        self._begun: Programs | None = None
         self.needed = self.flops = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._ahead:
-            self._ahead.result()
-            self._ahead = None
         if not self._checked and not self.fits(*arguments):
             self._recompute(arguments)
         return self._step(*arguments)
@@ -59,14 +54,14 @@ class FittingStep:
         return self._step.lower(*arguments)
 
     def compile_ahead(self, *arguments: Any) -> None:
-        """Begins to compile in a thread; the first call waits for it, and raises what it raises.
+        """Traces the step here, and compiles it in threads; the first call waits for them.
+
+        Tracing is the interpreter's work, which other work of this process would but delay.
 
         Args:
-            arguments: as for `fits`, the same in all processes.
+            arguments: as for `fits`.
         """
-        thread = ThreadPoolExecutor(1, "compile")
-        self._ahead = thread.submit(contextvars.copy_context().run, self.fits, *arguments)
-        thread.shutdown(wait=False)
+        self._begun = self._step.begin(*arguments)
 
     def fits(self, *arguments: Any) -> bool:
         """Whether the step fits without recomputing more than the config says; compiles it.
@@ -76,18 +71,20 @@ class FittingStep:
         """
         self._checked = True
         limit = device_memory()
-        if not limit:
+        if not limit and not self._begun:
             return True
-        traced, programs = self._step.compile(*arguments)
+        traced, compiled = self._begun or self._step.begin(*arguments)
+        self._begun = None
         self.flops = sum(flops_of(program.jaxpr.jaxpr) for program in traced)
-        self.needed = max(planned_bytes(program) for program in programs)
-        self._checked = from_main(self.needed <= USABLE * limit)
+        self.needed = max(planned_bytes(program.result()) for program in compiled)
+        self._checked = from_main(not limit or self.needed <= USABLE * limit)
         return self._checked
 
     def _recompute(self, arguments: tuple[Any, ...]) -> None:
         self._checked = True
         self._step = self._make(recomputing(self._loss))
-        with_remat = max(map(planned_bytes, self._step.compile(*arguments)[1]))
+        programs = self._step.begin(*arguments).compiled
+        with_remat = max(planned_bytes(program.result()) for program in programs)
         say(
             f"[{self._job}] activations with remat='auto' are recomputed: a step needs "
             f"{with_remat / 2**30:.1f} GiB, without {self.needed / 2**30:.1f} of "

@@ -140,6 +140,38 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> SplitStage:
     return dataclasses.replace(stage, params=strong(stage.params), fixed=strong(stage.fixed))
 
 
+class _Stream(nnx.RngStream):
+    """A stream whose keys are computed many at a time: one by one they take longer to compile.
+
+    Traced in one program; the keys are those of `nnx.RngStream`.
+    """
+
+    def __init__(self, key: jax.Array, *, tag: str):
+        super().__init__(key, tag=tag)
+        self._drawn = _Drawn()
+
+    def __call__(self) -> jax.Array:
+        return self._drawn.next(self.key[...])
+
+
+class _Drawn:
+    """How many keys have been drawn from each key: one of the stream, others inside of vmap."""
+
+    AT_ONCE = 64
+
+    def __init__(self) -> None:
+        self._states: dict[int, tuple[jax.Array, int, jax.Array]] = {}
+
+    def next(self, key: jax.Array) -> jax.Array:
+        _, count, block = self._states.get(id(key), (key, 0, key))
+        place = count % self.AT_ONCE
+        if not place:
+            counts = jnp.arange(count, count + self.AT_ONCE, dtype=jnp.uint32)
+            block = jax.vmap(jax.random.fold_in, (None, 0))(key, counts)
+        self._states[id(key)] = (key, count + 1, block)  # with the key, or another gets its id
+        return jax.lax.index_in_dim(block, place, keepdims=False)
+
+
 def initialise(
     build: Callable[[nnx.Rngs], nnx.Module],
     key: jax.Array,
@@ -155,7 +187,9 @@ def initialise(
     """
 
     def arrays(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        parts = split(build(nnx.Rngs(key)))
+        rngs = nnx.Rngs(key)
+        rngs.default = _Stream(key, tag="default")
+        parts = split(build(rngs))
 
         # Constants are weakly typed and optimizers return strong types: without this the step of a
         # fresh network would be compiled twice more.

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,13 @@ def make_joint_step(
     return kind(*_parts(loss, jobs, data), params, seed, out_shardings)
 
 
+class Programs(NamedTuple):
+    """The programs of a step: traced, and as they will be once they are compiled."""
+
+    traced: list[jax.stages.Traced]
+    compiled: list[Future[jax.stages.Compiled]]
+
+
 class Step:
     """A compiled step with its seed: (state, frozen, batch) -> (state, metrics).
 
@@ -196,14 +203,17 @@ class Step:
         """As `jax.jit`'s."""
         return self._whole.lower(*arguments, self._key)
 
-    def compile(self, *arguments: Any) -> tuple[list[jax.stages.Traced], list[jax.stages.Compiled]]:
-        """The programs of a call, traced and compiled; jax keeps them for calls.
+    def begin(self, *arguments: Any) -> Programs:
+        """Traces the programs of a call, and compiles them in threads; jax keeps them for calls.
 
         Args:
             arguments: of a call, or their shapes and shardings.
         """
         traced = self.trace(*arguments)
-        return [traced], [traced.lower().compile()]
+        thread = ThreadPoolExecutor(1, "compile")
+        compiled = thread.submit(traced.lower().compile)
+        thread.shutdown(wait=False)
+        return Programs([traced], [compiled])
 
 
 class StepInTwo(Step):
@@ -227,17 +237,17 @@ class StepInTwo(Step):
     def __call__(self, state: dict, *arguments: Any) -> tuple[dict, dict]:
         return self._second(state, *self._first(state, *arguments, self._key))
 
-    def compile(self, *arguments: Any) -> tuple[list[jax.stages.Traced], list[jax.stages.Compiled]]:
+    def begin(self, *arguments: Any) -> Programs:
         """As `Step`'s; in two threads, as a good part of XLA's compiler runs in one."""
         state = arguments[0]
+        threads = ThreadPoolExecutor(2, "compile")
         first = self._first.trace(*arguments, self._key)
         metrics = first.out_info[1]
         second = self._second.trace(state, self._params(state), metrics)
-        lowered = second.lower()
-        with ThreadPoolExecutor(1, "compile") as thread:
-            update = thread.submit(lowered.compile)
-            programs = [first.lower().compile(), update.result()]
-        return [first, second], programs
+        update = threads.submit(second.lower().compile)
+        gradient = threads.submit(first.lower().compile)
+        threads.shutdown(wait=False)
+        return Programs([first, second], [gradient, update])
 
 
 def _parts(

@@ -1,5 +1,6 @@
 """remat='auto': a step that does not fit into memory recomputes activations, and says so."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.jobs import fitting
 from m2mkd_jax.jobs.setup import fresh_setup, training_step
+from m2mkd_jax.train.step import Programs
 from tests.e2e import tiny, tiny_vmoe
 from tests.support import assert_close
 
@@ -82,7 +84,8 @@ def test_a_step_that_is_compiled_ahead_is_not_compiled_again(case):
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         setup, state, step = training_step(config, job)
-        step._ahead.result()
+        for program in step._begun.compiled:
+            program.result()
         ahead = len(programs)
         size = setup.phase.data.image_size
         batch = {"image": np.zeros((8, size, size, 3), np.uint8), "label": np.zeros(8, np.int32)}
@@ -110,9 +113,13 @@ def test_products_of_the_update_are_counted(optimizer):
     assert step.flops == flops_of(whole.jaxpr.jaxpr) > 0
 
 
-def test_what_fails_ahead_is_raised_by_the_first_call():
-    make = lambda loss: SimpleNamespace(compile=loss)
-    step = fitting.FittingStep("pt", make, lambda x: x.no_such_method())
+def test_what_fails_in_a_thread_is_raised_by_the_first_call():
+    def begin(x):
+        failed = Future()
+        failed.set_exception(MemoryError("no room for the program"))
+        return Programs([jax.jit(jnp.sin).trace(x)], [failed])
+
+    step = fitting.FittingStep("pt", lambda loss: SimpleNamespace(begin=begin), None)
     step.compile_ahead(jnp.zeros(2))
-    with pytest.raises(AttributeError, match="no_such_method"):
+    with pytest.raises(MemoryError, match="no room"):
         step(jnp.zeros(2))
