@@ -166,7 +166,7 @@ class Loop:
             By job, the metrics of its last evaluation.
 
         Raises:
-            Preempted: a signal arrived; the states were saved first.
+            Preempted: a signal arrived; the states were saved first, or the jobs had ended.
             NotFinite: a loss, gradient or evaluation is not; its state is not saved, the states of
                 the other jobs were saved first.
         """
@@ -207,6 +207,8 @@ class Loop:
                 results |= self._finish(states, ended, done)
                 self._paused += time.monotonic() - began
                 members = [member for member in members if member.name not in ended]
+            if asked_to_stop():  # while the last jobs were ended
+                raise Preempted(f"stopped by a signal after {', '.join(results)} had ended")
         return results
 
     def _log_evaluate_save(

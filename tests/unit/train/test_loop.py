@@ -267,6 +267,22 @@ def test_a_signal_saves_and_raises(number):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_signal_while_a_job_ends_stops_after_it(start):
+    """Also in a run that finds the job at its last step."""
+    recorder = Recorder()
+    end = recorder.loop.members[0].finish
+
+    def interrupted(*result):
+        signal.raise_signal(signal.SIGTERM)
+        end(*result)
+
+    recorder.loop.members[0].finish = interrupted
+    with pytest.raises(Preempted, match="after job had ended"):
+        recorder.run(start)
+    assert [steps for _, _, steps in recorder.ended] == [10]
+
+
 class Jobs:
     """A loop over several jobs, {"n": steps done} each; the loss of a job is its own constant."""
 
