@@ -80,8 +80,9 @@ def test_numbers_and_sizes_as_people_read_them():
     assert [si(n) for n in (0, 7, 999.4, 999.6, 1234.0, 999_960_000, 2.5e18)] == [
         *("0", "7", "999", "1 k", "1.23 k", "1 G", "2.5 E"),
     ]
-    sizes = (0, 1000, 1024, 1536 * 2**20, 20_000 * 2**30)
-    assert [binary_size(n) for n in sizes] == ["0 B", "1000 B", "1 KiB", "1.5 GiB", "19.53 TiB"]
+    sizes = (0, 1000, 1024, 2**20 - 1, 1536 * 2**20, 20_000 * 2**30)
+    shown = ["0 B", "1000 B", "1 KiB", "1 MiB", "1.5 GiB", "19.53 TiB"]
+    assert [binary_size(n) for n in sizes] == shown
 
 
 def test_an_interrupted_job_has_taken_the_seconds_of_its_checkpoint(tmp_path):

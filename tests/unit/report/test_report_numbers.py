@@ -1,6 +1,7 @@
 """Numbers of the report, and what its captions say of them."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.config.defaults import base
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.plan import stale_after
 from m2mkd_jax.report import curves, measure, modules, overview
 from m2mkd_jax.report.analysis import Analysis
 from m2mkd_jax.report.measure import Images, LoadedStage
@@ -110,3 +112,16 @@ def test_the_images_of_agreement_and_of_scores_may_differ(tmp_path):
     found = Analysis({"modules_split": "held-out", "split": "test", "modules": {}})
     table = modules.health(run, found)[1]
     assert "held-out images that both put" in table and "test images" not in table
+
+
+def test_copies_that_lie_beside_jobs_are_no_jobs(tmp_path):
+    workdir = runs.add_run(tmp_path / "run", seeds=1)
+    for name in ("m2mkd/0.bak", "m2mkd/.0.copy", "e2e/old", "m2mkd/\u0661"):
+        shutil.copytree(workdir / "jobs" / "m2mkd" / "0", workdir / "jobs" / name)
+    (workdir / "summary.json").write_text('{"jobs": [{"name": "e2e/best", "status": "done"}]}')
+    run = read_run(workdir)
+    assert [job.name for job in run.of_phase("m2mkd")] == ["m2mkd/0", "m2mkd/1", "m2mkd/2"]
+    assert [job.name for job in run.of_phase("e2e")] == ["e2e"]
+    assert curves.learning_curves(run) and overview.results(run)
+    # Nor are they dropped with the jobs whose copies they are.
+    assert set(stale_after(workdir, ["ft"])) == {"ft", "e2e", *(f"m2mkd/{i}" for i in range(3))}
