@@ -70,7 +70,8 @@ def pipeline(run: RunRecord) -> Figure:
         "From top to bottom, each phase stands on those above it; a box is a job, with its "
         "accuracy on test images (with data.validation on those held out), behind the slash the "
         "accuracy that it is measured by (mt: the meta model's, m2mkd: the teacher hybrid's), its "
-        "steps and its wall time. Solid: done; dashed: begun; dotted: not begun or not needed.",
+        "steps and its wall time. Of fewshot it is the mean over the queries of episodes, of eval "
+        "that of its first network. Solid: done; dashed: begun; dotted: not begun or not needed.",
         wide=True,
     )
 
@@ -131,8 +132,7 @@ def results(run: RunRecord) -> list[str | Figure]:
                 len(seeds),
                 own["mean"],
                 _half_width(own),
-                None if gap is None else cell(f"{gap['mean']:+.4f}", gap["mean"]),
-                None if gap is None else _half_width(gap),
+                *gap_cells(gap, len(seeds)),
                 ", ".join(f"{value:.4f}" for value in seeds.values()),
             ]
         )
@@ -144,6 +144,15 @@ def results(run: RunRecord) -> list[str | Figure]:
         "same seed, so that an interval without 0 is a difference that seeds do not explain.",
     )
     return [_dots(arms), listed]
+
+
+def gap_cells(gap: Mapping[str, Any] | None, seeds: int) -> list[Any]:
+    """Cells of a paired gap and its half-width; how many pairs, where they are fewer than seeds."""
+    if gap is None:
+        return [None, None]
+    pairs = len(gap["values"])
+    beside = f" ({pairs} of {seeds} seeds)" if pairs < seeds else ""
+    return [cell(f"{gap['mean']:+.4f}{beside}", gap["mean"]), _half_width(gap)]
 
 
 def _half_width(found: Mapping[str, Any]) -> Any:

@@ -125,3 +125,11 @@ def test_copies_that_lie_beside_jobs_are_no_jobs(tmp_path):
     assert curves.learning_curves(run) and overview.results(run)
     # Nor are they dropped with the jobs whose copies they are.
     assert set(stale_after(workdir, ["ft"])) == {"ft", "e2e", *(f"m2mkd/{i}" for i in range(3))}
+
+
+def test_a_gap_says_of_how_many_seeds_it_is(tmp_path):
+    workdir = runs.add_run(tmp_path / "run", seeds=3)
+    assert "seeds)" not in overview.results(read_run(workdir))[1]
+    shutil.rmtree(workdir / "jobs" / "e2e_scratch" / "2")
+    # Pairs of 0.95 - 0.9 and 0.96 - 0.92.
+    assert ">+0.0450 (2 of 3 seeds)<" in overview.results(read_run(workdir))[1]
