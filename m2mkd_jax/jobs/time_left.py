@@ -63,8 +63,9 @@ class Finished(NamedTuple):
 
     def work(self, planned: Cost) -> float:
         """FLOPs of the steps that it made."""
-        known = self.steps is not None and planned.steps
-        return planned.work * self.steps / planned.steps if known else planned.work
+        if self.steps is None or not planned.steps:
+            return planned.work
+        return planned.work * self.steps / planned.steps
 
 
 @dataclass

@@ -225,7 +225,7 @@ def _use(use: np.ndarray, mediators: int, names: list[str]) -> Figure:
     order = np.argsort(-mean, kind="stable")
     most = mean[order[: max(mediators // 4, 1)]].sum() / max(mean.sum(), 1e-9)
     shown, order = present[:USE_CLASSES], order[:USE_MEDIATORS]
-    scaled = shares[np.ix_(shown, order)]
+    scaled = shares[shown][:, order]
     scaled = scaled / max(float(scaled.max()), 1e-9)
 
     def plot(axes: Any) -> None:

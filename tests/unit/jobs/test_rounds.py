@@ -166,11 +166,12 @@ def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, ca
 def test_the_accuracy_of_another_meta_model_than_the_given_one_is_no_reference(tmp_path):
     run, jobs = modules("mt", tmp_path)
     phases = {job.name: job.phase for job in jobs}
-    assert rounds._references(run, phases, {}) == dict.fromkeys(phases, {})
+    unknown = {name: {} for name in phases}
+    assert rounds._references(run, phases, {}) == unknown
     metrics = {"eval_accuracy": 0.75}
     (tmp_path / "jobs" / "pt").mkdir(parents=True)
     write_record(tmp_path / "jobs" / "pt" / "done.json", {"name": "pt", "metrics": metrics})
-    expected = dict.fromkeys(phases, {"meta_accuracy": 0.75})
+    expected = {name: {"meta_accuracy": 0.75} for name in phases}
     assert rounds._references(run, phases, {}) == expected
     run.config.init.meta = "given"
-    assert rounds._references(run, phases, {}) == dict.fromkeys(phases, {})
+    assert rounds._references(run, phases, {}) == unknown

@@ -41,7 +41,9 @@ def test_networks_that_are_compared_are_measured_on_the_same_images():
     assert found["e2e"] == interval([0.75, 0.25]) and found["e2e_scratch"] == interval([0.375])
     assert found["meta"] == 0.0
     held_out = {own["name"] for own in trained}
-    assert _accuracy_of(some, held_out) == "validation images; of eval, and of meta below: test images"
+    assert (
+        _accuracy_of(some, held_out) == "validation images; of eval, and of meta below: test images"
+    )
     every = [*trained, measured(e2e=0.125, e2e_1=0.5, e2e_scratch=0.0)]
     found = results(every, held_out=True)
     assert found["e2e"] == interval([0.125, 0.5]) and found["e2e_scratch"] == interval([0.0])

@@ -51,7 +51,9 @@ def test_each_of_ten_modules_has_a_name_beside_its_curve(tmp_path):
     }
     figures = curves.learning_curves(RunRecord(tmp_path, {}, jobs))
     students = next(f for f in figures if f.title == "Training loss, students in the meta model")
-    assert {f"m2mkd/{i}" for i in range(10)} <= set(re.findall(r">(m2mkd/\d)</text>", students.body))
+    assert {f"m2mkd/{i}" for i in range(10)} <= set(
+        re.findall(r">(m2mkd/\d)</text>", students.body)
+    )
     assert "modules from number 8 on" in students.caption
     networks = next(f for f in figures if f.title == "Training loss, end to end")
     assert networks.body.count(">m2mKD</text>") == 1 and "Paler" in networks.caption
@@ -102,7 +104,7 @@ def test_images_that_are_all_damaged_are_refused(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "val" / "n01" / "n01_0.JPEG").write_bytes(b"no image")
     assert len(measure.test_images(folders(tmp_path), 2).labels) == 1
-    with pytest.raises(UserError, match="none of the 1 test images .* raise --images"):
+    with pytest.raises(UserError, match=r"none of the 1 test images .* raise --images"):
         measure.test_images(folders(tmp_path), 1)
 
 
