@@ -53,7 +53,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
         )
     held_out = {n for n in plan.names if _validates(plan.job(n))}
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, bool(held_out))}
-    if held_out:
+    if held_out or any("validation" in j.get("splits", {}).values() for j in jobs):
         summary["accuracy_of"] = _accuracy_of(jobs, held_out)
     if is_main() and workdir.is_dir():  # one that has vanished is not made again
         write_json(workdir / "summary.json", summary)
