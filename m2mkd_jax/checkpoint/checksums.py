@@ -21,6 +21,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
 FILE = "checksums.json"
+SECONDS = "seconds"  # the metric that says how long a job has taken up to its checkpoint
 OWNER = ("job", "run")  # what a checkpoint says about whose it is
 _BLOCK, _AT_ONCE = 1 << 22, 8  # bytes that are read at once, of as many objects
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax
 
 BINS = 15
-SMALLEST = 1e-12  # of a probability whose logarithm is taken
 
 
 class Reliability(NamedTuple):
@@ -49,7 +49,13 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
 
 
 def binned(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """`reliability`, from each image's confidence (N,) and whether it is correct (N,)."""
+    """`reliability`, from each image's confidence (N,) and whether it is correct (N,).
+
+    Images of equal confidence count as correct in equal shares, wherever a bin divides them:
+    their order says nothing of the network.
+    """
+    _, which = np.unique(confidence, return_inverse=True)
+    correct = (np.bincount(which, correct) / np.bincount(which))[which]
     order = np.argsort(confidence, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
     return Reliability(
@@ -78,10 +84,10 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.square(probabilities - truth).sum(-1).mean())
 
 
-def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of -log of the true class's probability, in nats."""
-    chosen = np.take_along_axis(probabilities, labels[:, None], -1)
-    return float(-np.log(np.maximum(chosen, SMALLEST)).mean())
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of -log of the true class's probability, in nats, from logits (N, K)."""
+    logs = log_softmax(np.asarray(logits, np.float64), -1)
+    return float(-np.take_along_axis(logs, labels[:, None], -1).mean())
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -107,5 +113,5 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return found | {
         "ece": expected_calibration_error(probabilities, labels),
         "brier": brier_score(probabilities, labels),
-        "nll": negative_log_likelihood(probabilities, labels),
+        "nll": negative_log_likelihood(logits, labels),
     }

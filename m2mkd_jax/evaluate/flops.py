@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from m2mkd_jax.models.moe.grouped import LOOP_FLOPS
@@ -64,12 +65,32 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
                 total += flops * rows * math.prod(kernels[0][1:])
             continue
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = _shape(eqn.invars[1])
-            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-            per_output = math.prod(kernel) // kernel[out_axis]
-            total += 2 * math.prod(_shape(eqn.outvars[0])) * per_output
+            total += 2 * _convolution(eqn)
         times = _times(eqn)
         total += times * sum(flops_of(inner) for inner in _inner(eqn.params.values()))
+    return total
+
+
+def _convolution(eqn: Any) -> int:
+    """Multiply-adds of a convolution, with those of zeros beyond the border.
+
+    Zeros between the inputs, as the gradient of a strided convolution has them, are not multiplied.
+    """
+    kernel, out = _shape(eqn.invars[1]), _shape(eqn.outvars[0])
+    numbers = eqn.params["dimension_numbers"]
+    batch, features, *places = numbers.out_spec
+    total = out[batch] * out[features] * kernel[numbers.rhs_spec[1]]
+    dilations = eqn.params["lhs_dilation"], eqn.params["rhs_dilation"]
+    for place, at, stride, (low, _), between, apart in zip(
+        places,
+        numbers.rhs_spec[2:],
+        eqn.params["window_strides"],
+        eqn.params["padding"],
+        *dilations,
+        strict=True,
+    ):
+        starts = np.arange(out[place])[:, None] * stride - low
+        total *= int(((starts + np.arange(kernel[at]) * apart) % between == 0).sum())
     return total
 
 

@@ -21,7 +21,7 @@ from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.weight_digests import changed, digests
-from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, job_directory
+from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, is_job_name, job_directory
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.
@@ -383,13 +383,13 @@ def jobs_on_disk(workdir: Path) -> dict[str, dict[str, Any]]:
     """Jobs that have begun in a directory, by name, with their inputs."""
     root = workdir / "jobs"
     paths = sorted([*root.glob("*/inputs.json"), *root.glob("*/*/inputs.json")])
-    return {path.parent.relative_to(root).as_posix(): read_record(path) for path in paths}
+    names = [path.parent.relative_to(root).as_posix() for path in paths]
+    return {n: read_record(root / n / "inputs.json") for n in names if is_job_name(n)}
 
 
 def stale_after(workdir: Path, redone: Iterable[str]) -> list[str]:
     """The jobs that are done again, and all in the directory that stand on one of them."""
-    begun, stale = jobs_on_disk(workdir), list(redone)
-    grown = True
+    begun, stale, grown = jobs_on_disk(workdir), list(redone), True
     while grown:
         more = [
             n

@@ -32,6 +32,7 @@ from m2mkd_jax.jobs.training import Training
 from m2mkd_jax.parallel.process import from_main, is_main, say
 from m2mkd_jax.phases.initial_weights import load_stages
 from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.phases.weight_files import init_path
 
 
 def run_training(
@@ -165,7 +166,10 @@ def _load(run: Run, phases: dict[str, Phase]) -> tuple[dict[str, dict], dict[str
 def _references(
     run: Run, phases: dict[str, Phase], stages: dict[str, dict]
 ) -> dict[str, dict[str, float]]:
-    """The accuracies by which jobs are measured: of the teachers' hybrids, or the meta model."""
+    """The accuracies by which jobs are measured: of the teachers' hybrids, or the meta model.
+
+    Of a meta model that config.init gives none is known.
+    """
     hybrids = {job: phase for job, phase in phases.items() if is_hybrid(phase)}
     references: dict[str, dict[str, float]] = {}
     if hybrids:
@@ -174,11 +178,12 @@ def _references(
         metrics = evaluator(run, program, data, "validation")({}, frozen)
         for job in hybrids:
             references[job] = {"teacher_accuracy": metrics[job]["eval_accuracy"]}
-    done = run.directory("pt") / "done.json"
+    done = run.directory("pt") / "done.json"  # of this run's meta model, maybe not the one used
+    own = not init_path(run.config, "pt")[1] and done.is_file()
     for job, phase in phases.items():
         if job not in hybrids:
             found = {}
-            if is_main() and "pt" in phase.needs and done.is_file():
+            if is_main() and "pt" in phase.needs and own:
                 found = {"meta_accuracy": read_record(done)["metrics"]["eval_accuracy"]}
             references[job] = from_main(found)
     return references

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2mkd_jax.checkpoint.checksums import SECONDS, saved_metrics
 from m2mkd_jax.checkpoint.files import read_record, write_json
 from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import DETECTION_PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.locks import is_held
-from m2mkd_jax.jobs.plan import Plan, is_current, open_jobs
+from m2mkd_jax.jobs.plan import Job, Kind, Plan, is_current, open_jobs
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_files import job_directory
@@ -24,7 +25,8 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     """workdir/summary.json: every job, and the accuracies that matter side by side.
 
     A job's status is done, running (in another process), interrupted, pending, or not needed: what
-    it was needed for is done. What eval has measured of other networks does not count.
+    it was needed for is done. What eval has measured of other networks does not count. Steps and
+    seconds of a job that is not done are those up to its newest checkpoint.
     """
     jobs, still_open = [], open_jobs(plan, workdir)
     for name in plan.names:
@@ -33,6 +35,8 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
             jobs.append(read_record(directory / "done.json"))
             continue
         checkpoints = directory / "checkpoints"
+        step = latest_step(checkpoints)
+        saved = saved_metrics(checkpoints / str(step) / "state") if step else None
         status = "interrupted" if checkpoints.is_dir() else "pending"
         if name not in still_open:
             status = "not needed"
@@ -42,18 +46,23 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "status": status,
-                "steps": latest_step(checkpoints),
-                "seconds": 0.0,
+                "steps": step,
+                "seconds": round((saved or {}).get(SECONDS, 0.0), 2),
                 "metrics": {},
             }
         )
-    held_out = any(plan.config[key].validation for key in ("data", "teaching_data"))
-    summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
-    if held_out:
-        summary["accuracy_of"] = _accuracy_of(jobs)
+    held_out = {n for n in plan.names if _validates(plan.job(n))}
+    summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, bool(held_out))}
+    if held_out or any("validation" in j.get("splits", {}).values() for j in jobs):
+        summary["accuracy_of"] = _accuracy_of(jobs, held_out)
     if is_main() and workdir.is_dir():  # one that has vanished is not made again
         write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _validates(job: Job) -> bool:
+    """Whether a job looks at validation images in training, not at the test images."""
+    return job.kind is Kind.TRAINING and bool(job.phase.data.get("validation"))
 
 
 def results(jobs: list[dict], held_out: bool = False) -> dict:
@@ -117,17 +126,39 @@ def _tested(jobs: list[dict]) -> dict[str, float]:
     return {name: value for name, value in found.items() if name not in left_out}
 
 
-def _accuracy_of(jobs: list[dict]) -> str:
-    """Which images the accuracies are of, where validation images are held out."""
-    splits = [split for job in jobs for split in job.get("splits", {}).values()]
-    if not splits:
-        return "validation images"
-    if "validation" in splits:
-        return "validation images, eval's too: there are no test images"
-    phases = dict.fromkeys(name.partition("/")[0] for name in _tested(jobs))
-    names = [TITLES.get(phase, phase) for phase in phases]
-    below = f", and of {', '.join(names)} below" if names else ""
-    return f"validation images; of eval{below}: test images"
+def _accuracy_of(jobs: list[dict], held_out: Collection[str]) -> str:
+    """Which images the accuracies are of.
+
+    Args:
+        jobs: of the run, with their metrics.
+        held_out: the jobs that look at validation images.
+    """
+    splits = {name: split for job in jobs for name, split in job.get("splits", {}).items()}
+    tested = [name for name, split in splits.items() if split == "test"]
+    others = [n for n in _trained(jobs) if n not in (*held_out, "eval", "fewshot")]
+    parts = ["validation images"]
+    if splits and not tested:
+        parts[0] += ", eval's too: there are no test images"
+    if others:
+        parts.append(f"of {', '.join(_phases(others))}: test images")
+    if tested:
+        measured_by = "eval" if len(tested) == len(splits) else f"eval's {_listed(tested)}"
+        below = [n for n in _tested(jobs) if n in tested and n not in others]
+        further = f", and of {_listed(below)} below" if below else ""
+        parts.append(f"of {measured_by}{further}: test images")
+    if "fewshot" in _trained(jobs):
+        parts.append("of fewshot: the queries of its episodes")
+    return "; ".join(parts)
+
+
+def _listed(jobs: Iterable[str]) -> str:
+    """The phases of some jobs by their titles."""
+    return ", ".join(TITLES.get(phase, phase) for phase in _phases(jobs))
+
+
+def _phases(jobs: Iterable[str]) -> list[str]:
+    """The phases of some jobs, in order."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in jobs))
 
 
 DETECTION = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")

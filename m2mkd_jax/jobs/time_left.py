@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,26 @@ class Cost:
     steps: int = 0
 
 
+class Finished(NamedTuple):
+    """What a job took.
+
+    Attributes:
+        seconds: of all of it.
+        stepping: of these, those of its steps.
+        steps: how many it made, fewer than planned where it stopped early; None: not known.
+    """
+
+    seconds: float
+    stepping: float
+    steps: int | None
+
+    def work(self, planned: Cost) -> float:
+        """FLOPs of the steps that it made."""
+        if self.steps is None or not planned.steps:
+            return planned.work
+        return planned.work * self.steps / planned.steps
+
+
 @dataclass
 class TimeLeft:
     """The jobs of a command with the cost of each, for what is left of its time.
@@ -63,7 +83,7 @@ class TimeLeft:
     cost_of: Callable[[str], Cost]
     workdir: Path
     joins: Callable[[str], bool] = lambda name: False
-    _finished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+    _finished: dict[str, Finished] = field(default_factory=dict, init=False)
     _looked_for: frozenset[str] = field(default=frozenset(), init=False)
 
     @classmethod
@@ -112,14 +132,15 @@ class TimeLeft:
             size = _compiled_size(cost, compiled)
             compiled |= {c.program for c in cost}
             took = [self._took(name, look or not under_way) for name in names]
-            known = [seconds for seconds in took if seconds is not None]
+            known = [own for own in took if own is not None]
             if len(known) == len(names) and all(c.work for c in cost):
                 # They show the same seconds.
-                stepping += max(steps for _, steps in known)
-                starting += max(all_ - steps for all_, steps in known)
-                work, started = work + sum(c.work for c in cost), started + size
+                stepping += max(own.stepping for own in known)
+                starting += max(own.seconds - own.stepping for own in known)
+                work += sum(own.work(c) for own, c in zip(known, cost, strict=True))
+                started += size
             elif not under_way.keys() & set(names):
-                open_ = [c for c, seconds in zip(cost, took, strict=True) if seconds is None]
+                open_ = [c for c, own in zip(cost, took, strict=True) if own is None]
                 work_left += sum(c.work for c in open_)
                 to_start += size * len(open_) / len(cost)
             else:  # the first program is compiled
@@ -140,15 +161,16 @@ class TimeLeft:
             return max((total - done for done, total in under_way.values()), default=0)
         return sum(work[n] * (1 - done / total) for n, (done, total) in under_way.items()) / a_step
 
-    def _took(self, name: str, look: bool) -> tuple[float, float] | None:
-        """Seconds of a finished job, and of its steps; `look` whether it has ended since."""
+    def _took(self, name: str, look: bool) -> Finished | None:
+        """What a finished job took; `look` whether it has ended since."""
         # An estimate can do without what cannot be read just now, or is damaged.
         with contextlib.suppress(UserError, OSError):
             if look and name not in self._finished and is_done(self.workdir, name):
                 directory = job_directory(self.workdir, name)
-                seconds = float(read_record(directory / "done.json").get("seconds", 0.0))
-                steps = min(_stepping(directory / "metrics.jsonl"), seconds)
-                self._finished[name] = seconds, steps or seconds
+                result = read_record(directory / "done.json")
+                seconds = float(result.get("seconds", 0.0))
+                stepping = min(_stepping(directory / "metrics.jsonl"), seconds)
+                self._finished[name] = Finished(seconds, stepping or seconds, result.get("steps"))
         return self._finished.get(name)
 
 

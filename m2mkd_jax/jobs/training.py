@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from m2mkd_jax.checkpoint.checksums import saved_metrics
+from m2mkd_jax.checkpoint.checksums import SECONDS, saved_metrics
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
@@ -48,8 +48,6 @@ from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
 from m2mkd_jax.train.step import evaluated_params, with_fixed
-
-SECONDS = "seconds"  # the metric of a checkpoint that says how long the job has taken
 
 
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:

@@ -20,7 +20,7 @@ def unit_of(number: float) -> tuple[float, str]:
 def binary_size(count: float) -> str:
     """Bytes as B, KiB, MiB, GiB or TiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if float(f"{count:.4g}") < 1024:  # 1023.99 KiB are 1 MiB
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2mkd_jax.config.defaults import PHASES
 from m2mkd_jax.conversion.arch_flag import job_fields, vit_fields
 from m2mkd_jax.conversion.open_weights import (
     HUB,
@@ -43,6 +44,12 @@ INIT_FIELD = {
 
 def job_directory(workdir: Path, job: str) -> Path:
     return workdir / "jobs" / job
+
+
+def is_job_name(name: str) -> bool:
+    """Whether a name is that of a phase, or of its module or seed; else it lies beside the jobs."""
+    phase, slash, index = name.partition("/")
+    return phase in PHASES and (not slash or (index.isascii() and index.isdecimal()))
 
 
 def init_path(config: ConfigDict, job: str) -> tuple[str, str]:

@@ -6,7 +6,6 @@ again when a job has finished since, or another number of images is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ from m2mkd_jax.checkpoint.files import read_record, replace_file, write_record
 from m2mkd_jax.config.defaults import teaching_data
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
-from m2mkd_jax.jobs.run import has_test_images, image_source
+from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases.build import END_TO_END, build_phase
@@ -85,8 +84,6 @@ def analyse(run: RunRecord, images: int, say: Callable[[str], object] = print) -
     except UserError as error:
         found.notes.append(f"Nothing was analysed: {error}.")
         return found
-    with contextlib.suppress(UserError):  # of the data, which each part names
-        found.numbers["split"] = "test" if has_test_images(teaching_data(config)) else "held-out"
     say(f"{run.path}: counting FLOPs and measuring networks on {images} test images ...")
     for part in (_costs, _predictions, _modules, _circuit, _experts):
         try:
@@ -194,7 +191,7 @@ def _predictions(run: RunRecord, config: ConfigDict, images: int, found: Analysi
         own = test_images(data, images)
         logits = run_chain(weights.network(name), own.normalised)
         found.arrays[f"logits/{name}"] = logits.astype(np.float32)
-        found.arrays["labels"] = own.labels
+        found.arrays["labels"], found.numbers["split"] = own.labels, own.split
         found.numbers["class_names"] = list(own.class_names)
         if name == names[0]:
             found.numbers["main"] = name
@@ -221,6 +218,7 @@ def _modules(run: RunRecord, config: ConfigDict, images: int, found: Analysis) -
     done = [job.index for job in run.of_phase("m2mkd") if job.status == "done"]
     if done:
         own = test_images(teaching_data(config), images)
+        found.numbers["modules_split"] = own.split
         found.numbers["modules"] = measure_modules(Weights(config, run.path), own, done)
 
 

@@ -46,13 +46,17 @@ def _curves(
     """A number of the log by step; for accuracy the measured ones as points."""
 
     def plot(axes: Any) -> None:
-        named: set[int] = set()
+        named, drawn = set[str](), set[int]()
         for job in jobs:
             number, (steps, values) = series(job), job.curve(name)
-            several = number in named
-            label = "_" if several else ARMS.get(job.phase, job.name)
-            named.add(number)
-            style: dict[str, Any] = {"color": COLOURS[number], "alpha": 0.55 if several else 1.0}
+            shown = ARMS.get(job.phase, job.name)  # seeds share a name, modules have their own
+            label = "_" if shown in named else shown
+            style: dict[str, Any] = {
+                "color": COLOURS[number],
+                "alpha": 0.55 if number in drawn else 1.0,
+            }
+            named.add(shown)
+            drawn.add(number)
             axes.plot(steps, values, linestyle=DASHES[number], label=label, **style)
             if name == "accuracy":
                 axes.plot(*job.curve("eval_accuracy"), SHAPES[number], **style)
@@ -60,6 +64,9 @@ def _curves(
         axes.set_ylabel(name)
         legend_below(axes)
 
+    paler = ""
+    if len({series(job) for job in jobs}) < len(jobs):
+        paler = f" Paler: further seeds, or modules from number {SERIES} on."
     caption = (
         "Lines: training accuracy between two lines of the log, of augmented images under "
         "training noise. Points: test images (with data.validation those held out), measured."
@@ -67,7 +74,7 @@ def _curves(
         else "Mean of the training loss between two lines of the log. Losses of different phases "
         "have different terms; compare those of one phase."
     )
-    return draw(title, caption, f"{title}. {_spoken(jobs, name)}", plot)
+    return draw(title, caption + paler, f"{title}. {_spoken(jobs, name)}", plot)
 
 
 def _spoken(jobs: Iterable[JobRecord], name: str) -> str:

@@ -15,8 +15,9 @@ from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.detection import PICTURES, TITLES
 from m2mkd_jax.jobs.summary import DETECTION
 from m2mkd_jax.report.charts import COLOURS, DASHES, SHAPES, Figure, draw, image_tag, legend_below
+from m2mkd_jax.report.overview import gap_cells
 from m2mkd_jax.report.records import JobRecord, RunRecord
-from m2mkd_jax.report.tables import cell, table
+from m2mkd_jax.report.tables import table
 
 SIDE = 320  # pixels of a picture on the page
 MOST = 8  # pictures of a detector
@@ -129,8 +130,7 @@ def _over_seeds(jobs: Sequence[JobRecord]) -> str:
                     len(values),
                     own["mean"],
                     own["interval95"],
-                    None if gap is None else cell(f"{gap['mean']:+.4f}", gap["mean"]),
-                    None if gap is None else gap["interval95"],
+                    *gap_cells(gap, len(values)),
                     ", ".join(f"{value:.4f}" for value in values.values()),
                 ]
             )

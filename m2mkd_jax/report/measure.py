@@ -16,7 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.similarity import linear_cka
+from m2mkd_jax.jobs.run import has_test_images
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases.build import build_phase
@@ -36,12 +38,14 @@ class Images:
         labels: int (N,).
         class_names: in the order of the labels.
         data: of the config, for the normalisation.
+        split: "test", or "held-out" where these are images of data.validation.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
     data: ConfigDict
+    split: str = "test"
 
     @property
     def normalised(self) -> np.ndarray:
@@ -57,13 +61,20 @@ def test_images(data: ConfigDict, count: int) -> Images:
     Raises:
         UserError: the data are not there or cannot be read.
     """
+    split = "test" if has_test_images(data) else "held-out"
     source = load_source(data, "test")
     chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
     reader = source.reader()
     pixels = reader.evaluation_images(chosen, data.image_size)
     sound = ~np.isin(chosen, list(reader.replaced))
+    if not sound.any():
+        raise UserError(
+            f"none of the {len(chosen)} {split} images that are looked at can be decoded; raise "
+            "--images"
+        )
     pixels, chosen = pixels[sound], chosen[sound]
-    return Images(pixels, np.asarray(reader.labels_of(chosen)), tuple(source.class_names), data)
+    labels = np.asarray(reader.labels_of(chosen))
+    return Images(pixels, labels, tuple(source.class_names), data, split)
 
 
 @dataclasses.dataclass(frozen=True)

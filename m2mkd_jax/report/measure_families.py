@@ -6,6 +6,7 @@ I iterations, L layers with experts, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,8 @@ def measure_experts(stages: Sequence[LoadedStage], images: Images) -> Arrays:
     """
     chosen = np.unique(images.labels)
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(CLASSES, len(chosen))).astype(int)]
+    # In batches of their own, none of which is filled up: each image counts equally.
+    stages = [dataclasses.replace(stage, batch=PER_CLASS) for stage in stages]
     x, loads = images.normalised, []
     for label in chosen:
         own = x[images.labels == label][:PER_CLASS]

@@ -16,6 +16,7 @@ from m2mkd_jax.report.tables import table
 
 DRAWN = 128  # mediators of a graph that is drawn
 LINK = 0.5  # probability from which on a link is drawn
+USE_CLASSES, USE_MEDIATORS = 30, 64  # of the heat map of what the read-out reads
 
 
 def health(run: RunRecord, found: Analysis) -> list[str | Figure]:
@@ -24,7 +25,7 @@ def health(run: RunRecord, found: Analysis) -> list[str | Figure]:
     jobs = [j for j in run.of_phase("m2mkd") if j.accuracy is not None]
     if not jobs:
         return []
-    rows, split = [], found.numbers.get("split", "test")
+    rows, split = [], found.numbers.get("modules_split", "test")
     for job in jobs:
         own, accuracy = measured.get(str(job.index), {}), job.accuracy or 0.0
         stitches = ", ".join(f"{n} {v:.3g}" for n, v in own.get("stitches", {}).items())
@@ -44,9 +45,11 @@ def health(run: RunRecord, found: Analysis) -> list[str | Figure]:
         ("module", "student", "teacher", "gap", "agreement", "linear CKA", "stitch norms"),
         rows,
         "Health of the modules. Accuracy of the meta model with its module i replaced by student "
-        f"i, and by teacher module i; agreement is the share of {split} images that both put into "
-        "the same class; linear CKA compares the outputs of student and teacher module (tokens "
-        "averaged; 1: equal up to a rotation and a factor); norms are of the stitches' kernels. A "
+        "i, and by teacher module i, on all images that training looks at; agreement is the share "
+        f"of the analysis's {split} images that both put into the same class; linear CKA compares "
+        "the outputs of student and teacher module for these (tokens averaged; 1: equal up to a "
+        "rotation and a factor; too high with fewer images than channels: raise --images); norms "
+        "are of the stitches' kernels. A "
         "module far below its teacher needs more epochs (recipes.m2mkd.modules) before the network "
         "is assembled.",
     )
@@ -217,24 +220,30 @@ def _attention(images: np.ndarray, weights: np.ndarray) -> Figure:
 def _use(use: np.ndarray, mediators: int, names: list[str]) -> Figure:
     """What the read-out reads of each mediator, by class."""
     shares = use[:, -mediators:]
-    present = [i for i in range(len(names)) if use[i].any()][:30]
-    shares = shares[present]
-    scaled = shares / max(float(shares.max()), 1e-9)
-    mean = shares.mean(0)
-    order = np.argsort(-mean, kind="stable")[:64]
+    present = [i for i in range(len(names)) if use[i].any()]
+    mean = shares[present].mean(0)
+    order = np.argsort(-mean, kind="stable")
+    most = mean[order[: max(mediators // 4, 1)]].sum() / max(mean.sum(), 1e-9)
+    shown, order = present[:USE_CLASSES], order[:USE_MEDIATORS]
+    scaled = shares[shown][:, order]
+    scaled = scaled / max(float(scaled.max()), 1e-9)
 
     def plot(axes: Any) -> None:
-        heat_map(axes, scaled[:, order], [names[i] for i in present])
+        heat_map(axes, scaled, [names[i] for i in shown])
         axes.set_xlabel("mediator, most used first")
 
-    top = f"{100 * mean[order[: max(len(order) // 4, 1)]].sum() / max(mean.sum(), 1e-9):.0f}%"
+    cut = [
+        f"the first {len(shown)} of {len(present)} classes" if len(shown) < len(present) else "",
+        f"the {len(order)} most used of {mediators} mediators" if len(order) < mediators else "",
+    ]
+    only = " and ".join(part for part in cut if part)
     return draw(
         "Mediators that the read-out listens to, by class",
-        "Share of the output latents' attention that goes to each mediator, averaged over the test "
+        "Share of the output latents' attention that goes to each mediator, averaged over the "
         "images of a class (row). Rows that differ: classes are told apart by which mediators "
-        "speak; rows that are alike: by what they say.",
-        f"Read-out attention by class and mediator; the most used quarter gets {top} of what "
-        "mediators get.",
+        "speak; rows that are alike: by what they say." + (f" Shown: {only}." if only else ""),
+        f"Read-out attention by class and mediator; the most used quarter gets {100 * most:.0f}% "
+        "of what mediators get.",
         plot,
         size=(4.4, 3.4),
     )

@@ -12,6 +12,7 @@ from m2mkd_jax.config.defaults import PHASES
 from m2mkd_jax.evaluate.intervals import interval, paired_gap
 from m2mkd_jax.jobs.summary import measured
 from m2mkd_jax.jobs.units import binary_size, si
+from m2mkd_jax.phases.weight_files import INIT_FIELD
 from m2mkd_jax.report.charts import COLOURS, INK, SHAPES, Figure, draw
 from m2mkd_jax.report.records import ARMS, JobRecord, RunRecord
 from m2mkd_jax.report.tables import (
@@ -36,11 +37,14 @@ PHASE_TITLES = {
     "fewshot": "fewshot: fresh heads for classes that the network has not seen",
     "eval": "eval: finished networks measured again",
 }
-# Jobs whose cost is charged to a network when teaching is charged too.
-TEACHING = {
-    "e2e": ("pt", "mt", "ft", "m2mkd"),
-    "e2e_kd": ("pt", "mt", "ft"),
-    "e2e_upcycled": ("pt", "mt", "ft"),
+# What a phase stands on: its cost is charged to a network when teaching is charged too.
+STANDS_ON = {
+    "mt": ("pt",),
+    "ft": ("mt",),
+    "m2mkd": ("pt", "ft"),
+    "e2e": ("m2mkd",),
+    "e2e_kd": ("ft",),
+    "e2e_upcycled": ("ft",),
 }
 WORDS_PER_STATUS = {
     "interrupted": "stopped before its end",
@@ -66,7 +70,8 @@ def pipeline(run: RunRecord) -> Figure:
         "From top to bottom, each phase stands on those above it; a box is a job, with its "
         "accuracy on test images (with data.validation on those held out), behind the slash the "
         "accuracy that it is measured by (mt: the meta model's, m2mkd: the teacher hybrid's), its "
-        "steps and its wall time. Solid: done; dashed: begun; dotted: not begun or not needed.",
+        "steps and its wall time. Of fewshot it is the mean over the queries of episodes, of eval "
+        "that of its first network. Solid: done; dashed: begun; dotted: not begun or not needed.",
         wide=True,
     )
 
@@ -127,8 +132,7 @@ def results(run: RunRecord) -> list[str | Figure]:
                 len(seeds),
                 own["mean"],
                 _half_width(own),
-                None if gap is None else cell(f"{gap['mean']:+.4f}", gap["mean"]),
-                None if gap is None else _half_width(gap),
+                *gap_cells(gap, len(seeds)),
                 ", ".join(f"{value:.4f}" for value in seeds.values()),
             ]
         )
@@ -140,6 +144,15 @@ def results(run: RunRecord) -> list[str | Figure]:
         "same seed, so that an interval without 0 is a difference that seeds do not explain.",
     )
     return [_dots(arms), listed]
+
+
+def gap_cells(gap: Mapping[str, Any] | None, seeds: int) -> list[Any]:
+    """Cells of a paired gap and its half-width; how many pairs, where they are fewer than seeds."""
+    if gap is None:
+        return [None, None]
+    pairs = len(gap["values"])
+    beside = f" ({pairs} of {seeds} seeds)" if pairs < seeds else ""
+    return [cell(f"{gap['mean']:+.4f}{beside}", gap["mean"]), _half_width(gap)]
 
 
 def _half_width(found: Mapping[str, Any]) -> Any:
@@ -216,11 +229,29 @@ def job_flops(job: JobRecord, found: Mapping[str, Mapping[str, float]]) -> float
     return own.get("flops_per_step", 0.0) * job.steps + once
 
 
-def _teaching(run: RunRecord, phase: str) -> tuple[str, ...]:
-    """The phases that a network of a phase stands on."""
-    phases = TEACHING.get(phase, ())
+def _teaching(run: RunRecord, phase: str) -> tuple[list[str], list[str]]:
+    """The phases of a run that a network of a phase stands on, and those of given weights.
+
+    What the weights of `config.init` stand on themselves is no phase of this run, also where it
+    has one of that name for other networks.
+    """
+    init, given = run.config.get("init", {}), set[str]()
     before_tuning = run.config.get("distillation", {}).get("teach_from") == "mt"
-    return tuple(p for p in phases if not (before_tuning and phase == "e2e" and p == "ft"))
+    found, todo = set[str](), [phase]
+    while todo:
+        standing = todo.pop()
+        if standing == "e2e" and init.get(INIT_FIELD[standing]):
+            given.add(standing)
+            continue
+        for below in STANDS_ON.get(standing, ()):
+            if below == "ft" and standing == "m2mkd" and before_tuning:
+                below = "mt"
+            if init.get(INIT_FIELD[below]):
+                given.add(below)
+            elif below not in found:
+                found.add(below)
+                todo.append(below)
+    return sorted(found, key=PHASES.index), sorted(given, key=PHASES.index)
 
 
 def uncharged(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -228,8 +259,9 @@ def uncharged(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, float
 
     Jobs that were deleted or have not begun, and phases whose weights came from elsewhere.
     """
-    missing = []
-    for teaching in _teaching(run, phase):
+    phases, given = _teaching(run, phase)
+    missing = [f"{name} (config.init.{INIT_FIELD[name]})" for name in given]
+    for teaching in phases:
         jobs = run.of_phase(teaching)
         missing += [job.name for job in jobs if not job_flops(job, found)]
         missing += [] if jobs else [teaching]
@@ -240,7 +272,7 @@ def teaching_flops(run: RunRecord, phase: str, found: Mapping[str, Mapping[str, 
     """FLOPs of the jobs that a network of a phase stands on, each by itself."""
     return sum(
         job_flops(job, found)
-        for teaching in _teaching(run, phase)
+        for teaching in _teaching(run, phase)[0]
         for job in run.of_phase(teaching)
     )
 

@@ -27,6 +27,7 @@ from m2mkd_jax.jobs.log import is_evaluation, read_entries
 from m2mkd_jax.jobs.plan import Plan, read_inputs
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_digests import changed, digest
+from m2mkd_jax.phases.weight_files import is_job_name
 
 ARMS = {"e2e": "m2mKD", "e2e_scratch": "scratch", "e2e_kd": "kd", "e2e_upcycled": "upcycled"}
 
@@ -267,15 +268,13 @@ def _job_names(
         for i, part in enumerate(parts)
         if part in kept
     }
-    known = [n for n in on_disk if n.partition("/")[0] in PHASES and n.count("/") < 2]
-    extra = {*listed, *known} - {*planned}
+    extra = {name for name in {*listed, *on_disk} if is_job_name(name)} - {*planned}
     return planned + sorted(extra, key=_order)
 
 
 def _order(name: str) -> tuple[int, int]:
     phase, _, index = name.partition("/")
-    place = PHASES.index(phase) if phase in PHASES else len(PHASES)
-    return place, int(index) if index.isdecimal() else 0
+    return PHASES.index(phase), int(index or 0)
 
 
 def _read_job(path: Path, name: str, listed: Mapping[str, Any], notes: list[str]) -> JobRecord:

@@ -72,6 +72,24 @@ def test_convolutions():
     assert count_flops(depthwise, shape(B, 8, 8, C), shape(3, 3, 1, C)) == 2 * (B * 16 * C) * 9
 
 
+@pytest.mark.parametrize("groups", [1, C])
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_gradients_of_patches_cost_what_the_patches_do(side, groups):
+    """Of images and of kernel once each; zeros between strided outputs cost nothing."""
+
+    def conv(x, k):
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, k, (side, side), "VALID", dimension_numbers=names, feature_group_count=groups
+        )
+
+    args = shape(B, 6, 12, C), shape(side, side, C // groups, 2 * C)
+    forward = 2 * B * 6 * 12 * C // groups * 2 * C
+    assert count_flops(conv, *args) == forward
+    grad = jax.grad(lambda x, k: jnp.square(conv(x, k)).sum(), argnums=(0, 1))
+    assert count_flops(grad, *args) == 3 * forward
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_row_by_one_expert(method):
     """Every row counts once, whatever the number of experts; the bias of 'ragged' is a product."""

@@ -41,6 +41,25 @@ def test_calibration_error_of_bins_of_equal_count():
     assert calibration.expected_calibration_error(p, labels, bins=2) == pytest.approx(0.15)
 
 
+def test_the_order_of_images_of_one_confidence_changes_nothing():
+    """Half of them are right at a confidence of 0.5, in bins that no order can tell apart."""
+    p, rng = np.full((31, 2), 0.5), np.random.default_rng(0)
+    labels = np.arange(31) % 2
+    expected = abs(16 / 31 - 0.5)
+    for order in (labels, np.sort(labels), np.sort(labels)[::-1], rng.permutation(labels)):
+        assert calibration.expected_calibration_error(p, order) == pytest.approx(expected)
+    # One of three equal images is right: a third of each, in the bin of one and in that of two.
+    confidence = np.array([0.6, 0.8, 0.8, 0.8])
+    for right in ([0, 1, 0, 0], [0, 0, 0, 1]):
+        found = calibration.binned(confidence, np.array(right, bool), bins=2)
+        np.testing.assert_allclose(found.accuracy, [1 / 6, 1 / 3])
+
+
+def test_the_loss_of_a_sure_and_wrong_network_has_no_bound():
+    found = calibration.scores(np.array([[0.0, 60.0], [900.0, 0.0]]), np.array([0, 1]))
+    assert found["nll"] == pytest.approx((60 + 900) / 2)
+
+
 def test_a_calibrated_network_has_no_calibration_error():
     rng = np.random.default_rng(1)
     sure = rng.uniform(0.5, 1, 200_000)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import joint, kept_targets, locks, rounds
 from m2mkd_jax.jobs.pipeline import _phases
@@ -160,3 +161,17 @@ def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, ca
         assert not locks.is_held(tmp_path)
     monkeypatch.setattr(fcntl, "flock", refuse(errno.EAGAIN))
     assert locks.acquire(tmp_path) is None and locks.is_held(tmp_path)
+
+
+def test_the_accuracy_of_another_meta_model_than_the_given_one_is_no_reference(tmp_path):
+    run, jobs = modules("mt", tmp_path)
+    phases = {job.name: job.phase for job in jobs}
+    unknown = {name: {} for name in phases}
+    assert rounds._references(run, phases, {}) == unknown
+    metrics = {"eval_accuracy": 0.75}
+    (tmp_path / "jobs" / "pt").mkdir(parents=True)
+    write_record(tmp_path / "jobs" / "pt" / "done.json", {"name": "pt", "metrics": metrics})
+    expected = {name: {"meta_accuracy": 0.75} for name in phases}
+    assert rounds._references(run, phases, {}) == expected
+    run.config.init.meta = "given"
+    assert rounds._references(run, phases, {}) == unknown

@@ -23,10 +23,10 @@ COSTS = {
 }
 
 
-def finished(workdir, name, seconds, *entries):
+def finished(workdir, name, seconds, *entries, **more):
     path = workdir / "jobs" / name / "done.json"
     path.parent.mkdir(parents=True)
-    write_record(path, {"name": name, "seconds": seconds, "metrics": {}})
+    write_record(path, {"name": name, "seconds": seconds, "metrics": {}, **more})
     lines = [{"step": step, "seconds_per_step": pace} for step, pace in entries]
     lines.append({"step": 2, "eval_accuracy": 0.5})
     (path.parent / "metrics.jsonl").write_text("".join(f"{json.dumps(n)}\n" for n in lines))
@@ -89,6 +89,14 @@ def test_programs_that_shrink_as_jobs_end_are_compiled_again(tmp_path):
     own = (2 * 0.5 + 2 * 0.1 + 2 * 0.1) / (2 / 20 + 2 / 10 + 2 / 10)
     assert left.seconds(steps, 3.0) == pytest.approx(own * 3 + 50 / 10)
     assert left.seconds({"m2mkd/0": (15, 20)}, 1.0) == pytest.approx(5)
+
+
+def test_a_job_that_stopped_early_has_done_less_work(tmp_path):
+    """A quarter of 40 units in 20 s: 2 s a unit, not half a second."""
+    costs = {"mt/0": Cost(40.0, 100, 0, 20), "mt/1": Cost(40.0, 100, 1, 20)}
+    left = TimeLeft(list(costs), costs.__getitem__, tmp_path)
+    finished(tmp_path, "mt/0", 25.0, (5, 4.0), steps=5)
+    assert left.seconds() == pytest.approx(40 * 2 + 5)
 
 
 def test_the_work_of_a_job_is_near_that_of_its_step():
