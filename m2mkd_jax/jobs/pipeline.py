@@ -68,7 +68,7 @@ def run(
         Preempted: a signal arrived; the same command goes on from there.
     """
     end_in_worker()
-    workdir = as_path(workdir).expanduser()
+    workdir = as_path(workdir)
     check_bucket(workdir)
     check_same_start(config, {"--only": only, "--redo": redo, "--extend": extend})
     watchdog.start(config.watchdog_seconds)
