@@ -45,11 +45,16 @@ class Model:
         class_names: of these, in their order; () where the weights have none.
         mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
         std: likewise.
+        assumed_normalisation: whether mean and std are ImageNet's because nothing says what they
+            are.
         oriented: whether it was trained on images turned as their EXIF tag says.
     """
 
     def __init__(self, weights: Weights, names: list[str], precision: str = "float32"):
-        self.description = weights.description
+        self.description, self.assumed_normalisation = (
+            weights.description,
+            weights.assumed_normalisation,
+        )
         builds = {name: registry.builder(self.description, name) for name in names}
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         single = {name: self._matched(name, weights.trees[name]) for name in names}
