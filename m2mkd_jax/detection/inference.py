@@ -244,6 +244,21 @@ def open_detection(path: str | Path, arch: str = "", seed: int = 0) -> Detection
         return DetectionModel(description, load_weights(stored, [TREE])[0][TREE]["params"])
 
 
+def refuse_detector(path: str | Path, arch: str, instead: str) -> None:
+    """Raises UserError where weights are those of a detector, or of the backbone of one.
+
+    Args:
+        path, arch: as of `open_detection`.
+        instead: what to do, for the message.
+    """
+    found = read_arch_file(arch) is not None
+    stored = find_weights(local_path(path))
+    if stored is not None and not is_bundle(stored):
+        found = is_detection(load_weights(stored, [])[1])
+    if found:
+        raise UserError(f"{path} is a detector; {instead}")
+
+
 def read_images(path: str) -> list[np.ndarray] | None:
     """The images `image_0`, `image_1`, ... of an .npz file; None if it has no such array.
 

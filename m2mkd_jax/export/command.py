@@ -17,6 +17,7 @@ import numpy as np
 from m2mkd_jax import export
 from m2mkd_jax.checkpoint.files import replace_file, write_json
 from m2mkd_jax.conversion.open_weights import say_assumed
+from m2mkd_jax.detection.inference import refuse_detector
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.export.onnx_file import OnnxProgram
 from m2mkd_jax.export.stablehlo import StableHLOProgram
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     target = Path(args.target)
     described = target.with_name(f"{target.name}.json")
     _check(args, (target, described))
+    refuse_detector(args.checkpoint, args.arch, "classifiers and their modules alone are exported")
     model = load_network(args.checkpoint, args.module, arch=args.arch)
     if model.image_size and model.assumed_normalisation:
         say_assumed(args.checkpoint)

@@ -22,6 +22,7 @@ from m2mkd_jax.conversion.open_weights import (
     open_weights,
     say_assumed,
 )
+from m2mkd_jax.detection.inference import refuse_detector
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.outputs import refuse_inputs
 from m2mkd_jax.push.card import model_card
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise UserError(f"--license={args.license}: give an identifier, such as apache-2.0 or mit")
     hub = None if args.out else _hub()
+    instead = "the hub has no form of it: write a torch file by m2mkd_jax.convert, and upload that"
+    refuse_detector(args.checkpoint, args.arch, instead)
     weights = open_weights(args.checkpoint, args.arch)
     if weights.assumed_normalisation:
         say_assumed(args.checkpoint)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import m2mkd_jax
-from m2mkd_jax import convert, predict
+from m2mkd_jax import convert, export, predict, push
 from m2mkd_jax.checkpoint.store import load_weights, save_weights
 from m2mkd_jax.conversion.converted import IMAGENET
 from m2mkd_jax.detection.inference import DetectionModel, ImageDetections
@@ -238,6 +238,18 @@ def test_an_image_is_resized_as_evaluation_has_resized_it(edges, size, tiny, tmp
     found = detect_in_image(model, np.zeros((20, 32, 3), np.uint8))
     assert seen == [size]
     assert np.allclose(found.boxes[0, 2:], [8 * 32 / size[1], 8 * 20 / size[0]])
+
+
+def test_a_detector_is_neither_exported_nor_pushed(tiny, tmp_path, capsys):
+    """What was pushed could not be loaded again."""
+    for main, *arguments in (
+        (export.main, str(tmp_path / "a.mlir"), "--format=stablehlo"),
+        (push.main, "me/detector", f"--out={tmp_path / 'out'}"),
+    ):
+        assert main([str(tiny), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert f"{tiny} is a detector; " in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("edges", [[1], [0, 5], ["a", "b"], 5, [1.5, 2]])
