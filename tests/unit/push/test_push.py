@@ -131,7 +131,7 @@ def test_refusals_are_one_line(run, hub, tmp_path, capsys, monkeypatch):
     refused(directory, "me/../x", words="give OWNER/NAME")
     refused(directory, REPOSITORY, "--license=My own", words="--license=My own")
     refused(directory, REPOSITORY, f"--out={tmp_path}", words="is there already")
-    refused(directory, REPOSITORY, f"--out={directory}/weights", words="lies in")
+    refused(directory, REPOSITORY, f"--out={directory}/jobs/hub", words="lies in")
     refused(str(tmp_path / "none"), REPOSITORY, words="does not exist")
     monkeypatch.setenv("HF_TOKEN", "wrong")
     refused(directory, REPOSITORY, words="log in (hf auth login")
