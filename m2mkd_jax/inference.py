@@ -193,9 +193,14 @@ class Model:
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
         if not shape[0]:
             raise UserError("there are no inputs: the first axis has length 0")
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        try:
+            found = jnp.result_type(x)
+        except TypeError:  # an array of another library, or of objects
+            name = type(x).__name__
+            raise UserError(f"inputs are floats of NumPy or jax, not this {name}") from None
+        if not jnp.issubdtype(found, jnp.floating):
             hint = "; normalise pixels first: (x / 255 - mean) / std" if side else ""
-            raise UserError(f"inputs are floats, not {jnp.result_type(x)}{hint}")
+            raise UserError(f"inputs are floats, not {found}{hint}")
         return jnp.asarray(x, jnp.float32)
 
     def _with_fixed(self, fixed: Mapping[str, ArrayLike]) -> dict[str, Any]:

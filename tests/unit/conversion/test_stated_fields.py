@@ -91,6 +91,13 @@ def test_a_network_of_one_channel_needs_a_mean_of_one(tmp_path, capsys):
     np.testing.assert_allclose(m2mkd_jax.load(back)(images), model(images), atol=1e-6)
 
 
+def test_arrays_of_other_libraries_are_one_line():
+    torch, model = pytest.importorskip("torch"), built("vit")
+    for odd in (torch.zeros(1, 16, 16, 3), np.zeros((1, 16, 16, 3), object)):
+        with pytest.raises(UserError, match="inputs are floats of NumPy or jax, not this"):
+            model(odd)
+
+
 @pytest.mark.parametrize("command", ["predict", "export", "push"])
 def test_a_file_without_mean_and_std_is_said_to_have_none(command, tmp_path, capsys):
     """What is exported or pushed says them as if it knew."""
