@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from m2mkd_jax.errors import UserError, printable
 
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of Windows
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
 
 
@@ -27,12 +30,28 @@ class Arguments(argparse.ArgumentParser):
         return super().parse_known_args([_at_home(argument) for argument in args], namespace)
 
 
+def at_home(given: str | os.PathLike) -> Path:
+    """A local path, whose ~ or ~USER at the start is a home directory.
+
+    Raises:
+        UserError: it is nobody's, or has a drive of Windows on another system; a directory of that
+            name is hardly meant.
+    """
+    text = os.path.expanduser(given)
+    if os.name != "nt" and _DRIVE.match(text):
+        raise UserError(f"{text} is a path of Windows; give it as this system has it (/mnt/c/...)")
+    if text.startswith("~"):
+        name = text.partition("/")[0]
+        raise UserError(f"{text}: no home directory of {name} is known; give the path from / on")
+    return Path(text)
+
+
 def _at_home(argument: str) -> str:
-    """An argument, or --flag=value, whose ~/ is the home directory: no shell does it after a =."""
+    """An argument, or --flag=value, whose ~ is a home directory: no shell does it after a =."""
     flag, given, value = argument.partition("=")
     if argument.startswith("--") and given:
-        return f"{flag}={_at_home(value)}" if value.startswith("~/") else argument
-    return os.path.expanduser(argument) if argument.startswith("~/") else argument
+        return f"{flag}={_at_home(value)}" if value.startswith("~") else argument
+    return os.fspath(at_home(argument)) if argument.startswith("~") else argument
 
 
 def refuse_repeated(arguments: Iterable[str]) -> None:

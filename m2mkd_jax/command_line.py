@@ -19,6 +19,7 @@ from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, told
 from m2mkd_jax.errors import UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
 from m2mkd_jax.interruption import ended_by_signals
+from m2mkd_jax.parallel import memory
 
 WRONG_INPUT = 2
 LONGEST = 2000  # characters of a message
@@ -71,7 +72,8 @@ def run(name: str, command: Callable[[], None]) -> int:
     except MemoryError as error:
         reason = f"the memory does not suffice ({error}); ask for less, or take a larger machine"
     except Exception as error:
-        if not (reason := storage_failure(error)):
+        reason = storage_failure(error) or memory.exhausted(error, memory.IN_INFERENCE)
+        if not reason:
             raise
     line = printable(" ".join(reason.split()))
     if len(line) > LONGEST:  # names in a hostile file may have any length
@@ -94,6 +96,10 @@ def run_module(name: str, parser: Parser, argv: Sequence[str] | None) -> int:
 
     def command() -> None:
         arguments = parser.parse_args(argv)
-        import_module(f"m2mkd_jax.{name}.command").run(arguments)
+        module = import_module(f"m2mkd_jax.{name}.command")
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where jax alone mixes machines
+            cache = import_module("m2mkd_jax.parallel.compilation_cache")
+            cache.enable_compilation_cache()
+        module.run(arguments)
 
     return run(name, command)

@@ -45,11 +45,16 @@ class Model:
         class_names: of these, in their order; () where the weights have none.
         mean: per channel, of the normalisation it was trained with; pixels are 0 to 1.
         std: likewise.
+        assumed_normalisation: whether mean and std are ImageNet's because nothing says what they
+            are.
         oriented: whether it was trained on images turned as their EXIF tag says.
     """
 
     def __init__(self, weights: Weights, names: list[str], precision: str = "float32"):
-        self.description = weights.description
+        self.description, self.assumed_normalisation = (
+            weights.description,
+            weights.assumed_normalisation,
+        )
         builds = {name: registry.builder(self.description, name) for name in names}
         self._parts = {name: chain.abstract(build) for name, build in builds.items()}
         single = {name: self._matched(name, weights.trees[name]) for name in names}
@@ -188,9 +193,14 @@ class Model:
             raise UserError(f"the network takes {kind}, not an array of shape {shape}")
         if not shape[0]:
             raise UserError("there are no inputs: the first axis has length 0")
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        try:
+            found = jnp.result_type(x)
+        except TypeError:  # an array of another library, or of objects
+            name = type(x).__name__
+            raise UserError(f"inputs are floats of NumPy or jax, not this {name}") from None
+        if not jnp.issubdtype(found, jnp.floating):
             hint = "; normalise pixels first: (x / 255 - mean) / std" if side else ""
-            raise UserError(f"inputs are floats, not {jnp.result_type(x)}{hint}")
+            raise UserError(f"inputs are floats, not {found}{hint}")
         return jnp.asarray(x, jnp.float32)
 
     def _with_fixed(self, fixed: Mapping[str, ArrayLike]) -> dict[str, Any]:

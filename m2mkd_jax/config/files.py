@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import os
 import runpy
 import traceback
@@ -11,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.config.values import check_key, leaves
 from m2mkd_jax.errors import UserError, did_you_mean
 
@@ -34,7 +38,7 @@ def find_config(name: str) -> str:
         UserError: no config of this name is shipped.
     """
     if "/" in name or name.endswith(".py"):
-        return os.path.expanduser(name)
+        return os.fspath(at_home(name))
     shipped = shipped_configs()
     if name not in shipped:
         hint = did_you_mean(name, shipped)
@@ -87,8 +91,8 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
         UserError: names the whole key, and the known one that is nearest to it.
     """
     known = [key for key, _ in leaves(config)]
-    for argument in arguments:
-        flag = argument.lstrip("-").partition("=")[0]
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, given, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-") or not flag.startswith("config."):
             continue
         key, index, _ = flag.removeprefix("config.").partition("[")
@@ -103,6 +107,31 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
                 f"config.{key}: numbers of modules cannot stand in a flag; give all modules, "
                 "such as --config.recipes.mt.modules=\"{'0': {'epochs': 2}}\""
             )
+        _check_number(key, value if given else after, _at(config, key))
+
+
+def _check_number(key: str, text: str, value: Any) -> None:
+    """Refuses a text for a key whose value is a number, unless absl reads it as such a one.
+
+    Args:
+        key: a.b.c.
+        text: of the flag.
+        value: of the key, as the config file gives it.
+
+    Raises:
+        UserError: one line that names the key, and says what it takes.
+    """
+    kind = type(value)
+    if kind not in (int, float):
+        return
+    readers = (int, functools.partial(int, base=0)) if kind is int else (float,)
+    for reader in readers:
+        with contextlib.suppress(ValueError):
+            reader(text)
+            return
+    what = "a whole number" if kind is int else "a number"
+    hint = "; None is for config files" if text == "None" else ""
+    raise UserError(f"config.{key} is {text!r}; it must be {what}, such as {value!r}{hint}")
 
 
 def _at(config: ConfigDict, key: str) -> Any:
@@ -110,4 +139,4 @@ def _at(config: ConfigDict, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value.get(part, {})
-    return value
+    return value.to_dict() if isinstance(value, ConfigDict) else value

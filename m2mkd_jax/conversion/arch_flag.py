@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.config.defaults import meta_depths, teaching_data
 from m2mkd_jax.config.networks import nac_spec, teacher_spec, vmoe_spec
 from m2mkd_jax.conversion.arch_yaml import yaml_fields
@@ -54,7 +55,7 @@ def read_arch(text: str, kind: str, blocks: int | None) -> Fields:
     Raises:
         UserError: there is no such variant or file, or a field makes no sense.
     """
-    path = Path(text.split(".py:")[0] + ".py" if ".py:" in text else text).expanduser()
+    path = at_home(text.split(".py:")[0] + ".py" if ".py:" in text else text)
     if path.suffix == ".json":
         return check_fields(_parsed(path, strict_json.parse), str(path))
     if path.suffix in (".yml", ".yaml"):
@@ -66,7 +67,7 @@ def read_arch(text: str, kind: str, blocks: int | None) -> Fields:
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Fields:
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--arch: {path} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m2mkd_jax.conversion.converted import IMAGENET, Converted, Tree, Trees
+from m2mkd_jax.conversion.converted import Converted, Tree, Trees
 from m2mkd_jax.conversion.infer_nac import assembled_spec
 from m2mkd_jax.conversion.names import array_at
 from m2mkd_jax.conversion.names_nac import nac_names
@@ -73,7 +73,8 @@ def assembled_nac(
         UserError: a field of the NAC is missing or does not fit the students.
     """
     spec = assembled_spec(description, given, str(path))
-    network = {"kind": "nac", "spec": dataclasses.asdict(spec), "normalisation": dict(IMAGENET)}
+    known = description["normalisation"]
+    network = {"kind": "nac", "spec": dataclasses.asdict(spec), "normalisation": known}
     build = registry.builder(network, "nac")
     grid, pooling = carried_parts(description["spec"], spec, given.get("student_type", ""))
 

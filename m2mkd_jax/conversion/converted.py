@@ -42,8 +42,11 @@ class Converted:
         description: of the network (models/registry.py).
         trees: made on demand.
         report: complete once every tree was made.
+        assumed_normalisation: whether mean and std of the pixels are ImageNet's because nothing
+            says what they are.
     """
 
     description: dict[str, Any]
     trees: Trees
     report: Report
+    assumed_normalisation: bool = False

@@ -25,7 +25,7 @@ from m2mkd_jax.conversion.name_tables import name_table
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, read_layout
 from m2mkd_jax.conversion.report import Report
 from m2mkd_jax.conversion.resize_positions import resize_positions
-from m2mkd_jax.conversion.stated_fields import stated_fields
+from m2mkd_jax.conversion.stated_fields import stated_fields, stated_normalisation
 from m2mkd_jax.conversion.torch_layouts import assembled_name, is_stitch
 from m2mkd_jax.conversion.torch_weights import TorchWeights, read_torch_weights
 from m2mkd_jax.errors import UserError
@@ -91,7 +91,9 @@ def convert_torch_weights(
     tensors = _network_tensors(weights, description, report)
     if weights.kind in ("vit", "vmoe"):
         _resize_positions(tensors, description, report)
-    description["normalisation"] = dict(google_npz.NORMALISATION if google else IMAGENET)
+    usual = google_npz.NORMALISATION if google else {}
+    known = stated_normalisation(weights.entries, path) or usual
+    description["normalisation"] = dict(known or IMAGENET)
     if google and weights.kind == "vmoe":
         description["spec"]["router"] = "vmoe"
     # All trees are float32; the types that differ are kept for the conversion back.
@@ -99,8 +101,10 @@ def convert_torch_weights(
     description["torch"] = weights.layout | {"dtypes": dtypes}
     makers = _makers(weights, description, tensors, path, seed, report)
     if (weights.kind, given.get("kind")) == ("nac_student", "nac"):
-        return assembled_nac(Trees(makers), description, given, path, seed, report)
-    return Converted(description, Trees(makers), report)
+        found = assembled_nac(Trees(makers), description, given, path, seed, report)
+    else:
+        found = Converted(description, Trees(makers), report)
+    return dataclasses.replace(found, assumed_normalisation=not known)
 
 
 def _network_tensors(

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,13 @@ class Weights:
     Attributes:
         description: of the network (models/registry.py).
         trees: by name; each is read when it is looked up.
+        assumed_normalisation: whether mean and std of the pixels are ImageNet's because nothing
+            says what they are.
     """
 
     description: dict[str, Any]
     trees: Mapping[str, dict[str, Any]]
+    assumed_normalisation: bool = False
 
 
 class _StoredTrees(Mapping[str, dict[str, Any]]):
@@ -108,12 +112,21 @@ def open_weights(
             converted = convert_from_torch(local, arch, image_size, seed)
         else:
             converted = convert_torch_weights(read_weights(local), fields, local, seed)
-        return Weights(converted.description, converted.trees)
+        return Weights(converted.description, converted.trees, converted.assumed_normalisation)
     if is_bundle(stored):
         return Weights(*read_bundle(stored))
     _, description = load_weights(stored, [])
     names = list(read_record(stored / "description.json")["trees"])
     return Weights(description, _StoredTrees(stored, names))
+
+
+def say_assumed(path: str | Path) -> None:
+    """Says on stderr by what pixels are normalised where weights do not record it."""
+    print(
+        f"note: {path} records no mean and std; ImageNet's are used, others are set by "
+        "m2mkd_jax.convert with --mean and --std",
+        file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager
@@ -142,7 +155,7 @@ def local_path(path: str | Path) -> Path:
     text = str(path)
     if text.startswith(HUB):
         return _download(text)
-    local = as_path(text).expanduser()
+    local = as_path(text)
     if not local.exists():
         raise UserError(f"{local} does not exist")
     return local

@@ -1,7 +1,8 @@
 """Fields of a network that a torch file of ours states beside its tensors.
 
 Names and shapes do not show them, and who reads the file would take them for the published ones: a
-V-MoE's routing, a NAC's options. They are one entry of the file, JSON, which other programs ignore.
+V-MoE's routing, a NAC's options, mean and std of the pixels where they are not ImageNet's. They are
+one entry of the file, JSON, which other programs ignore.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m2mkd_jax.conversion.arch_flag import ROUTING, check_fields
+from m2mkd_jax.conversion.converted import IMAGENET
 from m2mkd_jax.conversion.infer_vit import assumed_routing
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import registry
@@ -21,6 +25,7 @@ from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.models.vit_spec import ViTSpec
 
 STATED = "m2mkd_jax"  # name of the entry
+NORMALISATION = "normalisation"  # of its fields
 _NOT_STATED = ("remat", "channels", "image_size", "classes")  # the weights show them, or no matter
 
 
@@ -50,8 +55,18 @@ def unseen_fields(description: Mapping[str, Any], fresh: bool) -> dict[str, Any]
     return fields
 
 
+def unseen_normalisation(description: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Mean and std of the pixels that are not ImageNet's, which whoever reads a file assumes."""
+    known = {key: list(value) for key, value in registry.normalisation(description).items()}
+    same = all(
+        len(known.get(key, usual)) == len(usual) and np.allclose(known.get(key, usual), usual)
+        for key, usual in IMAGENET.items()
+    )
+    return {} if same else known
+
+
 def stated_fields(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields that a file states; {}: none.
+    """The fields that a file states, but for the normalisation; {}: none.
 
     Args:
         entries: of the file.
@@ -60,6 +75,24 @@ def stated_fields(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         UserError: the entry is not what `unseen_fields` gives.
     """
+    fields = _entry(entries, path)
+    fields.pop(NORMALISATION, None)
+    return check_fields(fields, str(path))
+
+
+def stated_normalisation(entries: Mapping[str, Any], path: Path) -> dict[str, list[float]]:
+    """Mean and std of the pixels that a file states; {}: none. Raises UserError as above."""
+    known = _entry(entries, path).get(NORMALISATION, {})
+    try:
+        found = registry.normalisation({"normalisation": known})
+    except (AttributeError, TypeError, ValueError):
+        found = {}
+    if known and set(found) != {"mean", "std"}:
+        raise UserError(f"{path}: its entry {STATED} has no mean and std: convert it again")
+    return {key: list(value) for key, value in found.items()}
+
+
+def _entry(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if STATED not in entries:
         return {}
     try:
@@ -68,4 +101,4 @@ def stated_fields(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: its entry {STATED} cannot be parsed: convert it again")
-    return check_fields(fields, str(path))
+    return fields

@@ -14,7 +14,12 @@ from m2mkd_jax.conversion import safetensors_file, torch_file, torch_layouts
 from m2mkd_jax.conversion.name_tables import name_table
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, write_layout
 from m2mkd_jax.conversion.report import Report
-from m2mkd_jax.conversion.stated_fields import STATED, unseen_fields
+from m2mkd_jax.conversion.stated_fields import (
+    NORMALISATION,
+    STATED,
+    unseen_fields,
+    unseen_normalisation,
+)
 from m2mkd_jax.conversion.torch_layouts import FileLayout, Layout
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import registry, variants
@@ -60,16 +65,28 @@ def convert_to_torch(
     report = Report(str(source), {}, {})
     arrays, fixed = _named_arrays(description, trees, names, grouped, report)
     unseen = unseen_fields(description, fresh=layout is None)
+    normalisation = unseen_normalisation(description)
     if layout is None:
         layout = _published_layout(description, list(arrays), grouped)
     if "" in layout["files"]:
-        file = _with_fields(layout["files"][""], unseen)
+        stated = {NORMALISATION: normalisation} if normalisation else {}
+        file = _with_fields(layout["files"][""], unseen | stated)
         _write_file(file, layout["depths"], arrays, fixed, target)
     else:
         _write_directory(layout, arrays, fixed, target)
         if unseen:
             report.notes.append(f"not in these files, to be given by --arch: {unseen}")
+        if normalisation:
+            report.notes.append(normalisation_note(normalisation))
     return report
+
+
+def normalisation_note(normalisation: Mapping[str, Any]) -> str:
+    """What to say of mean and std that the files to which weights are written do not hold."""
+    return (
+        f"not in these files: mean {list(normalisation['mean'])}, std {list(normalisation['std'])} "
+        "of the pixels; to be given by --mean and --std"
+    )
 
 
 def _with_fields(file: FileLayout, fields: Mapping[str, Any]) -> FileLayout:

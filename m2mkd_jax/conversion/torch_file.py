@@ -46,7 +46,10 @@ _SKIPPED = (
     *(f"pathlib.{kind}{name}" for kind in ("", "Pure") for name in ("Path", "PosixPath")),
     *(f"pathlib.{kind}WindowsPath" for kind in ("", "Pure")),
     *(f"pathlib._local.{kind}Path" for kind in ("", "Posix", "Windows")),
-    *("_codecs.encode", "datetime.datetime", "datetime.timedelta"),
+    *(f"builtins.{name}" for name in ("complex", "frozenset", "bytearray", "range", "slice")),
+    *(f"datetime.{name}" for name in ("datetime", "timedelta", "date", "time", "timezone")),
+    *("_codecs.encode", "decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+    *("types.SimpleNamespace", "torch.torch_version.TorchVersion"),
 )
 # What is called in place of the names in a file.
 _STAND_INS = [

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: the input is wrong; nothing is left at DST.
     """
     began = time.monotonic()
-    target = Path(os.path.realpath(args.target.expanduser()))  # through links
+    target = Path(os.path.realpath(args.target))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
     refuse_inputs(target, (source, args.arch), str(args.target))
@@ -62,7 +62,6 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
         raise UserError("--std must be above 0")
     converted.description["normalisation"] |= given
     used = converted.description["normalisation"]
-    stated = given or any(name.startswith("pixel_") for name in detector or ())
     # A detector's images have three; the channels of its fields are others.
     spec = converted.description["spec"] if detector is None else {}
     channels = spec.get("vit", spec).get("channels", 3)
@@ -72,7 +71,9 @@ def _from_torch(source: Path, target: Path, args: argparse.Namespace) -> None:
                 f"{args.source}: its images have {channels} channels; give --{name} with a number "
                 "for each, by commas"
             )
-    source_of = "as given" if stated else "ImageNet's, for no file says it; see --mean and --std"
+    assumed = converted.assumed_normalisation and len(given) < 2
+    source_of = "as given" if given or detector else "as the file has it"
+    source_of = "ImageNet's, for no file says it; see --mean and --std" if assumed else source_of
     report.notes.append(f"normalisation: mean {used['mean']}, std {used['std']} ({source_of})")
     try:
         save_weights(

@@ -9,6 +9,11 @@ config.data, what a run with these values gets. Exit code 0: no problem found; 2
 images.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C in the seconds of the imports prints no stack
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence

@@ -12,13 +12,17 @@ import io
 import math
 import re
 import struct
+import warnings
 from collections.abc import Callable
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from m2mkd_jax.errors import UserError
+
+# Of files that it reads all the same; those that it cannot read are named.
+warnings.filterwarnings("ignore", module="PIL")
 
 SUFFIXES = (
     *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".webp"),
@@ -41,6 +45,7 @@ _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # not an escaped byte 255 or a res
 
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF file
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -205,7 +210,7 @@ def _pixels(image: Image.Image, name: str, channels: int) -> np.ndarray:
         DamagedImage: pixels whose range the file does not tell.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BITS_IN_I):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        image = Image.fromarray(_high_bits(image))
     if image.mode in ("I", "F"):
         raise DamagedImage(
             f"the image {name} has 32 bits per pixel, whose range it does not tell: convert it to "
@@ -215,6 +220,16 @@ def _pixels(image: Image.Image, name: str, channels: int) -> np.ndarray:
         image = image.convert("RGBA")  # without this step Pillow warns
     pixels = np.asarray(image.convert(_MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _high_bits(image: Image.Image) -> np.ndarray:
+    """The upper 8 of 16 bits a pixel, or of a TIFF file's 12: uint8 (H, W)."""
+    pixels = np.asarray(image).astype(np.uint32)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    if tags and not tags.get(_PHOTOMETRIC, 0):  # zero is white, which Pillow turns for 8 bits alone
+        pixels = (1 << bits) - 1 - pixels
+    return (pixels >> (bits - 8)).astype(np.uint8)
 
 
 def whole_jpeg(content: bytes) -> tuple[int, int] | None:

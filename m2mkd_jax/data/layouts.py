@@ -91,10 +91,10 @@ def require(root: str | Path, wanted: Sequence[str]) -> str:
 
 
 def _readable(place: Path) -> str | None:
-    """`detect` of a directory; None where it cannot be read."""
+    """`detect` of a directory; None where it cannot be read, or is refused."""
     try:
         return detect(place)
-    except OSError:
+    except (OSError, UserError):
         return None
 
 

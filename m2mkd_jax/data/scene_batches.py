@@ -80,12 +80,16 @@ def training_scene(scene: Scene, data: Any, draws: np.ndarray) -> Scene:
 
 def evaluation_scene(scene: Scene, data: Any) -> Scene:
     """A scene as evaluation shows it: resized, not flipped."""
+    edges = evaluation_edges(data)
+    return plain_resize(scene, *edges) if edges else scene
+
+
+def evaluation_edges(data: Any) -> tuple[int, ...]:
+    """Shortest and longest edge to which evaluation resizes scenes; (): it leaves them as is."""
     augment, side = data.augment, data.image_size
     if augment.resize == "jitter":
-        return plain_resize(scene, side, side)
-    if augment.resize == "plain":
-        return plain_resize(scene, augment.test_edge, min(augment.longest, side))
-    return scene
+        return side, side
+    return (augment.test_edge, min(augment.longest, side)) if augment.resize == "plain" else ()
 
 
 class RepeatedIndices(BatchIndices):

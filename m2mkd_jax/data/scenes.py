@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.data.annotations import Scene, bitmap, library
 from m2mkd_jax.data.coco import CocoData, load_scene, read_coco, truth
 from m2mkd_jax.data.digits_scene import CLASSES, digits_scene
-from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.errors import UserError, did_you_mean, printable, require
 
 NAMES = ("digits_scene", "coco")
 SPLITS = ("train", "test")
@@ -154,6 +156,15 @@ class CocoScenes:
         objects = self._data.images[index].objects
         return np.array([numbers[o["category_id"]] for o in objects], np.int64)
 
+    def check_sides(self, side: int) -> None:
+        """Refuses images that do not fit into a square. Raises UserError."""
+        for image in self._data.images:
+            if max(image.sides) > side:
+                raise UserError(
+                    f"{image.path} has {image.height} x {image.width} pixels, and image_size is "
+                    f"{side}: raise it, or set augment.resize to jitter or plain"
+                )
+
     def truth(self) -> dict[str, Any]:
         """The content of the file, of the images that are used."""
         return truth(dataclasses.replace(self._data, content=self._content))
@@ -167,7 +178,7 @@ def is_scenes(data: Any) -> bool:
 def coco_paths(data: Any, split: str) -> tuple[Path, Path]:
     """The json file and the folder of a split."""
     given = data.root or os.path.join(os.environ.get("M2MKD_DATA") or "~/data", "coco")
-    root = Path(given).expanduser()
+    root = at_home(given)
     return root / data[f"{split}_json"], root / data[f"{split}_folder"]
 
 
@@ -197,7 +208,7 @@ def load_scenes(data: Any, split: str) -> SceneSource:
     if line := describe_missing(data):
         raise UserError(line)
     count = data[f"{split}_images"]
-    source: SceneSource
+    source: GeneratedScenes | CocoScenes
     if data.name == "digits_scene":
         require(count > 0, f"{split}_images is 0; digits_scene makes as many scenes as it says")
         require(data.classes == CLASSES, f"classes is {data.classes}; digits_scene has {CLASSES}")
@@ -206,10 +217,30 @@ def load_scenes(data: Any, split: str) -> SceneSource:
         source = CocoScenes(_coco(*coco_paths(data, split), split == "train"), count)
         found = len(source.class_names)
         require(found == data.classes, f"classes is {data.classes}; the annotations have {found}")
+        if data.augment.resize == "none":
+            source.check_sides(data.image_size)
         if split == "test":
+            _check_same_classes(data, source.class_names)
             some = any(len(source.classes_of(i)) for i in range(len(source)))
             require(some, f"no test image of {coco_paths(data, split)[0]} has an object")
     return source
+
+
+def _check_same_classes(data: Any, names: Sequence[str]) -> None:
+    """Refuses test scenes whose classes are not those of the training scenes, in their order.
+
+    A class is the place of its category's id among all: other ids are as good, other names are not.
+    """
+    (path, folder), test = coco_paths(data, "train"), coco_paths(data, "test")[0]
+    known = _coco(path, folder, True).class_names
+    for i, (trained, tested) in enumerate(itertools.zip_longest(known, names, fillvalue="")):
+        require(
+            trained == tested,
+            printable(
+                f'{test}: class {i}, in the order of the ids, is "{tested}", and "{trained}" in '
+                f"{path}: both need the same categories"
+            ),
+        )
 
 
 @functools.lru_cache(maxsize=2)

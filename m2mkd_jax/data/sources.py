@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.data import layouts
 from m2mkd_jax.data.array_source import ArrayImageSource, to_images
 from m2mkd_jax.data.channels import channels_of
@@ -113,7 +114,7 @@ def data_root(config: Any) -> Path | None:
     if config.name == "digits":
         return None
     if config.root:
-        return as_path(config.root).expanduser()
+        return as_path(config.root)
     if config.name == "fashion_mnist":
         return Path(_FASHION_ROOT)
     data_set = DATA_SETS[config.name]
@@ -129,7 +130,7 @@ def data_root(config: Any) -> Path | None:
 
 def _below(variable: str, default: str) -> Path:
     """The directory that an environment variable names, or the default."""
-    return Path(os.environ.get(variable) or default).expanduser()
+    return at_home(os.environ.get(variable) or default)
 
 
 def describe_missing(config: Any) -> str | None:

@@ -54,16 +54,26 @@ class DetectionModel:
     Args:
         description: of the weights.
         tree: the parameters.
+        assumed_normalisation: whether mean and std of the pixels are ImageNet's because nothing
+            says what they are.
 
     Attributes:
-        description: as above.
+        description, assumed_normalisation: as above.
         spec: the hyperparameters.
         class_names: names of the classes in their order; () if there are none.
         category_ids: their ids in COCO's format; () if the weights record none.
+        test_edges: shortest and longest edge to which evaluation resizes images; (): it does not;
+            None: the weights do not record it.
     """
 
-    def __init__(self, description: Mapping[str, Any], tree: Mapping[str, Any]):
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        tree: Mapping[str, Any],
+        assumed_normalisation: bool = False,
+    ):
         self.description, self.spec = description, spec_of(description)
+        self.assumed_normalisation = assumed_normalisation
         part = chain.abstract(builder(self.spec))
         self._params = jax.tree.map(jnp.asarray, match_tree(tree, part.params, "the weights"))
         recorded = registry.normalisation(description)
@@ -72,6 +82,7 @@ class DetectionModel:
         )
         self.class_names = registry.class_names(description)
         self.category_ids = _category_ids(description, self.classes)
+        self.test_edges = _test_edges(description)
         self._features = backend.jit(
             lambda params, images: chain.merge(part.graph, params, {}).features(images)[0]
         )
@@ -93,10 +104,17 @@ class DetectionModel:
         """The map `last_feat` and the levels `p2` to `p6` of normalised images (B, H, W, 3).
 
         Raises:
-            UserError: the images have another shape, or sides that are no multiples of the patch.
+            UserError: the images have another shape, sides that are no multiples of the patch, or
+                are no floats.
         """
+        images = np.asarray(images)
         if images.ndim != 4 or images.shape[3] != 3 or not images.size:
             raise UserError(f"a backbone takes images (B, H, W, 3), not {images.shape}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"inputs are floats, not {images.dtype}; normalise pixels first: "
+                "(x / 255 - mean) / std"
+            )
         features = self._features(self._params, images.astype(np.float32))
         return {name: np.asarray(value) for name, value in features.items()}
 
@@ -110,8 +128,16 @@ class DetectionModel:
             images: (H, W, 3) uint8 RGB each, of any sizes.
 
         Raises:
-            UserError: an image is larger than the square that it would be padded to.
+            UserError: an image is larger than the square that it would be padded to, or is no
+                (H, W, 3) uint8; there are none; the weights are those of a backbone.
         """
+        if not self.is_detector:
+            raise UserError("this is the backbone of a detector; features(images) gives its maps")
+        if not len(images):
+            raise UserError("there are no images")
+        images = [np.asarray(image) for image in images]
+        for i, image in enumerate(images):
+            _check_pixels(image, f"image {i}")
         count = BATCH if backbone_of(self.spec).square else len(images)
         found: list[ImageDetections] = []
         for start in range(0, len(images), count):
@@ -143,6 +169,28 @@ def _category_ids(description: Mapping[str, Any], classes: int) -> tuple[int, ..
     if ids and not len(set(ids)) == len(ids) == classes:
         raise ValueError(f"category_ids: {len(set(ids))} different ones for {classes} classes")
     return tuple(ids)
+
+
+def _test_edges(description: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Shortest and longest edge to which evaluation resizes; (): it does not; None: not recorded.
+
+    Raises:
+        ValueError: they are no two lengths.
+    """
+    edges = description.get("test_edges")
+    if edges is None:
+        return None
+    if not isinstance(edges, list | tuple) or not all(type(n) is int and n > 0 for n in edges):
+        raise ValueError("test_edges is no list of lengths in pixels")
+    if len(edges) not in (0, 2):
+        raise ValueError(f"test_edges has {len(edges)} lengths, not two or none")
+    return tuple(edges)
+
+
+def _check_pixels(image: np.ndarray, name: str) -> None:
+    """Raises UserError unless an image is what a detector takes."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f"{name} is {image.dtype} {list(image.shape)}, not uint8 (H, W, 3)")
 
 
 def pad_images(
@@ -184,7 +232,8 @@ def open_detection(path: str | Path, arch: str = "", seed: int = 0) -> Detection
     content = read_arch_file(arch)
     if content is not None:
         converted = convert_detector(local, content, arch, seed)
-        return DetectionModel(converted.description, converted.trees[TREE]["params"])
+        tree = converted.trees[TREE]["params"]
+        return DetectionModel(converted.description, tree, converted.assumed_normalisation)
     stored = find_weights(local)
     if stored is None or is_bundle(stored):  # the hub has no detectors
         return None
@@ -193,6 +242,21 @@ def open_detection(path: str | Path, arch: str = "", seed: int = 0) -> Detection
         return None
     with description_errors(path):
         return DetectionModel(description, load_weights(stored, [TREE])[0][TREE]["params"])
+
+
+def refuse_detector(path: str | Path, arch: str, instead: str) -> None:
+    """Raises UserError where weights are those of a detector, or of the backbone of one.
+
+    Args:
+        path, arch: as of `open_detection`.
+        instead: what to do, for the message.
+    """
+    found = read_arch_file(arch) is not None
+    stored = find_weights(local_path(path))
+    if stored is not None and not is_bundle(stored):
+        found = is_detection(load_weights(stored, [])[1])
+    if found:
+        raise UserError(f"{path} is a detector; {instead}")
 
 
 def read_images(path: str) -> list[np.ndarray] | None:
@@ -213,10 +277,6 @@ def read_images(path: str) -> list[np.ndarray] | None:
         image = named.get(f"image_{i}")
         if image is None:
             raise UserError(f"--npz_in: {path} has {len(named)} images, but no image_{i}")
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(
-                f"--npz_in: {path}: image_{i} is {image.dtype} {list(image.shape)}, not uint8 "
-                "(H, W, 3)"
-            )
+        _check_pixels(image, f"--npz_in: {path}: image_{i}")
         images.append(image)
     return images

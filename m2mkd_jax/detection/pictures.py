@@ -30,14 +30,17 @@ COLOURS = (
 def detect_in_image(model: DetectionModel, image: np.ndarray) -> ImageDetections:
     """The detections of one image, resized as in evaluation; boxes are in its own pixels.
 
+    Weights that do not record how that is done are taken for published ones.
+
     Args:
         model: a detector.
         image: (H, W, 3) uint8 RGB.
     """
-    square = backbone_of(model.spec).square
+    square, edges = backbone_of(model.spec).square, model.test_edges
+    if edges is None:
+        edges = (square, square) if square else (SHORT, LONGEST)
     bare = Scene(image, np.zeros((0, 4)), np.zeros(0, np.int64), [])
-    short, longest = (square, square) if square else (SHORT, LONGEST)
-    small = plain_resize(bare, short, longest).image
+    small = plain_resize(bare, *edges).image if edges else image
     (found,) = model.detect([small])
     height, width = image.shape[:2]
     factors = np.array([width / small.shape[1], height / small.shape[0]] * 2, np.float32)

@@ -20,12 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.conversion import safetensors_file, torch_file, torch_layouts
 from m2mkd_jax.conversion.converted import IMAGENET, Converted, Tree, Trees
 from m2mkd_jax.conversion.from_torch import check_tensors, filled
 from m2mkd_jax.conversion.lazy_tensor import Tensor, same_values
 from m2mkd_jax.conversion.names import Entry, array_at, as_tuple, write_layout
 from m2mkd_jax.conversion.report import Report
+from m2mkd_jax.conversion.stated_fields import unseen_normalisation
+from m2mkd_jax.conversion.to_torch import normalisation_note
 from m2mkd_jax.detection.arch import Fields, infer_spec, read_fields
 from m2mkd_jax.detection.detector import builder
 from m2mkd_jax.detection.names import BACKBONE, HEADS, names
@@ -52,11 +55,11 @@ def read_arch_file(text: str) -> dict[str, Any] | None:
 
     Other kinds, and files that cannot be read, are left to conversion/arch_flag.py.
     """
-    path = Path(text).expanduser()
+    path = at_home(text)
     if path.suffix != ".json":
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None
     known = isinstance(content, dict) and str(content.get("kind", "")).startswith("detector")
@@ -110,7 +113,8 @@ def convert_detector(
         dtypes = {name: t.dtype for name, t in tensors.items() if t.dtype != "float32"}
         description["torch"] = {"file": layout, "dtypes": dtypes}
     tree = _tree(spec, used, tensors, path, seed, report)
-    return Converted(description, Trees({TREE: lambda: tree}), report)
+    assumed = not all(given_norm.values())
+    return Converted(description, Trees({TREE: lambda: tree}), report, assumed)
 
 
 def _is_of_classifier(name: str) -> bool:
@@ -253,6 +257,8 @@ def write_detector(
     container = {"keys": ["model"], "prefix": "", "names": _published(spec, list(arrays))}
     layout = stored.get("file") or {"containers": [container], "entries": {}}
     (container, *_) = layout["containers"]
+    if normalisation := unseen_normalisation(description):
+        report.notes.append(normalisation_note(normalisation))
     found = {
         container["prefix"] + name: arrays[ours]
         for name in container["names"]

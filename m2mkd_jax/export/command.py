@@ -6,7 +6,6 @@ Axes: B batch, S side of an image, N tokens, D channels.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import numpy as np
 
 from m2mkd_jax import export
 from m2mkd_jax.checkpoint.files import replace_file, write_json
+from m2mkd_jax.conversion.open_weights import say_assumed
+from m2mkd_jax.detection.inference import refuse_detector
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.export.onnx_file import OnnxProgram
 from m2mkd_jax.export.stablehlo import StableHLOProgram
@@ -34,10 +35,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the input is wrong, or the network cannot be exported; nothing is left.
     """
-    target = Path(os.path.expanduser(args.target))
+    target = Path(args.target)
     described = target.with_name(f"{target.name}.json")
     _check(args, (target, described))
+    refuse_detector(args.checkpoint, args.arch, "classifiers and their modules alone are exported")
     model = load_network(args.checkpoint, args.module, arch=args.arch)
+    if model.image_size and model.assumed_normalisation:
+        say_assumed(args.checkpoint)
     if 4 * model.parameters > LARGEST:
         raise UserError(
             f"{args.checkpoint} has {4 * model.parameters / 2**30:.1f} GiB of weights; a file of "

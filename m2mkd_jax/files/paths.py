@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+from m2mkd_jax.arguments import at_home
 from m2mkd_jax.errors import UserError
 
 SCHEME = "gs://"
@@ -32,14 +33,14 @@ def in_bucket(path: str | os.PathLike) -> bool:
 
 
 def as_path(given: str | os.PathLike) -> Path:
-    """A path of either kind.
+    """A path of either kind; ~ is the home directory.
 
     Raises:
         UserError: another scheme than gs://, no bucket, or the packages for buckets are missing.
     """
     text = os.fspath(given)
     if "://" not in text:
-        return Path(text)
+        return at_home(text)
     scheme, _, rest = text.partition("://")
     if f"{scheme}://" != SCHEME:
         raise UserError(
@@ -224,5 +225,5 @@ def local_directory(directory: Path) -> Path:
     """
     if not in_bucket(directory):
         return directory
-    root = Path(os.environ.get("M2MKD_SCRATCH") or "~/.cache/m2mkd_jax/scratch").expanduser()
+    root = at_home(os.environ.get("M2MKD_SCRATCH") or "~/.cache/m2mkd_jax/scratch")
     return root / os.fspath(directory).removeprefix(SCHEME)

@@ -40,12 +40,14 @@ class _Use:
         job: whose weights they are, or stand for.
         initial: they are what config.init.network names, whatever this run has trained.
         order_only: their logits are only a start, so that classes of other names will do.
+        measured: they stay as they are.
     """
 
     phase: Phase
     job: str
     initial: bool = False
     order_only: bool = False
+    measured: bool = False
 
 
 def image_facts(phase: Phase, split: str = "train") -> dict[str, str]:
@@ -115,11 +117,15 @@ def check_normalisation(plan: Plan, workdir: Path, todo: Collection[str]) -> Non
         if use.job in todo and not use.initial:
             made = plan.job(use.job).phase
             known, advice = _normalisation(made.data), ""
+            turned: bool | None = made.data.get("orientation")
             origin = f"{use.job} is trained with config.{made.data_key}"
         else:
             recorded = read_recorded(plan.config, workdir, use.job, use.initial)
             known, advice = recorded.normalisation, "" if recorded.job else CONVERTED
+            turned = recorded.oriented if recorded.job else None
             origin = f"the weights in {recorded.path} record"
+        if use.measured and turned is not None and "orientation" in data:
+            _check_orientation(key, data.orientation, turned, origin)
         given = use.initial or init_path(plan.config, use.job)[1]
         for field, value in _normalisation(data).items():
             wanted = known.get(field)
@@ -130,6 +136,15 @@ def check_normalisation(plan: Plan, workdir: Path, todo: Collection[str]) -> Non
                     f"config.{key}.{field} is {value} and {origin} {field} {wanted}: set "
                     f"config.{key}.{field}={wanted}{advice}"
                 )
+
+
+def _check_orientation(key: str, given: bool, known: bool, origin: str) -> None:
+    """Refuses images that are turned as EXIF says for a network that is used to others."""
+    if given != known:
+        raise UserError(
+            f"config.{key}.orientation is {given} and {origin} orientation {known}: set "
+            f"config.{key}.orientation={known}"
+        )
 
 
 def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
@@ -155,23 +170,44 @@ def check_classes(plan: Plan, workdir: Path, todo: Collection[str]) -> None:
         else:
             recorded = read_recorded(plan.config, workdir, use.job, use.initial)
             known, origin = recorded.class_names, f"the weights in {recorded.path}"
-        if not known:
-            continue
-        given = _names(use.phase)
-        if known == given or len(known) != len(given) or _numbered(known) or _numbered(given):
-            continue
-        reordered = sorted(known) == sorted(given)
-        if use.order_only and not reordered:
-            continue
-        i = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
-        what = "the same classes in another order" if reordered else "other classes"
-        advice = "name the classes so that they sort as then" if reordered else "use those classes"
-        raise UserError(
-            printable(
-                f'config.{use.phase.data_key} has {what}: class {i} is "{given[i]}", and '
-                f'"{known[i]}" in {origin}; {advice}, or train again'
-            )
+        if known:
+            check_names(use.phase.data_key, _names(use.phase), known, origin, use.order_only)
+
+
+def check_names(
+    key: str,
+    given: Sequence[str],
+    known: Sequence[str],
+    origin: str,
+    order_only: bool = False,
+) -> None:
+    """Refuses classes that are not those of some logits.
+
+    Args:
+        key: of the section of the config whose classes they are.
+        given: their names, in the order of the labels.
+        known: names of the classes that the logits stand for; (): they are not known.
+        origin: what says so, for the message.
+        order_only: other names will do.
+
+    Raises:
+        UserError: one line with the first class that differs.
+    """
+    given, known = tuple(given), tuple(known)
+    if known == given or len(known) != len(given) or _numbered(known) or _numbered(given):
+        return
+    reordered = sorted(known) == sorted(given)
+    if order_only and not reordered:
+        return
+    i = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
+    what = "the same classes in another order" if reordered else "other classes"
+    advice = "name the classes so that they sort as then" if reordered else "use those classes"
+    raise UserError(
+        printable(
+            f'config.{key} has {what}: class {i} is "{given[i]}", and "{known[i]}" in {origin}; '
+            f"{advice}, or train again"
         )
+    )
 
 
 def _uses(plan: Plan, todo: Collection[str]) -> Iterator[_Use]:
@@ -188,7 +224,7 @@ def _uses(plan: Plan, todo: Collection[str]) -> Iterator[_Use]:
 
 def _of_phase(plan: Plan, phase: Phase, measured: bool) -> Iterator[_Use]:
     if measured:
-        yield _Use(phase, phase.job)
+        yield _Use(phase, phase.job, measured=True)
         return
     for weights in {stage.weights.kind: stage.weights for stage in phase.stages.values()}.values():
         if weights.kind == "init":
@@ -197,7 +233,7 @@ def _of_phase(plan: Plan, phase: Phase, measured: bool) -> Iterator[_Use]:
             for i in range(students(plan.config).modules):
                 yield _Use(phase, f"m2mkd/{i}", order_only=True)
     for job in dict.fromkeys(s.weights.job for s in phase.stages.values() if s.weights.job):
-        yield _Use(phase, job)
+        yield _Use(phase, job, measured=bool(phase.head))
 
 
 def _normalisation(data: ConfigDict) -> Mapping[str, tuple[float, ...]]:

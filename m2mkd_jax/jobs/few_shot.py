@@ -25,7 +25,7 @@ from m2mkd_jax.errors import located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.data_checks import image_facts
-from m2mkd_jax.jobs.evaluation import evaluation_batch
+from m2mkd_jax.jobs.evaluation import evaluation_batch, until_interrupted
 from m2mkd_jax.jobs.finished import run_of
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import EPISODES, Job, standing_on, write_inputs
@@ -277,7 +277,7 @@ class Episode:
     def _evaluate(self, state: dict, query: Any) -> dict:
         batch = evaluation_batch(self._config, len(query), self._mesh)
         batches = eval_batches(query, self._data, batch_size=batch, **_processes())
-        placed = (meshes.put_batch(self._mesh, b) for b in batches)
+        placed = (meshes.put_batch(self._mesh, b) for b in until_interrupted(batches))
         frozen = with_fixed(self._frozen, state["fixed"])
         key = jax.random.key(self._config.seed)
         metrics = evaluate(self._count, evaluated_params(state), frozen, placed, key, len(query))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
+from m2mkd_jax.errors import require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
@@ -68,7 +70,8 @@ def run(
         Preempted: a signal arrived; the same command goes on from there.
     """
     end_in_worker()
-    workdir = as_path(workdir).expanduser()
+    _check_arguments(config, workdir, only=only, redo=redo, extend=extend)
+    workdir = as_path(workdir)
     check_bucket(workdir)
     check_same_start(config, {"--only": only, "--redo": redo, "--extend": extend})
     watchdog.start(config.watchdog_seconds)
@@ -104,6 +107,17 @@ def run(
     finally:  # an interrupted run has a summary too
         summary = summarise(plan, workdir)
     return summary
+
+
+def _check_arguments(config: Any, workdir: Any, **jobs: Any) -> None:
+    """Refuses arguments of `run` of another type. Raises UserError."""
+    kind = type(config).__name__
+    require(isinstance(config, ConfigDict), f"run: config is a {kind}, no ConfigDict")
+    is_path = isinstance(workdir, str | os.PathLike)
+    require(is_path, f"run: workdir is {workdir!r}; give the path of a directory")
+    for name, value in jobs.items():
+        message = f'run: {name} is {value!r}; give names with commas between them: "pt,mt/0"'
+        require(isinstance(value, str), message)
 
 
 def _phases(names: list[str]) -> list[list[str]]:

@@ -18,6 +18,7 @@ from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
 from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.pipeline import BatchIterator, train_batches
+from m2mkd_jax.data.scene_batches import evaluation_edges
 from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
@@ -389,4 +390,5 @@ def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict)
         description["class_names"] = list(source.class_names)
         if is_scenes(data):
             description["category_ids"] = list(source.categories)
+            description["test_edges"] = list(evaluation_edges(data))
     save_weights(directory / "weights", trees, description)

@@ -123,15 +123,18 @@ def _workdir(given: str) -> Path:
     """The directory of the run.
 
     Raises:
-        UserError: its name is not UTF-8, which Orbax needs, or it lies where no run can be.
+        UserError: its name is not UTF-8, which Orbax needs, or it lies where no run can be, or is
+            a pattern or in quotes, which the shell has left as it is.
     """
+    if given.startswith(("'", '"')) or ("*" in given and not os.path.exists(given)):
+        raise UserError(f"--workdir={printable(given)}: give the path of one directory, as it is")
     try:
         os.fsencode(given).decode()
     except UnicodeDecodeError:
         raise UserError(
             f"--workdir={printable(given)}: its name is not UTF-8; use another"
         ) from None
-    return as_path(given).expanduser()
+    return as_path(given)
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
@@ -143,6 +146,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         dry_run(config, workdir, ONLY.value, REDO.value, EXTEND.value)
     else:
         print_summary(run(config, workdir, ONLY.value, REDO.value, EXTEND.value))
+    sys.stdout.flush()  # here somebody answers for what nobody reads
 
 
 def _storage_failed(reason: str) -> int:
@@ -176,6 +180,8 @@ def main(argv: list[str]) -> int:
         return _refuse(error)
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if LIST_KEYS.value or DRY_RUN.value:
+            return BROKEN_PIPE
         kept = "finished jobs and checkpoints are kept; run the same command again to go on"
         return process.fail(f"m2mkd_jax: nobody reads its output any more; {kept}", BROKEN_PIPE)
     except OSError as error:

@@ -11,8 +11,8 @@ weights beside it are named by stage, PREFIX_INDEX:
 
 Weights that a job has trained also have `job`, `normalisation` (mean and std of the pixels),
 `orientation` if images were turned upright, and where they give logits `class_names`, in their
-order; those of a detector `category_ids`, the ids of its classes in its data. `register_kind` adds
-kinds of one's own.
+order; those of a detector `category_ids`, the ids of its classes in its data, and `test_edges`, to
+which evaluation resizes images. `register_kind` adds kinds of one's own.
 """
 
 from __future__ import annotations

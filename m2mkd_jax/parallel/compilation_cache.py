@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from m2mkd_jax.arguments import at_home
+from m2mkd_jax.errors import UserError
+
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path | None:
     """Keeps compiled programs on disk, so that a second run of the same job starts at once.
@@ -23,13 +26,16 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path
         The subdirectory; None, with one line on stderr, if it cannot be written.
     """
     base = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/m2mkd_jax/xla"
-    path = Path(base).expanduser().absolute() / _machine_key()
+    path = Path(base)
     try:
+        path = at_home(base).absolute() / _machine_key()
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        print(f"no compilation cache: {path}: {error.strerror}", file=sys.stderr)
+    except (OSError, UserError) as error:
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"no compilation cache: {reason}", file=sys.stderr)
+        jax.config.update("jax_compilation_cache_dir", None)  # nor the one of $JAX_..._DIR itself
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     # The default leaves out programs compiled in under a second: on a small model, all.

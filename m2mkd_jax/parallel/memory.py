@@ -17,13 +17,19 @@ SHARE = (
     "if another process has this GPU too, start both with XLA_PYTHON_CLIENT_PREALLOCATE=false, or "
     "with XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 each, or give each a GPU (CUDA_VISIBLE_DEVICES)"
 )
+IN_TRAINING = (
+    "lower config.recipes.*.batch or raise config.recipes.*.accumulate, or set "
+    'remat="always" for the networks'
+)
+IN_INFERENCE = "lower --batch or --images where the command has it, or set JAX_PLATFORMS=cpu"
 
 
-def exhausted(error: BaseException) -> str:
+def exhausted(error: BaseException, otherwise: str = IN_TRAINING) -> str:
     """A line on a device without memory left: what happened, and what to set; "": another error.
 
     Args:
         error: as jax raises it, at the start of its backend or in an allocation.
+        otherwise: what to do where no other process has the device's memory.
     """
     text = str(error)
     if not isinstance(error, RuntimeError | ValueError | MemoryError):
@@ -34,10 +40,7 @@ def exhausted(error: BaseException) -> str:
         return f"the device has no memory left at the start; {SHARE}"
     found = _ASKED.search(text)
     asked = f" for {found[1]}" if found else ""
-    return (
-        f"the device has no memory left{asked}; {SHARE}; if not, lower config.recipes.*.batch or "
-        'raise config.recipes.*.accumulate, or set remat="always" for the networks'
-    )
+    return f"the device has no memory left{asked}; {SHARE}; if not, {otherwise}"
 
 
 def peak_bytes() -> int:

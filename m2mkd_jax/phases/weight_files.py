@@ -94,7 +94,7 @@ def _is_whole(path: Path) -> bool:
 def _given_weights(job: str, field: str, given: str) -> Path:
     """Weights of `job` in what config.init.`field` names: another run's directory, one
     subdirectory a student, a directory of weights, or torch files."""
-    root = local_path(given) if given.startswith(HUB) else as_path(given).expanduser()
+    root = local_path(given) if given.startswith(HUB) else as_path(given)
     index = job.partition("/")[2]
     inside = [root / "jobs" / job / "weights"]
     inside += [root / index / "weights", root / index] if index else []
@@ -180,12 +180,14 @@ class Recorded:
         job: that trained them; "": converted ones, or nothing is recorded.
         normalisation: mean and std of the pixels; {}: not recorded.
         class_names: in the order of the logits; (): not recorded, or they give none.
+        oriented: whether images were turned as their EXIF tag says.
     """
 
     path: Path
     job: str = ""
     normalisation: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    oriented: bool = False
 
 
 def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = False) -> Recorded:
@@ -210,6 +212,7 @@ def read_recorded(config: ConfigDict, workdir: Path, job: str, initial: bool = F
             description.get("job", ""),
             registry.normalisation(description),
             registry.class_names(description),
+            bool(description.get("orientation", False)),
         )
 
 

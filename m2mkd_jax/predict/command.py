@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m2mkd_jax.checkpoint.files import replace_file
-from m2mkd_jax.conversion.google_npz import SUFFIXES as WITH_NORMALISATION
-from m2mkd_jax.conversion.open_weights import find_weights, local_path
+from m2mkd_jax.conversion.open_weights import local_path, say_assumed
 from m2mkd_jax.detection.inference import open_detection
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.inference import Model, load_network
@@ -63,26 +61,13 @@ def run(args: argparse.Namespace) -> None:
         if args.labels:
             if not model.classes:
                 raise UserError(f"--labels: {args.checkpoint} gives tokens, no classes")
-            labels = read_labels(args.labels, model.classes)
+            labels = read_labels(args.labels, model.classes, labels)
         if args.npz_in:
             _of_arrays(model, labels, args)
         else:
-            _say_assumed(checkpoint, model, args.checkpoint)
+            if model.image_size and model.assumed_normalisation:
+                say_assumed(args.checkpoint)
             _of_files(model, labels, args)
-
-
-def _say_assumed(checkpoint: Path, model: Model, given: str) -> None:
-    """Says on stderr by what pixels are normalised where the weights do not record it."""
-    if (
-        model.image_size
-        and find_weights(checkpoint) is None
-        and checkpoint.suffix not in WITH_NORMALISATION
-    ):
-        print(
-            f"note: {given} records no mean and std; ImageNet's are used, others are set by "
-            "m2mkd_jax.convert with --mean and --std",
-            file=sys.stderr,
-        )
 
 
 @contextlib.contextmanager

@@ -12,24 +12,29 @@ from typing import Any
 import numpy as np
 
 from m2mkd_jax.checkpoint.files import replace_file
+from m2mkd_jax.conversion.open_weights import say_assumed
 from m2mkd_jax.data.coco import read_upright
 from m2mkd_jax.detection.inference import DetectionModel, ImageDetections, read_images
 from m2mkd_jax.detection.pictures import detect_in_image, drawn, whole_masks
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.evaluate.coco import coco_results
+from m2mkd_jax.predict import parser
 from m2mkd_jax.predict.inputs import new_directory, read_labels, read_npz, save_npz
 
 TOP = 5  # of a detector's results, printed
-FOR_NETWORKS = ("csv", "features", "attention", "device")
+FOR_NETWORKS = ("csv", "features", "attention", "device", "top", "batch", "workers", "precision")
 
 
 def predict_detection(model: DetectionModel, args: argparse.Namespace) -> None:
     """`predict` with a detector, or with the backbone of one."""
     if args.module is not None:
         raise UserError("--module: a detector is not in modules")
+    usual = parser()
     for flag in FOR_NETWORKS:
-        if getattr(args, flag):
+        if getattr(args, flag) != usual.get_default(flag):
             raise UserError(f"--{flag} is not for detectors")
+    if model.assumed_normalisation and model.is_detector:
+        say_assumed(args.checkpoint)
     if args.images and model.is_detector:
         detect_in_files(model, args)
         return
@@ -61,7 +66,7 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
     """Prints the best detections in image files; writes --draw, --json and --npz."""
     labels: Sequence[str] = model.class_names
     if args.labels:
-        labels = read_labels(args.labels, model.classes)
+        labels = read_labels(args.labels, model.classes, model.class_names)
     images = [read_upright(Path(path)) for path in args.images]
     ids = model.category_ids or range(model.classes)
     if args.json and not model.category_ids:
@@ -76,7 +81,8 @@ def detect_in_files(model: DetectionModel, args: argparse.Namespace) -> None:
         for i, (path, image) in enumerate(zip(args.images, images, strict=True)):
             found = detect_in_image(model, image)
             arrays |= _detection_arrays(found, i)
-            _say(path, found, labels)
+            if not args.quiet:
+                _say(path, found, labels)
             if not (folder or args.json):
                 continue
             masks = whole_masks(found, *image.shape[:2])

@@ -87,7 +87,7 @@ def new_directory(given: str) -> Iterator[Path | None]:
     if not given:
         yield None
         return
-    target = Path(given).expanduser()
+    target = Path(given)
     tmp = target.with_name(f".{target.name}.writing")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -98,16 +98,18 @@ def new_directory(given: str) -> Iterator[Path | None]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def read_labels(path: str, classes: int) -> list[str]:
+def read_labels(path: str, classes: int, recorded: Sequence[str] = ()) -> list[str]:
     """Reads the names of the classes.
 
     Args:
         path: of a file with one name per line, or of a .json file with a list, or with an object
             by class number.
         classes: how many there are.
+        recorded: their names in the weights; (): there are none.
 
     Raises:
-        UserError: it cannot be read, or has another number of names.
+        UserError: it cannot be read, or has another number of names, or the recorded ones in
+            another order.
     """
     if path.lower().endswith((".csv", ".tsv")):  # whose lines would be taken for names
         raise UserError(f"--labels: {path} is a table; give a text with a name per line, or JSON")
@@ -118,13 +120,28 @@ def read_labels(path: str, classes: int) -> list[str]:
         raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if isinstance(names, dict):
         names = [names[str(i)] for i in range(len(names)) if str(i) in names]
+    ids: list[str] = []
     if isinstance(names, list):  # the common ones for ImageNet have [id, name]
+        ids = [str(name[0]) for name in names if isinstance(name, list) and name]
         names = [name[-1] if isinstance(name, list) and name else name for name in names]
     if not isinstance(names, list) or not all(name and isinstance(name, str) for name in names):
         raise UserError(f"--labels: {path} is no list of names")
     if len(names) != classes:
         raise UserError(f"--labels: {path} has {len(names)} names for {classes} classes")
+    for given in (names, ids):
+        _check_order(path, given, recorded)
     return names
+
+
+def _check_order(path: str, given: Sequence[str], recorded: Sequence[str]) -> None:
+    """Refuses the names or ids of --labels that are those of the weights in another order."""
+    if sorted(given) != sorted(recorded) or list(given) == list(recorded):
+        return
+    i = next(i for i, pair in enumerate(zip(given, recorded, strict=True)) if pair[0] != pair[1])
+    raise UserError(
+        f"--labels: {path} has the classes of the weights in another order: class {i} is "
+        f'"{recorded[i]}" there and "{given[i]}" in the file; leave --labels out, or sort the file'
+    )
 
 
 def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -20,8 +20,11 @@ from m2mkd_jax.conversion.open_weights import (
     description_errors,
     hub_endpoint,
     open_weights,
+    say_assumed,
 )
+from m2mkd_jax.detection.inference import refuse_detector
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.outputs import refuse_inputs
 from m2mkd_jax.push.card import model_card
 from m2mkd_jax.push.training_record import read_training_record
 
@@ -40,9 +43,14 @@ def run(args: argparse.Namespace) -> None:
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise UserError(f"--license={args.license}: give an identifier, such as apache-2.0 or mit")
     hub = None if args.out else _hub()
+    instead = "the hub has no form of it: write a torch file by m2mkd_jax.convert, and upload that"
+    refuse_detector(args.checkpoint, args.arch, instead)
     weights = open_weights(args.checkpoint, args.arch)
+    if weights.assumed_normalisation:
+        say_assumed(args.checkpoint)
     if args.out:
-        folder = Path(args.out).expanduser()
+        folder = Path(args.out)
+        refuse_inputs(folder, (args.checkpoint, args.arch), f"--out: {folder}")
         if folder.exists():
             raise UserError(f"--out: {folder} is there already; choose another")
         _write_directory(folder, weights, args)
@@ -71,7 +79,7 @@ def _write_directory(folder: Path, weights: Weights, args: argparse.Namespace) -
     try:
         tmp.mkdir(parents=True)
         write_bundle(tmp, weights.description, weights.trees)
-        record = read_training_record(Path(args.checkpoint).expanduser(), weights.description)
+        record = read_training_record(Path(args.checkpoint), weights.description)
         with description_errors(args.checkpoint):
             counts = {n: _parameters(weights.trees[n]) for n in weights.trees}
             card = model_card(args.repository, args.license, weights.description, counts, record)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m2mkd_jax.checkpoint.files import read_json
+from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ def read_training_record(path: Path, description: Mapping[str, Any]) -> Training
     for directory in (path, *path.absolute().parents[:6]):
         if (directory / "config.json").is_file() and (directory / "jobs").is_dir():
             summary = directory / "summary.json"
-            found = read_json(summary) if summary.is_file() else {}
+            found = read_record(summary) if summary.is_file() else {}
+            results = found.get("results", {})
+            if not isinstance(results, dict):
+                raise UserError(f"{summary} is damaged: its results are no object; delete it")
             return TrainingRecord(
-                read_json(directory / "config.json"),
-                found.get("results", {}),
-                found.get("accuracy_of", ""),
+                read_record(directory / "config.json"), results, str(found.get("accuracy_of", ""))
             )
     return TrainingRecord()

@@ -21,12 +21,14 @@ from m2mkd_jax import __version__
 from m2mkd_jax.checkpoint.files import read_record, replace_file, write_record
 from m2mkd_jax.config.defaults import teaching_data
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.jobs.data_checks import check_names
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.models import chain
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.phases.build import END_TO_END, build_phase
 from m2mkd_jax.phases.initial_weights import load_stages
+from m2mkd_jax.phases.weight_files import read_recorded
 from m2mkd_jax.report.measure import (
     Images,
     LoadedStage,
@@ -187,8 +189,7 @@ def _predictions(run: RunRecord, config: ConfigDict, images: int, found: Analysi
     names = names or [name for name in ("ft", "pt") if _finished(run, name)][:1]
     weights = Weights(config, run.path)
     for name in names:
-        data = build_phase(config, name).data
-        own = test_images(data, images)
+        own = _images_of(run, config, name, images)
         logits = run_chain(weights.network(name), own.normalised)
         found.arrays[f"logits/{name}"] = logits.astype(np.float32)
         found.arrays["labels"], found.numbers["split"] = own.labels, own.split
@@ -199,6 +200,19 @@ def _predictions(run: RunRecord, config: ConfigDict, images: int, found: Analysi
             found.arrays["samples"] = shown
             found.arrays["sample_images"] = own.pixels[shown]
     found.numbers["images"] = len(found.arrays.get("labels", ()))
+
+
+def _images_of(run: RunRecord, config: ConfigDict, job: str, images: int) -> Images:
+    """Test images of a job.
+
+    Raises:
+        UserError: they cannot be read, or are not of the classes that its weights record.
+    """
+    phase, recorded = build_phase(config, job), read_recorded(config, run.path, job)
+    own = test_images(phase.data, images)
+    origin = f"the weights in {recorded.path}"
+    check_names(phase.data_key, own.class_names, recorded.class_names, origin)
+    return own
 
 
 def _samples(logits: np.ndarray, labels: np.ndarray, count: int = 8) -> np.ndarray:
@@ -217,7 +231,7 @@ def _modules(run: RunRecord, config: ConfigDict, images: int, found: Analysis) -
     """Health of the modules; of finished students, beside their teachers."""
     done = [job.index for job in run.of_phase("m2mkd") if job.status == "done"]
     if done:
-        own = test_images(teaching_data(config), images)
+        own = _images_of(run, config, "pt", images)
         found.numbers["modules_split"] = own.split
         found.numbers["modules"] = measure_modules(Weights(config, run.path), own, done)
 
@@ -230,7 +244,7 @@ def _network(run: RunRecord, config: ConfigDict, images: int) -> tuple[list[Load
     name = next((name for name in END_TO_END if _finished(run, name)), "")
     if not name:
         return [], Images(np.zeros(0), np.zeros(0), (), config.data)
-    own = test_images(build_phase(config, name).data, images)
+    own = _images_of(run, config, name, images)
     return Weights(config, run.path).network(name), own
 
 

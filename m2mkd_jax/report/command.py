@@ -29,8 +29,8 @@ def make_report(args: argparse.Namespace) -> Path:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; it must be above 0")
     require_matplotlib()
-    runs = [read_run(as_path(given).expanduser()) for given in args.directories]
-    out = as_path(args.out).expanduser() if args.out else runs[0].path / FOLDER / "index.html"
+    runs = [read_run(as_path(given)) for given in args.directories]
+    out = as_path(args.out) if args.out else runs[0].path / FOLDER / "index.html"
     _check_out(out, runs)
     found = [_analysis(record, args) for record in runs]
     text = page(runs, found)

@@ -7,13 +7,20 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import jax
 import pytest
 
 import m2mkd_jax
 from m2mkd_jax import command_line, convert, export, predict, push
 from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, refuse_repeated
 from m2mkd_jax.checkpoint.files import write_json
+from m2mkd_jax.checkpoint.store import load_weights
+from m2mkd_jax.config.files import find_config
+from m2mkd_jax.conversion.arch_flag import read_arch
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import as_path
+from m2mkd_jax.main import command as main_command
+from m2mkd_jax.parallel import compilation_cache
 from tests.data_files import write_folders
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +98,80 @@ def test_a_home_directory_is_meant_anywhere_in_arguments(monkeypatch):
     for flag in ("--json", "--message", "--out"):
         parser.add_argument(flag)
     found = parser.parse_args(
-        ["~/a.png", "b~/c", "--json=~/d", "--message=about ~/e", "--out", "~/f"]
+        ["~/a.png", "b~/c", "~", "--json=~/d", "--message=about ~/e", "--out", "~/f"]
     )
-    assert found.given == ["/home/me/a.png", "b~/c"]
+    assert found.given == ["/home/me/a.png", "b~/c", "/home/me"]
     assert (found.json, found.out) == ("/home/me/d", "/home/me/f")
     assert found.message == "about ~/e"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: Arguments().parse_args(["~nobody_here/x.png"]),
+        lambda: Arguments().parse_args(["--json=~nobody_here/x"]),
+        lambda: as_path("~nobody_here/x"),
+        lambda: m2mkd_jax.save_weights("~nobody_here/x", {}, {}),
+        lambda: m2mkd_jax.load("~nobody_here/x"),
+        lambda: read_arch("~nobody_here/x.json", "vit", None),
+        lambda: find_config("~nobody_here/x.py"),
+    ],
+)
+def test_a_home_directory_of_nobody_is_one_line(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no home directory of ~nobody_here is known"):
+        use()
+    assert not list(tmp_path.iterdir())  # such as a directory of that name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="which has drives")
+@pytest.mark.parametrize("path", ["C:\\runs\\a", "d:/runs"])
+def test_a_drive_of_another_system_is_no_directory(path):
+    with pytest.raises(UserError, match="is a path of Windows; give it as this system has it"):
+        as_path(path)
+
+
+@pytest.mark.parametrize("given", ["runs/*", "'runs/a'", '"runs/a"'])
+def test_what_the_shell_has_left_of_a_workdir_is_refused(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give the path of one directory, as it is"):
+        main_command._workdir(given)
+    assert main_command._workdir("o'brien") == Path("o'brien")
+
+
+def test_weights_are_written_and_read_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for place in ("~/a", Path("~/b")):
+        m2mkd_jax.save_weights(place, {}, {"kind": "vit"})
+        assert load_weights(place)[1] == {"kind": "vit"}
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a", "b"]
+    assert not (tmp_path / "~").exists()
+
+
+def test_cached_programs_are_of_one_kind_of_machine(tmp_path, monkeypatch):
+    """A directory that the environment names may be shared by machines of other instructions."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
+    try:
+        arguments = [str(tmp_path / "nowhere"), str(tmp_path / "out"), "--format=onnx"]
+        assert export.main(arguments) == 2
+        used = Path(jax.config.jax_compilation_cache_dir)
+        assert used.parent == tmp_path / "shared" and used.name.startswith("jax-")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_no_home_directory_is_no_reason_not_to_run(monkeypatch, capsys):
+    monkeypatch.setattr(compilation_cache.os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert compilation_cache.enable_compilation_cache() is None
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "no compilation cache: ~/.cache" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_replaced_is_named(tmp_path, capsys):
@@ -156,6 +232,25 @@ def test_nobody_who_reads_is_no_error_of_data_check(tmp_path):
     assert done.returncode == BROKEN_PIPE and "Error" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("name", ["data.check", "data.prepare", "main"])
+def test_ctrl_c_while_modules_are_imported_prints_no_stack(name, tmp_path):
+    code = "import signal; signal.raise_signal(signal.SIGINT)"
+    (tmp_path / ("numpy.py" if name != "main" else "absl.py")).write_text(code)
+    command = [sys.executable, "-m", f"m2mkd_jax.{name}", "x"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_nobody_who_reads_the_keys_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "m2mkd_jax.main", "--config=nac_digits", "--list_keys"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+
+
 def test_help_and_version_load_no_jax():
     """jax takes seconds to import."""
     code = """
@@ -175,11 +270,24 @@ for name in ("main", "convert", "export", "predict", "push", "report.__main__"):
     assert done.returncode == 0, done.stderr
 
 
-def test_too_little_memory_is_one_line(capsys):
-    def command():
-        raise MemoryError("Unable to allocate 37.3 GiB")
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("Unable to allocate 37.3 GiB"), "the memory does not suffice (Unable to all"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 64 bytes.\nBuffers:"),
+            "the device has no memory left for 64 bytes; if another process has this GPU too",
+        ),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"), "the device has no memory left at the start;"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, says, capsys):
+    """Of a device too, which a job that trains on it may have taken whole."""
 
-    assert command_line.run("convert", command) == 2
+    def command():
+        raise error
+
+    assert command_line.run("predict", command) == 2
     said = capsys.readouterr().err
-    assert said.startswith("m2mkd_jax.convert: the memory does not suffice (Unable to allocate")
-    assert said.count("\n") == 1
+    assert said.startswith(f"m2mkd_jax.predict: {says}") and said.count("\n") == 1
+    assert "config.recipes" not in said

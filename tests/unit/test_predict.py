@@ -96,6 +96,19 @@ def test_names_of_classes_that_are_stored_with_the_weights(weights, images, tmp_
         m2mkd_jax.load(tmp_path / "few")
 
 
+def test_names_in_another_order_than_that_of_the_weights_are_refused(tmp_path):
+    recorded = [str(i) for i in sorted(range(12), key=str)]  # as class folders 0 to 11 sort
+    natural = [str(i) for i in range(12)]
+    ids = {str(i): [name, f"digit {name}"] for i, name in enumerate(natural)}
+    for name, content in (("a.txt", "\n".join(natural)), ("a.json", json.dumps(ids))):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match='class 2 is "10" there and "2" in the file'):
+            read_labels(str(tmp_path / name), 12, recorded)
+        assert len(read_labels(str(tmp_path / name), 12)) == 12  # of weights without names
+    (tmp_path / "a.txt").write_text("\n".join(recorded))
+    assert read_labels(str(tmp_path / "a.txt"), 12, recorded) == recorded
+
+
 def test_images_are_turned_where_those_of_training_were(weights, tmp_path):
     trees, description = load_weights(weights)
     m2mkd_jax.save_weights(tmp_path / "turned", trees, {**description, "orientation": True})

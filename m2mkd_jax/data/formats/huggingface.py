@@ -11,20 +11,21 @@ Axes: N images.
 
 import importlib
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m2mkd_jax.data.formats.folder import check_same_classes
+from m2mkd_jax.data.formats.folder import check_same_classes, say_left_out
 from m2mkd_jax.data.formats.parts import check_parts
+from m2mkd_jax.data.formats.split_names import WORDS, split_of, words_of
 from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.errors import UserError
 
 EXPECTED = "a data set of Hugging Face's datasets (dataset_dict.json, state.json, or *.parquet)"
 _STATE = "state.json"  # of a saved table
-_SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val")}
+_END = b"\xff\xff\xff\xff" + bytes(4)  # of a stream of Arrow: a batch of length 0
 
 
 class TableFiles:
@@ -80,19 +81,30 @@ def _is_whole(root: Path) -> bool:
 
 def _saved_splits(root: Path) -> list[str]:
     """The names of the splits that are saved in folders of a directory."""
-    known = [name for names in _SPLITS.values() for name in names]
+    known = [name for names in WORDS.values() for name in names]
     return [name for name in known if (root / name / _STATE).is_file()]
 
 
 def _parquet(root: Path) -> dict[str, list[str]]:
-    """Parquet files by the split that their names begin with; all of them 'train' if none does."""
-    paths = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    """Parquet files by the split that a word of their names tells; all of them 'train' if none.
+
+    Those that tell none beside others that do are at "".
+
+    Raises:
+        UserError: a name that tells two splits, files in both places, or a part of a set that is
+            missing.
+    """
+    above, below = (sorted(root.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet"))
+    if above and below:
+        raise UserError(f"{above[0]} and {below[0]}: which of them is meant? Move one elsewhere")
+    paths = above or below
+    check_parts(paths)
     found: dict[str, list[str]] = {}
     for path in paths:
-        found.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(str(path))
-    check_parts(paths)
-    known = {name for names in _SPLITS.values() for name in names}
-    return found if known & found.keys() or not found else {"train": [str(p) for p in paths]}
+        split = split_of(path, path.stem)
+        names = [word for word in WORDS.get(split or "", ()) if word in words_of(path.stem)]
+        found.setdefault((names or [""])[0], []).append(str(path))
+    return {"train": found[""]} if found.keys() == {""} else found
 
 
 def _splits(root: Path) -> dict[str, Any]:
@@ -106,21 +118,40 @@ def _splits(root: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     try:
         if parquet := _parquet(root):
+            say_left_out(Path(), parquet.pop("", []), "the name tells no split")
             return {k: datasets.Dataset.from_parquet(files) for k, files in parquet.items()}
-        if not _is_whole(root):
-            return {n: datasets.load_from_disk(str(root / n)) for n in _saved_splits(root)}
-        found = datasets.load_from_disk(str(root))
+        if _is_whole(root):
+            found = datasets.load_from_disk(str(root))
+        else:
+            found = {n: datasets.load_from_disk(str(root / n)) for n in _saved_splits(root)}
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{root} cannot be read by `datasets` ({reason}): save it again") from None
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    tables = dict(found) if isinstance(found, dict) else {"train": found}
+    _check_ends(tables)
+    return tables
+
+
+def _check_ends(tables: Mapping[str, Any]) -> None:
+    """Refuses files of a saved data set that are cut off between two of their batches of rows.
+
+    Arrow reads such a stream as one of fewer rows.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in dict.fromkeys(f["filename"] for t in tables.values() for f in t.cache_files):
+        with open(path, "rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            if file.read() != _END:
+                raise UserError(f"{path} has no end: it is cut off; copy it again")
 
 
 def has_test(root: str | Path) -> bool:
     """Whether there is a test split."""
     root = Path(root)
     names = _parquet(root) or _saved_splits(root)
-    return bool(set(_SPLITS["test"]) & set(names))
+    return bool(set(WORDS["test"]) & set(names))
 
 
 def list_images(
@@ -144,14 +175,14 @@ def list_images(
     """
     root = Path(root)
     tables = _splits(root)
-    name = next((name for name in _SPLITS[split] if name in tables), None)
+    name = next((name for name in WORDS[split] if name in tables), None)
     if name is None:
-        raise UserError(f"{root} has the splits {', '.join(tables)}: no {_SPLITS[split][0]}")
+        raise UserError(f"{root} has the splits {', '.join(tables)}: no {WORDS[split][0]}")
     table = tables[name]
     image, label = _columns(table, columns).choose(str(root), table.column_names)
     table = _undecoded(table, image)
     given, names = _classes(table, label, f"the split {name} of {root}")
-    train = next((tables[n] for n in _SPLITS["train"] if n in tables), None)
+    train = next((tables[n] for n in WORDS["train"] if n in tables), None)
     if split == "test" and train is not None:
         own, (_, names) = names, _classes(train, label, f"the split train of {root}")
         check_same_classes(root, _texts(names), _texts(own))

@@ -24,15 +24,12 @@ from m2mkd_jax.data.decode import ARRAY_SUFFIX, SUFFIXES
 from m2mkd_jax.data.formats.folder import check_same_classes, is_text, say_left_out
 from m2mkd_jax.data.formats.member_index import Member, indexed
 from m2mkd_jax.data.formats.parts import check_parts
+from m2mkd_jax.data.formats.split_names import WORDS, split_of, words_of
 from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, read_part
 
 _EXPECTED = {"train": ("*train*.tar",), "test": ("*val*.tar", "*test*.tar")}
-_WORDS = {
-    "train": ("train", "training"),
-    "test": ("val", "valid", "validation", "test", "testing"),
-}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _SUFFIXES = (".tar", ".tgz", ".txz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst")))
 _BLOCK = 512  # bytes
@@ -84,9 +81,9 @@ def shards(root: str | Path, split: str) -> list[Path]:
             a set whose names count its parts.
     """
     root = as_path(root)
-    found = [path for path in _archives(root) if _split_of(path) == split]
+    found = [path for path in _archives(root) if split_of(path, _stem(path)) == split]
     for folder in root.iterdir():
-        if folder.is_dir() and folder.name.lower() in _WORDS[split]:
+        if folder.is_dir() and folder.name.lower() in WORDS[split]:
             found += _archives(folder)
     packed = [path for path in found if path.suffix != ".tar"]
     found = [path for path in found if path.suffix == ".tar"]
@@ -111,26 +108,7 @@ def _stem(path: Path) -> str:
 
 def _words(path: Path) -> set[str]:
     """The words of a shard's name, and its folder's name."""
-    return {*re.findall("[^\\W\\d_]+", _stem(path).lower()), path.parent.name.lower()}
-
-
-def _split_of(path: Path) -> str | None:
-    """The split that a shard's name tells, by whole words; None for another kind of file.
-
-    Raises:
-        UserError: words of both splits, or a word that only contains one of theirs.
-    """
-    name = _stem(path).lower()
-    words = set(re.findall("[^\\W\\d_]+", name))
-    splits = [split for split, own in _WORDS.items() if words & set(own)]
-    if len(splits) == 1:
-        return splits[0]
-    if splits or any(word in name for own in _WORDS.values() for word in own):
-        raise UserError(
-            f"{path}: does its name mean training or test images? Call it train-... or val-..., "
-            "or move it elsewhere"
-        )
-    return None
+    return {*words_of(_stem(path)), path.parent.name.lower()}
 
 
 def list_images(

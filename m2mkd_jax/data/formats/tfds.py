@@ -54,9 +54,23 @@ class RecordFiles:
     def content(self, index: int) -> bytes:
         """An image's bytes."""
         row = int(self._rows[index])
-        record = self._records[row]
+        record = self._record(row)
         self._known[row] = record["label"]
         return record["image"]
+
+    def _record(self, row: int) -> Any:
+        """Record `row` of the split. Raises UserError where its file is missing or damaged."""
+        try:
+            record = self._records[row]
+            if record["image"] is None or record["label"] is None:
+                raise ValueError("its file is cut off")
+            return record
+        except Exception as error:  # whatever readers make of files that are cut off
+            reason = printable(" ".join(str(error).split()))[:_SHOWN]
+            raise UserError(
+                f"number {row} of {self._records.split} in {self.directory} cannot be read "
+                f"({reason}): prepare it again"
+            ) from error
 
     def take(self, indices: np.ndarray) -> "RecordFiles":
         """The records at `indices`, in this order."""
@@ -66,7 +80,7 @@ class RecordFiles:
         """The labels of the records at `indices` int (B,): int32 (B,)."""
         rows = self._rows[indices]
         for row in rows[self._known[rows] < 0]:
-            self._known[row] = self._records[int(row)]["label"]
+            self._known[row] = self._record(int(row))["label"]
         return self._known[rows]
 
 

@@ -54,12 +54,24 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, says):
         ("--config.seeed=1", 'did you mean "seed"'),
         ("--config.data=1", "is a group of keys"),
         ("--config.recipes.mt.modules.0.epochs=1", "numbers of modules cannot stand in a flag"),
+        (
+            "--config.recipes.mt.modules['1'].epochs=1",
+            r"one entry cannot be set alone; .* --config.recipes.mt.modules=\"{}\"",
+        ),
+        ("--config.seed=1e2", "seed is '1e2'; it must be a whole number, such as 0$"),
+        ("--config.seed=True", "seed is 'True'; it must be a whole number"),
+        ("--config.seed=", "seed is ''; it must be a whole number"),
+        ("--config.recipes.mt.lr=1,5", "recipes.mt.lr is '1,5'; it must be a number, such as 0"),
+        ("--config.nac.truncation=None", "must be a number, such as 0.9; None is for config files"),
     ],
 )
-def test_overrides_of_unknown_keys_are_refused(argument, says):
+def test_overrides_of_unknown_keys_and_of_another_kind_are_refused(argument, says):
     with pytest.raises(UserError, match=says):
         check_overrides([argument], base())
+    with pytest.raises(UserError, match=says):
+        check_overrides(argument.split("=", 1), base())
 
 
 def test_other_flags_are_no_overrides():
     check_overrides(["--config=x", "--workdir=config.y", "--config.seed=1"], base())
+    check_overrides(["--config.seed=0x10", "--config.recipes.mt.lr", "1e-3", "x"], base())

@@ -5,9 +5,13 @@ Damaged and hostile files are in test_damaged_files.py, the usual layouts in tes
 
 import collections
 import datetime
+import decimal
+import fractions
 import io
 import json
 import os
+import types
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -91,6 +95,15 @@ def test_values_of_harmless_types_are_skipped_and_listed(tmp_path):
         "path": Path("/x/y"),
         "classes": {1, 2},
         "took": datetime.timedelta(3),
+        "day": datetime.date(2026, 11, 28),
+        "begun": datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC),
+        "frozen": frozenset({1}),
+        "every": range(3),
+        "rate": decimal.Decimal("0.1"),
+        "share": fractions.Fraction(1, 3),
+        "run": uuid.UUID(int=1),
+        "arguments": types.SimpleNamespace(lr=0.1, betas=(0.9, 0.999)),
+        "version": torch.__version__,
         "generator": np.random.default_rng(0).bit_generator.state,
     }
     source = saved(tmp_path, {"model": tiny_state(), **beside})

@@ -158,6 +158,22 @@ def test_what_is_prepared_is_not_taken_for_another_source(tmp_path, capsys, monk
     assert {path: path.read_bytes() for path in there.iterdir()} == before
 
 
+@pytest.mark.parametrize("kept", [None, 0, 65536, -1])
+def test_records_that_are_missing_or_cut_off_are_one_line(kept, tmp_path, monkeypatch):
+    write_folders(tmp_path / "source")
+    write_prepared(tmp_path / "root", tmp_path / "source", monkeypatch)
+    (path,) = (tmp_path / "root").rglob("*train.array_record*")
+    content = path.read_bytes()
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(content[:kept])
+    source = layouts.open_split(tmp_path / "root", "prepared", "train")
+    for read in (lambda: np.asarray(source.labels), lambda: source.read(0)):
+        said = message(read)
+        assert said.startswith(f"number 0 of train in {path.parent} cannot be read (")
+        assert said.endswith("): prepare it again")
+
+
 @pytest.mark.parametrize("content", [b"", b"no json", b'{"builder_name": "x"}', b"[1]", b"\xff"])
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 def test_a_damaged_or_foreign_description_is_one_line(file, content, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,11 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2mkd_jax.conversion.arch_flag import read_arch
 from m2mkd_jax.data import check, layouts, prepare
+from m2mkd_jax.data.coco import read_coco
 from m2mkd_jax.data.decode import DamagedImage, decode
 from m2mkd_jax.data.formats import huggingface, tables, tar
+from m2mkd_jax.detection.weights import read_arch_file
 from m2mkd_jax.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[3]
 RAMP = np.arange(0, 256, 32, dtype=np.uint8)[None].repeat(2, 0)
 
 
@@ -103,6 +109,58 @@ def test_a_set_whose_names_count_its_parts_is_whole(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "train-00001-of-00002.parquet").write_bytes(b"")
     assert "train-00000-of-00002.parquet is missing" in refusal(huggingface.find, tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("a b", {"train": "a b"}),
+        ("my-train-0 my-test-0", {"train": "my-train-0", "test": "my-test-0"}),
+        ("train_0 valid_0 dev_0", {"train": "train_0", "valid": "valid_0", "": "dev_0"}),
+        ("train-0 train-1 testing-0", {"train": "train-0 train-1", "testing": "testing-0"}),
+        ("Training Validation test", {"training": "Training", "validation": "Validation"}),
+    ],
+)
+def test_the_split_of_a_parquet_file_is_a_whole_word_of_its_name(tmp_path, names, expected):
+    for name in names.split():
+        (tmp_path / f"{name}.parquet").touch()
+    found = huggingface._parquet(tmp_path)
+    stems = {split: " ".join(Path(path).stem for path in paths) for split, paths in found.items()}
+    assert stems == expected | ({"test": "test"} if "Training" in names else {})
+
+
+@pytest.mark.parametrize("name", ["train-val-0", "pretrain-0", "contest-0"])
+def test_a_parquet_file_of_an_ambiguous_name_is_refused(tmp_path, name):
+    (tmp_path / "train-0.parquet").touch()
+    (tmp_path / f"{name}.parquet").touch()
+    assert f"{name}.parquet: does its name mean training or" in refusal(huggingface.find, tmp_path)
+
+
+def test_parquet_files_in_two_places_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train-0.parquet", "data/train-0.parquet"):
+        (tmp_path / name).touch()
+    assert "data/train-0.parquet: which of them is meant?" in refusal(huggingface.find, tmp_path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    """Editors on Windows write one."""
+    (tmp_path / "fields.json").write_text('{"heads": 4}', encoding="utf-8-sig")
+    assert read_arch(str(tmp_path / "fields.json"), "vit", None) == {"heads": 4}
+    (tmp_path / "detector.json").write_text('{"kind": "detector"}', encoding="utf-8-sig")
+    assert read_arch_file(str(tmp_path / "detector.json")) == {"kind": "detector"}
+    instances = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "coco.json").write_text(json.dumps(instances), encoding="utf-8-sig")
+    assert "it lists none with an object" in refusal(
+        lambda: read_coco(tmp_path / "coco.json", tmp_path, train=True)
+    )
+
+
+def test_what_is_wrong_with_a_neighbour_is_not_said_of_a_root_without_data(tmp_path):
+    (tmp_path / "contest.tar").touch()
+    (tmp_path / "root").mkdir()
+    said = refusal(layouts.require, tmp_path / "root", ["shards"])
+    assert said.startswith(f"no data in {tmp_path / 'root'}")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +253,45 @@ def test_sixteen_bits_are_scaled(form, mode):
     assert Image.open(io.BytesIO(content)).mode == mode
     pixels = decode(content, "x")
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_grey_tiff_files_say_how_many_bits_they_have_and_what_is_white(bits, white_is_zero):
+    if bits == 12 and white_is_zero:
+        with pytest.raises(DamagedImage, match="no known format"):
+            decode(grey_tiff(bits, white_is_zero), "x.tif")
+        return
+    ramp = np.arange(0, 256, 32)
+    expected = 255 - ramp if white_is_zero else ramp
+    assert decode(grey_tiff(bits, white_is_zero), "x.tif")[0, :, 0].tolist() == expected.tolist()
+
+
+def grey_tiff(bits, white_is_zero):
+    """One row of the eight pixels 0, 1/8, ... of the largest, uncompressed."""
+    pixels = "".join(f"{(i << bits) // 8:0{bits}b}" for i in range(8))
+    cut = [pixels[i : i + 8] for i in range(0, len(pixels), 8)]
+    if bits == 16:  # little-endian; 12 bits are packed from the high end on
+        cut = [cut[i ^ 1] for i in range(len(cut))]
+    tags = {256: 8, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1}
+    entries = [struct.pack("<HHII", tag, 4, 1, n) for tag, n in {**tags, 279: len(cut)}.items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    body = bytes(int(byte, 2) for byte in cut)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
+
+
+def test_pillow_says_nothing_of_what_it_reads():
+    code = """
+import io
+from PIL import Image
+from m2mkd_jax.data.decode import decode
+file = io.BytesIO()
+Image.new("L", (8, 8)).save(file, "png")
+Image.MAX_IMAGE_PIXELS = 40  # from which on it warns; from twice as many on it refuses
+assert decode(file.getvalue(), "x.png").shape == (8, 8, 3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])

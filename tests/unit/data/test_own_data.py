@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 
 from m2mkd_jax.data import check, sources
 from m2mkd_jax.data.decode import DamagedImage, Form, decode
+from m2mkd_jax.data.formats import huggingface
+from m2mkd_jax.data.formats.tables import FOUND
 from m2mkd_jax.data.indices import BatchIndices, balanced_epoch, held_out
 from tests.data_files import CLASSES, make_config, message, write_folders
 
@@ -313,6 +315,28 @@ def test_hugging_face_data_sets(folders, tmp_path, monkeypatch):
     )
     (tmp_path / "saved/train/data-00000-of-00001.arrow").write_bytes(b"")
     assert "cannot be read by `datasets`" in message(own, tmp_path / "saved", "train")
+
+
+def test_a_saved_table_cut_between_two_batches_of_rows_is_damaged(tmp_path):
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    picture = Image.new("RGB", (4, 4))
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    rows = {"image": [picture] * 8, "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "train")
+    path = tmp_path / "train/data-00000-of-00001.arrow"
+    table = arrow.ipc.open_stream(arrow.py_buffer(path.read_bytes())).read_all().combine_chunks()
+    sink, ends = arrow.BufferOutputStream(), []
+    with arrow.ipc.new_stream(sink, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=2):
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    content = sink.getvalue().to_pybytes()
+    path.write_bytes(content)
+    assert len(huggingface.list_images(tmp_path, "train", FOUND)[0]) == 8
+    for end in (ends[2], ends[-1]):  # six rows; all of them, but nothing says so
+        path.write_bytes(content[:end])
+        said = message(huggingface.list_images, tmp_path, "train", FOUND)
+        assert said == f"{path} has no end: it is cut off; copy it again"
 
 
 def encoded(image, format, **options):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from m2mkd_jax.config.detection_section import DETECTION_DATA
 from m2mkd_jax.config.keys import default_values
-from m2mkd_jax.data import check
+from m2mkd_jax.data import check, scenes
 from m2mkd_jax.data.scene_batches import (
     RepeatedIndices,
     eval_scenes,
@@ -207,3 +207,46 @@ def test_training_says_what_it_leaves_out(tmp_path, capsys):
         load_scenes(data, "train")
     data.root = str(tmp_path / "none")
     assert "set data.root" in describe_missing(data)
+
+
+def coco_data(root, **changes):
+    """The section of a config whose training and test scenes are those of `instances`."""
+    data = digits(root=str(root), train_folder="val2017", test_folder="val2017", **changes)
+    data.update(name="coco", classes=2, train_images=0, test_images=0)
+    data.train_json = data.test_json = "annotations/instances_val2017.json"
+    return data
+
+
+def test_both_splits_have_the_same_classes_in_the_same_order(tmp_path):
+    data = coco_data(instances(tmp_path))
+    path = tmp_path / "annotations" / "test.json"
+    content, data.test_json = json.loads((tmp_path / data.test_json).read_text()), str(path)
+    content["annotations"][0]["category_id"] = 7
+    for ids, names, says in (
+        ((7, 8), ("dog", "cat"), ""),
+        ((7, 8), ("cat", "dog"), 'class 0, in the order of the ids, is "cat", and "dog" in'),
+        ((8, 7), ("dog", "cat"), 'class 0, in the order of the ids, is "cat", and "dog" in'),
+        ((7, 8), ("dog", "fox"), 'class 1, in the order of the ids, is "fox", and "cat" in'),
+    ):
+        content["categories"] = [
+            {"id": id, "name": name} for id, name in zip(ids, names, strict=True)
+        ]
+        path.write_text(json.dumps(content))
+        scenes._coco.cache_clear()
+        if not says:
+            assert load_scenes(data, "test").class_names == names
+            continue
+        with pytest.raises(UserError, match=says):
+            load_scenes(data, "test")
+
+
+def test_images_that_are_not_resized_fit_into_the_square(tmp_path):
+    data = coco_data(instances(tmp_path), image_size=12)
+    for resize in ("jitter", "plain"):
+        data.augment.resize = resize
+        assert len(load_scenes(data, "train")) == 1
+    data.augment.resize = "none"
+    with pytest.raises(UserError, match=r"a.png has 12 x 16 pixels, and image_size is 12: raise"):
+        load_scenes(data, "train")
+    data.image_size = 16
+    assert len(load_scenes(data, "train")) == 1

@@ -10,12 +10,15 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2mkd_jax import convert, predict
+import m2mkd_jax
+from m2mkd_jax import convert, export, predict, push
 from m2mkd_jax.checkpoint.store import load_weights, save_weights
 from m2mkd_jax.conversion.converted import IMAGENET
-from m2mkd_jax.detection.inference import DetectionModel
+from m2mkd_jax.detection.inference import DetectionModel, ImageDetections
+from m2mkd_jax.detection.pictures import detect_in_image
 from m2mkd_jax.detection.spec import describe
 from m2mkd_jax.detection.weights import TREE, write_detector
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import training
 from tests.detection_fixtures import state_dict
 from tests.support import FIXTURES, arrays, facts
@@ -203,6 +206,8 @@ def test_a_job_records_the_ids_of_its_categories(tmp_path, monkeypatch):
     source = SimpleNamespace(class_names=("cat", "book"), categories=(17, 84))
     monkeypatch.setattr(training, "image_source", lambda data, split: source)
     data = ConfigDict({"name": "coco", "objects": 9, "mean": (0.5,), "std": (0.25,)})
+    data.image_size, data.augment = 640, ConfigDict({"resize": "plain", "longest": 1333})
+    data.augment.test_edge = 400
     phase = SimpleNamespace(
         trainable=("m",), student=("m",), describe={"kind": "detector"}, job="detect", data=data
     )
@@ -212,6 +217,79 @@ def test_a_job_records_the_ids_of_its_categories(tmp_path, monkeypatch):
     description = load_weights(tmp_path / "weights")[1]
     assert description["class_names"] == ["cat", "book"]
     assert description["category_ids"] == [17, 84]
+    assert description["test_edges"] == [400, 640]
+
+
+@pytest.mark.parametrize(
+    ("edges", "size"),
+    [(None, (40, 64)), ([], (20, 32)), ([16, 64], (16, 26)), ([64, 24], (15, 24))],
+)
+def test_an_image_is_resized_as_evaluation_has_resized_it(edges, size, tiny, tmp_path, monkeypatch):
+    trees, own = load_weights(tiny)
+    recorded = {} if edges is None else {"test_edges": edges}
+    save_weights(tmp_path / "own", trees, own | recorded)
+    model, seen = m2mkd_jax.load(tmp_path / "own"), []
+
+    def detect(images):
+        seen.extend(image.shape[:2] for image in images)
+        return [ImageDetections(np.full((1, 4), 8.0), np.ones(1), np.ones(1), np.ones((1, 28, 28)))]
+
+    monkeypatch.setattr(model, "detect", detect)
+    found = detect_in_image(model, np.zeros((20, 32, 3), np.uint8))
+    assert seen == [size]
+    assert np.allclose(found.boxes[0, 2:], [8 * 32 / size[1], 8 * 20 / size[0]])
+
+
+def test_a_detector_is_neither_exported_nor_pushed(tiny, tmp_path, capsys):
+    """What was pushed could not be loaded again."""
+    for main, *arguments in (
+        (export.main, str(tmp_path / "a.mlir"), "--format=stablehlo"),
+        (push.main, "me/detector", f"--out={tmp_path / 'out'}"),
+    ):
+        assert main([str(tiny), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert f"{tiny} is a detector; " in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("edges", [[1], [0, 5], ["a", "b"], 5, [1.5, 2]])
+def test_recorded_edges_are_lengths(edges, tiny, tmp_path):
+    trees, own = load_weights(tiny)
+    save_weights(tmp_path / "own", trees, own | {"test_edges": edges})
+    with pytest.raises(UserError, match=r"does not fit its weights .*test_edges"):
+        m2mkd_jax.load(tmp_path / "own")
+
+
+def test_a_detector_takes_pixels_and_a_backbone_normalised_images(tiny, tmp_path):
+    detector = m2mkd_jax.load(tiny)
+    for images, says in (
+        ([], "there are no images"),
+        (np.zeros((1, 8, 8, 3), np.float32), r"image 0 is float32 \[8, 8, 3\], not uint8"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)], "image 1 is uint8"),
+        (np.zeros((8, 8, 3), np.uint8), r"image 0 is uint8 \[8, 3\], not"),
+    ):
+        with pytest.raises(UserError, match=says):
+            detector.detect(images)
+    spec = dataclasses.replace(TINY.backbone, square=64)
+    own = {name: params()[name] for name in ("net", "pyramid")}
+    described = describe(spec) | {"normalisation": IMAGENET}
+    save_weights(tmp_path / "own", {TREE: {"params": own}}, described)
+    backbone = m2mkd_jax.load(tmp_path / "own")
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    with pytest.raises(UserError, match="inputs are floats, not uint8; normalise"):
+        backbone.features(pixels)
+    with pytest.raises(UserError, match="this is the backbone of a detector"):
+        backbone.detect(pixels)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--precision=bfloat16", "--top=3", "--batch=2", "--workers=1", "--csv=x"]
+)
+def test_flags_that_a_detector_does_not_heed_are_refused(flag, tiny, tmp_path, capsys):
+    Image.new("RGB", (48, 30)).save(tmp_path / "a.png")
+    assert predict.main([str(tiny), str(tmp_path / "a.png"), flag]) == 2
+    name = flag.partition("=")[0]
+    assert capsys.readouterr().err == f"m2mkd_jax.predict: {name} is not for detectors\n"
 
 
 def test_predict_draws_into_a_new_directory(tiny, tmp_path, capsys):

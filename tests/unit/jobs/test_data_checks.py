@@ -59,6 +59,22 @@ def test_another_normalisation_is_refused_with_both_values_and_the_key(field, ma
     assert said.endswith("record std (0.5, 0.5, 0.5): set config.data.std=(0.5, 0.5, 0.5)")
 
 
+def test_images_that_are_turned_otherwise_than_those_of_training_are_refused(given):
+    for made, used in ((True, False), (False, True)):
+        plan, workdir, todo = given("network", "e2e", "eval", orientation=made)
+        plan.config.data.orientation = made
+        check_normalisation(plan, workdir, todo)
+        plan, workdir, todo = given("network", "e2e", "eval", orientation=made)
+        plan.config.data.orientation = used
+        with pytest.raises(UserError, match=rf"orientation is {used} and .* orientation {made}: s"):
+            check_normalisation(plan, workdir, todo)
+    # Converted weights do not record it, and who trains on may change it.
+    for field, used, facts in (("network", "eval", {"job": ""}), ("network", "e2e", {})):
+        plan, workdir, todo = given(field, "e2e", used, **facts)
+        plan.config.data.orientation = True
+        check_normalisation(plan, workdir, todo)
+
+
 def test_the_normalisation_is_looked_at_before_any_work(given):
     with pytest.raises(UserError, match=r"config\.data\.mean is"):
         checks.check_weights(*given("network", "e2e", "eval", normalisation=HALF))
@@ -76,7 +92,10 @@ def test_episodes_are_normalised_as_their_network_was(tmp_path):
     few_shot(config)
     todo = ["e2e_scratch", "fewshot"]
     check_normalisation(Plan(config), tmp_path, todo)
-    config.data.mean = (0.5, 0.5, 0.5)
+    config.data.orientation = True
+    with pytest.raises(UserError, match=r"few_shot\.data\.orientation is False and e2e_scratch is"):
+        check_normalisation(Plan(config), tmp_path, todo)
+    config.data.orientation, config.data.mean = False, (0.5, 0.5, 0.5)
     with pytest.raises(UserError) as error:
         check_normalisation(Plan(config), tmp_path, todo)
     assert str(error.value) == (

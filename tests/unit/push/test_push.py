@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 import m2mkd_jax
 from m2mkd_jax.push import card, main
-from m2mkd_jax.push.training_record import TrainingRecord
+from m2mkd_jax.push.training_record import TrainingRecord, read_training_record
 from tests import hub_server
 
 REPOSITORY = "me/small-vit"
@@ -101,6 +101,23 @@ def test_a_flipped_bit_is_found(run, hub, tmp_path):
     assert not hub.files
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("summary.json", "[]", "it is not a JSON object"),
+        ("summary.json", '{"results": []}', "its results are no object"),
+        ("config.json", "3", "it is not a JSON object"),
+    ],
+)
+def test_a_run_whose_records_are_of_another_kind_is_one_line(name, text, words, tmp_path):
+    directory = tmp_path / "run"
+    (directory / "jobs").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / name).write_text(text)
+    with pytest.raises(m2mkd_jax.UserError, match=words):
+        read_training_record(directory, {"job": "e2e"})
+
+
 def test_refusals_are_one_line(run, hub, tmp_path, capsys, monkeypatch):
     directory = str(run[0])
 
@@ -114,6 +131,7 @@ def test_refusals_are_one_line(run, hub, tmp_path, capsys, monkeypatch):
     refused(directory, "me/../x", words="give OWNER/NAME")
     refused(directory, REPOSITORY, "--license=My own", words="--license=My own")
     refused(directory, REPOSITORY, f"--out={tmp_path}", words="is there already")
+    refused(directory, REPOSITORY, f"--out={directory}/jobs/hub", words="lies in")
     refused(str(tmp_path / "none"), REPOSITORY, words="does not exist")
     monkeypatch.setenv("HF_TOKEN", "wrong")
     refused(directory, REPOSITORY, words="log in (hf auth login")

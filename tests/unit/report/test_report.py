@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.config.files import find_config, read_config
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.report import analysis, curves, measure, overview
 from m2mkd_jax.report.__main__ import main
@@ -20,6 +21,7 @@ from m2mkd_jax.report.analysis import Analysis, _keep
 from m2mkd_jax.report.measure import Images
 from m2mkd_jax.report.measure_families import measure_experts
 from m2mkd_jax.report.records import read_run, restore_config
+from tests.e2e import tiny
 from tests.unit.report import runs
 
 VOID = {"meta", "img", "br", "use", "path"}
@@ -319,6 +321,19 @@ def test_networks_are_compared_on_test_images_once_all_are_measured(tmp_path):
             assert found == {"e2e": {0: 0.0, 1: 0.1}, "e2e_scratch": {0: 0.2, 1: 0.3}}
         else:  # never some of each
             assert images == "held-out images" and found["e2e"][1] == 0.96
+
+
+def test_networks_are_not_run_on_images_of_other_classes(tmp_path, monkeypatch):
+    """A class folder that was renamed since would give other accuracies without a word."""
+    own = Images(np.zeros((2, 8, 8, 3)), np.zeros(2, int), ("1", "10", "2"), ConfigDict())
+    recorded = SimpleNamespace(path="w", class_names=("1", "2", "10"))
+    monkeypatch.setattr(analysis, "test_images", lambda data, count: own)
+    monkeypatch.setattr(analysis, "read_recorded", lambda *_: recorded)
+    config, run = tiny.get_config(), SimpleNamespace(path=tmp_path)
+    with pytest.raises(UserError, match='the same classes in another order: class 1 is "10"'):
+        analysis._images_of(run, config, "e2e", 5)
+    recorded.class_names = own.class_names
+    assert analysis._images_of(run, config, "e2e", 5) is own
 
 
 def test_every_image_of_a_class_counts_equally_in_its_load():
