@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from m2mkd_jax import __version__
 from m2mkd_jax.checkpoint.files import read_record, replace_file, write_record
-from m2mkd_jax.config.defaults import teaching_data
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs.data_checks import check_names
 from m2mkd_jax.jobs.dry_run import job_costs, planned_mesh
