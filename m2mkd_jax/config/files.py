@@ -38,7 +38,7 @@ def find_config(name: str) -> str:
         UserError: no config of this name is shipped.
     """
     if "/" in name or name.endswith(".py"):
-        return os.fspath(at_home(name))
+        return os.fspath(at_home(name)) if name.startswith("~") else name
     shipped = shipped_configs()
     if name not in shipped:
         hint = did_you_mean(name, shipped)

@@ -348,6 +348,7 @@ def test_a_damaged_image_is_replaced_by_the_next_with_its_label(damaged):
 
 def test_the_report_measures_undamaged_images(damaged, monkeypatch):
     monkeypatch.setattr(measure, "load_source", lambda data, split: damaged)
+    monkeypatch.setattr(measure, "has_test_images", lambda data: True)
     data = ConfigDict({"image_size": 16})
     found = measure.test_images(data, 9)
     rest = np.array([0, 1, 2, 3, 6, 7, 8])

@@ -140,7 +140,7 @@ def test_an_update_copies_nothing_on_a_cpu(accumulate, ema, apart):
     state = initial_state(params, {"model": {}}, optimizer, recipe)
     image = np.ones((BATCH, SIDE, SIDE, 3), np.uint8)
     batch = {"image": image, "label": np.ones(BATCH, np.int32)}
-    _, programs = step.compile(state, {}, batch)
+    programs = [program.result() for program in step.begin(state, {}, batch).compiled]
     assert len(programs) == 1 + apart
     lines = [line for program in programs for line in program.as_text().splitlines()]
     copies = [line for line in lines if " copy(" in line]
