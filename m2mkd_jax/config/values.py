@@ -35,12 +35,13 @@ def check_value(name: str, value: Any, key: Key) -> None:
     words = key.range.words if key.range else "a finite number"
     allows = key.range.allows if key.range else lambda v: True
     rounded = in_single(value)
-    if type(value) in (int, float) and not (is_finite(rounded) and allows(rounded)):
+    both = lambda v: allows(v) and allows(in_single(v))  # host and device compute with it
+    if type(value) in (int, float) and not (is_finite(rounded) and both(value)):
         raise UserError(f"config.{name} is {_said(value, rounded)}; it must be {words}")
     if type(value) is str and not allows(value):
         raise UserError(f"config.{name} is {value!r}; it must be {words}")
     if type(value) is tuple:
-        if not all(allows(in_single(entry)) for entry in value):
+        if not all(both(entry) for entry in value):
             raise UserError(f"config.{name} is {value}; its entries must be {words}")
         if key.length and len(value) != key.length:
             raise UserError(f"config.{name} is {value}; it needs {key.length} numbers")
