@@ -20,6 +20,7 @@ from m2mkd_jax.config.networks import nac_spec, teacher_spec, vmoe_spec
 from m2mkd_jax.conversion.arch_yaml import yaml_fields
 from m2mkd_jax.errors import UserError, did_you_mean
 from m2mkd_jax.files import strict_json
+from m2mkd_jax.files.paths import at_home
 from m2mkd_jax.models import variants
 from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.nac.spec import NACSpec
@@ -54,7 +55,7 @@ def read_arch(text: str, kind: str, blocks: int | None) -> Fields:
     Raises:
         UserError: there is no such variant or file, or a field makes no sense.
     """
-    path = Path(text.split(".py:")[0] + ".py" if ".py:" in text else text).expanduser()
+    path = at_home(text.split(".py:")[0] + ".py" if ".py:" in text else text)
     if path.suffix == ".json":
         return check_fields(_parsed(path, strict_json.parse), str(path))
     if path.suffix in (".yml", ".yaml"):

@@ -21,7 +21,7 @@ from m2mkd_jax.conversion.from_torch import (
 )
 from m2mkd_jax.conversion.torch_layouts import SUFFIXES
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.files.paths import as_path, file_names, in_bucket
+from m2mkd_jax.files.paths import at_home, file_names, in_bucket
 
 HUB = "hf://"
 
@@ -142,7 +142,7 @@ def local_path(path: str | Path) -> Path:
     text = str(path)
     if text.startswith(HUB):
         return _download(text)
-    local = as_path(text).expanduser()
+    local = at_home(text)
     if not local.exists():
         raise UserError(f"{local} does not exist")
     return local

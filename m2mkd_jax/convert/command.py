@@ -24,6 +24,7 @@ from m2mkd_jax.detection.spec import is_detection
 from m2mkd_jax.detection.weights import TREE, convert_detector, read_arch_file, write_detector
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.outputs import refuse_inputs
+from m2mkd_jax.files.paths import at_home
 from m2mkd_jax.parallel import memory
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: the input is wrong; nothing is left at DST.
     """
     began = time.monotonic()
-    target = Path(os.path.realpath(args.target.expanduser()))  # through links
+    target = Path(os.path.realpath(at_home(args.target)))  # through links
     source = local_path(args.source)
     stored = find_weights(source)
     refuse_inputs(target, (source, args.arch), str(args.target))

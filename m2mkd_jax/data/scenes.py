@@ -21,6 +21,7 @@ from m2mkd_jax.data.annotations import Scene, bitmap, library
 from m2mkd_jax.data.coco import CocoData, load_scene, read_coco, truth
 from m2mkd_jax.data.digits_scene import CLASSES, digits_scene
 from m2mkd_jax.errors import UserError, did_you_mean, require
+from m2mkd_jax.files.paths import at_home
 
 NAMES = ("digits_scene", "coco")
 SPLITS = ("train", "test")
@@ -167,7 +168,7 @@ def is_scenes(data: Any) -> bool:
 def coco_paths(data: Any, split: str) -> tuple[Path, Path]:
     """The json file and the folder of a split."""
     given = data.root or os.path.join(os.environ.get("M2MKD_DATA") or "~/data", "coco")
-    root = Path(given).expanduser()
+    root = at_home(given)
     return root / data[f"{split}_json"], root / data[f"{split}_folder"]
 
 

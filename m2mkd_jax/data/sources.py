@@ -22,7 +22,7 @@ from m2mkd_jax.data.formats.tables import Columns
 from m2mkd_jax.data.image_source import ImageSource
 from m2mkd_jax.data.indices import class_balanced_order, held_out
 from m2mkd_jax.errors import UserError, did_you_mean
-from m2mkd_jax.files.paths import as_path
+from m2mkd_jax.files.paths import at_home
 
 SPLITS = ("train", "validation", "test")
 _FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -113,7 +113,7 @@ def data_root(config: Any) -> Path | None:
     if config.name == "digits":
         return None
     if config.root:
-        return as_path(config.root).expanduser()
+        return at_home(config.root)
     if config.name == "fashion_mnist":
         return Path(_FASHION_ROOT)
     data_set = DATA_SETS[config.name]
@@ -129,7 +129,7 @@ def data_root(config: Any) -> Path | None:
 
 def _below(variable: str, default: str) -> Path:
     """The directory that an environment variable names, or the default."""
-    return Path(os.environ.get(variable) or default).expanduser()
+    return at_home(os.environ.get(variable) or default)
 
 
 def describe_missing(config: Any) -> str | None:

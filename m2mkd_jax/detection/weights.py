@@ -31,6 +31,7 @@ from m2mkd_jax.detection.detector import builder
 from m2mkd_jax.detection.names import BACKBONE, HEADS, names
 from m2mkd_jax.detection.spec import Spec, backbone_of, describe, spec_of
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import at_home
 from m2mkd_jax.models import chain
 
 # The one tree of the weights.
@@ -52,7 +53,7 @@ def read_arch_file(text: str) -> dict[str, Any] | None:
 
     Other kinds, and files that cannot be read, are left to conversion/arch_flag.py.
     """
-    path = Path(text).expanduser()
+    path = at_home(text)
     if path.suffix != ".json":
         return None
     try:

@@ -6,7 +6,6 @@ Axes: B batch, S side of an image, N tokens, D channels.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from m2mkd_jax.errors import UserError
 from m2mkd_jax.export.onnx_file import OnnxProgram
 from m2mkd_jax.export.stablehlo import StableHLOProgram
 from m2mkd_jax.files.outputs import check_file, refuse_inputs
+from m2mkd_jax.files.paths import at_home
 from m2mkd_jax.inference import Model, load_network
 
 TOLERANCE = 1e-4
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the input is wrong, or the network cannot be exported; nothing is left.
     """
-    target = Path(os.path.expanduser(args.target))
+    target = at_home(args.target)
     described = target.with_name(f"{target.name}.json")
     _check(args, (target, described))
     model = load_network(args.checkpoint, args.module, arch=args.arch)

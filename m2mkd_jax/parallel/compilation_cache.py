@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import at_home
+
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path | None:
     """Keeps compiled programs on disk, so that a second run of the same job starts at once.
@@ -23,7 +26,11 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path
         The subdirectory; None, with one line on stderr, if it cannot be written.
     """
     base = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/m2mkd_jax/xla"
-    path = Path(base).expanduser().absolute() / _machine_key()
+    try:
+        path = at_home(base).absolute() / _machine_key()
+    except UserError as error:
+        print(f"no compilation cache: {error}", file=sys.stderr)
+        return None
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):

@@ -25,7 +25,7 @@ from m2mkd_jax.conversion.open_weights import (
 )
 from m2mkd_jax.conversion.torch_layouts import has_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.files.paths import as_path, in_bucket
+from m2mkd_jax.files.paths import at_home, in_bucket
 from m2mkd_jax.models import registry
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.families import students, teacher
@@ -87,7 +87,7 @@ def _is_whole(path: Path) -> bool:
 def _given_weights(job: str, field: str, given: str) -> Path:
     """Weights of `job` in what config.init.`field` names: another run's directory, one
     subdirectory a student, a directory of weights, or torch files."""
-    root = local_path(given) if given.startswith(HUB) else as_path(given).expanduser()
+    root = local_path(given) if given.startswith(HUB) else at_home(given)
     index = job.partition("/")[2]
     inside = [root / "jobs" / job / "weights"]
     inside += [root / index / "weights", root / index] if index else []

@@ -15,6 +15,7 @@ from m2mkd_jax.data.formats.text import read_text
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files import strict_json
 from m2mkd_jax.files.outputs import check_file, check_new_directory, refuse_inputs
+from m2mkd_jax.files.paths import at_home
 
 DIRECTORIES = ("attention", "draw")  # flags that name directories that are written
 OUTPUTS = ("csv", "json", "npz", "features", *DIRECTORIES)
@@ -87,7 +88,7 @@ def new_directory(given: str) -> Iterator[Path | None]:
     if not given:
         yield None
         return
-    target = Path(given).expanduser()
+    target = at_home(given)
     tmp = target.with_name(f".{target.name}.writing")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)

@@ -22,6 +22,7 @@ from m2mkd_jax.conversion.open_weights import (
     open_weights,
 )
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import at_home
 from m2mkd_jax.push.card import model_card
 from m2mkd_jax.push.training_record import read_training_record
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     hub = None if args.out else _hub()
     weights = open_weights(args.checkpoint, args.arch)
     if args.out:
-        folder = Path(args.out).expanduser()
+        folder = at_home(args.out)
         if folder.exists():
             raise UserError(f"--out: {folder} is there already; choose another")
         _write_directory(folder, weights, args)
@@ -71,7 +72,7 @@ def _write_directory(folder: Path, weights: Weights, args: argparse.Namespace) -
     try:
         tmp.mkdir(parents=True)
         write_bundle(tmp, weights.description, weights.trees)
-        record = read_training_record(Path(args.checkpoint).expanduser(), weights.description)
+        record = read_training_record(at_home(args.checkpoint), weights.description)
         with description_errors(args.checkpoint):
             counts = {n: _parameters(weights.trees[n]) for n in weights.trees}
             card = model_card(args.repository, args.license, weights.description, counts, record)

@@ -9,7 +9,7 @@ from pathlib import Path
 from m2mkd_jax.checkpoint.files import replace_file
 from m2mkd_jax.errors import UserError, printable
 from m2mkd_jax.files.outputs import check_file, refuse_inputs, whole
-from m2mkd_jax.files.paths import as_path, in_bucket
+from m2mkd_jax.files.paths import at_home, in_bucket
 from m2mkd_jax.report.analysis import FOLDER, Analysis, analyse, kept_analysis
 from m2mkd_jax.report.charts import require_matplotlib
 from m2mkd_jax.report.page import is_page, page
@@ -29,8 +29,8 @@ def make_report(args: argparse.Namespace) -> Path:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; it must be above 0")
     require_matplotlib()
-    runs = [read_run(as_path(given).expanduser()) for given in args.directories]
-    out = as_path(args.out).expanduser() if args.out else runs[0].path / FOLDER / "index.html"
+    runs = [read_run(at_home(given)) for given in args.directories]
+    out = at_home(args.out) if args.out else runs[0].path / FOLDER / "index.html"
     _check_out(out, runs)
     found = [_analysis(record, args) for record in runs]
     text = page(runs, found)
