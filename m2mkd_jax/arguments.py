@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.streams import abandon_output, open_missing, output_failed
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of Windows
 BROKEN_PIPE = 128 + 13  # as a shell shows a process that SIGPIPE ended
@@ -83,6 +84,7 @@ def answer(command: Callable[[], int]) -> int:
         Its exit code; 2 after one line on stderr if the input is wrong, or a file
         cannot be read or written; BROKEN_PIPE if whoever reads the output has seen enough.
     """
+    open_missing()
     try:
         code = command()
         sys.stdout.flush()
@@ -91,7 +93,7 @@ def answer(command: Callable[[], int]) -> int:
         print(f"m2mkd_jax: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
         return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
         print(f"m2mkd_jax: {printable(told(error))}", file=sys.stderr)
@@ -100,8 +102,8 @@ def answer(command: Callable[[], int]) -> int:
 
 def told(error: OSError) -> str:
     """What an error of the system says, and of which file."""
-    where = f"{named_file(error)}: " if named_file(error) else ""
-    return f"{where}{error.strerror or error}"
+    where = named_file(error) or ("its output cannot be written" if output_failed() else "")
+    return f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
 
 
 def named_file(error: OSError) -> str:

@@ -16,10 +16,11 @@ from absl import logging
 
 from m2mkd_jax import __version__
 from m2mkd_jax.arguments import BROKEN_PIPE, Arguments, told
-from m2mkd_jax.errors import UserError, printable, show_any_name
+from m2mkd_jax.errors import Lost, UserError, printable, show_any_name
 from m2mkd_jax.files.paths import storage_failure
 from m2mkd_jax.interruption import ended_by_signals
 from m2mkd_jax.parallel import memory
+from m2mkd_jax.streams import abandon_output, open_missing
 
 WRONG_INPUT = 2
 LONGEST = 2000  # characters of a message
@@ -56,16 +57,17 @@ def run(name: str, command: Callable[[], None]) -> int:
         The exit code: 0, or 2 with one line on stderr if the input is wrong.
     """
     logging.set_verbosity(logging.FATAL)  # Orbax logs every step, and stacks of its errors
+    open_missing()
     show_any_name()
     try:
         with ended_by_signals():
             command()
             sys.stdout.flush()
         return 0
-    except UserError as error:
+    except (UserError, Lost) as error:
         reason = str(error)
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
         return BROKEN_PIPE
     except OSError as error:  # a path that is too long or not readable; a full disk
         reason = told(error)

@@ -21,6 +21,10 @@ class UserError(Exception):
     """
 
 
+class Lost(Exception):
+    """A process that this one needs has ended, in one line; the same command goes on."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless the condition holds."""
     if not condition:

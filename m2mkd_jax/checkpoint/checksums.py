@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from m2mkd_jax.checkpoint.files import read_record, write_record
+from m2mkd_jax.checkpoint.orbax_tree import not_of_the_file
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
@@ -91,8 +92,13 @@ def damage(directory: Path, step: int, owner: Mapping[str, str] = MappingProxyTy
         directory: that `CheckedPyTreeHandler` wrote.
         step: whose checkpoint it should be.
         owner: likewise, by OWNER; what either does not say is not compared.
+
+    Raises:
+        OSError: the system refuses to read, which says nothing about the files.
     """
     try:
+        with (directory / FILE).open("rb"):
+            pass
         content = read_record(directory / FILE)
         expected: dict[str, str] = content["files"]
         if content["step"] != step:
@@ -103,6 +109,8 @@ def damage(directory: Path, step: int, owner: Mapping[str, str] = MappingProxyTy
     except UserError as error:
         return str(error)
     except (OSError, KeyError, TypeError) as error:
+        if not_of_the_file(error):
+            raise
         return f"{directory / FILE}: {type(error).__name__}: {error}"
     if missing := sorted(expected.keys() - have.keys()):
         return f"{missing[0]} is missing"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from m2mkd_jax.checkpoint.trees import Tree, flatten, nested
+from m2mkd_jax.parallel.memory import exhausted
 
 
 def stored_shapes(path: Path) -> dict[str, Any]:
@@ -54,6 +57,23 @@ def read_tree(path: Path, abstract: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(abstract), [have[key] for key in flat])
 
 
+# The file is not there, is a directory, or its disk is damaged.
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+
+
+def not_of_the_file(error: BaseException) -> bool:
+    """Whether an error in reading says nothing about what is read, so that another try may succeed.
+
+    Such as a device without memory left, too many open files, or files of another user.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        code = int(found[1])
+    if code is not None:
+        return code not in _OF_THE_FILE
+    return isinstance(error, MemoryError) or bool(exhausted(error))
+
+
 def attempt(read: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
     """Reads something that may be damaged.
 
@@ -64,12 +84,17 @@ def attempt(read: Callable[[], Any], together: bool = True) -> tuple[Any, str]:
 
     Returns:
         (result, "") if it succeeds, else (None, the reason in one line).
+
+    Raises:
+        Exception: what says nothing about what is read (`not_of_the_file`).
     """
     result, reason = None, ""
     silence_abandoned_reads()
     try:
         result = read()
     except Exception as error:
+        if not_of_the_file(error):
+            raise
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
     if together and jax.process_count() > 1:
         fine = multihost_utils.process_allgather(np.array(not reason)).all()

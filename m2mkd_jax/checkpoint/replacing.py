@@ -51,4 +51,4 @@ def replace_directory(new: Path, target: Path) -> None:
     if target.exists():  # a directory cannot be renamed onto a full one
         target.rename(old)
     new.rename(target)
-    remove_tree(old)
+    remove_tree(old, if_possible=True)

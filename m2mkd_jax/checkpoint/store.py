@@ -302,7 +302,7 @@ def save_weights(
             if tmp != target:
                 replace_directory(tmp, target)
     except BaseException:
-        remove_tree(tmp)
+        remove_tree(tmp, if_possible=True)
         raise
     barrier(f"weights end {target}")
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from m2mkd_jax.errors import UserError
+from m2mkd_jax.files.paths import naming, remove_tree, write_bytes
 
 # Seconds between two points from which an interrupted view is gone on with.
 _SAFE_SECONDS = 10.0
@@ -94,11 +94,12 @@ class KeptViews:
                 return False
         except (OSError, ValueError):  # none, or cut off
             pass
-        dropped = self.directory.is_dir() and any(self.directory.iterdir())
-        shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted))
-        return dropped
+        old = sorted(self.directory.iterdir())  # the directory may be a link to another disk
+        for entry in old:
+            remove_tree(entry)
+        write_bytes(path, json.dumps(wanted).encode())
+        return bool(old)
 
     def is_whole(self, view: int) -> bool:
         """Whether a view is on disk with every row of every array."""
@@ -182,7 +183,7 @@ class ViewWriter:
         self._kept, self._view, self._done = kept, view, start
         self._directory = kept._unfinished(view)
         self._directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(kept.directory / str(view), ignore_errors=True)  # not whole
+        remove_tree(kept.directory / str(view))  # not whole
         self._files = {}
         for name, size in kept._sizes().items():
             file = (self._directory / name).open("ab")
@@ -197,9 +198,10 @@ class ViewWriter:
         for name, row in self._kept.arrays.items():
             array = np.ascontiguousarray(rows[name][:count])
             assert array.shape[1:] == row.shape and array.dtype == row.type
-            self._files[name].write(array.reshape(-1).view(np.uint8).data)
             sums = self._kept.sums(self._view, indices, array)
-            self._files[_sums(Path(name)).name].write(sums.data)
+            with naming(self._directory / name):
+                self._files[name].write(array.reshape(-1).view(np.uint8).data)
+                self._files[_sums(Path(name)).name].write(sums.data)
         self._done += count
         if time.monotonic() - self._safe > _SAFE_SECONDS:
             self._sync()
@@ -214,16 +216,16 @@ class ViewWriter:
 
     def close(self) -> None:
         """Closes the files; what is safe on disk stays."""
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            with naming(self._directory / name):
+                file.close()
 
     def _sync(self) -> None:
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        path = self._directory / "rows"
-        path.with_suffix(".new").write_text(str(self._done))
-        os.replace(path.with_suffix(".new"), path)
+        for name, file in self._files.items():
+            with naming(self._directory / name):
+                file.flush()
+                os.fsync(file.fileno())
+        write_bytes(self._directory / "rows", str(self._done).encode())
         self._safe = time.monotonic()
 
 

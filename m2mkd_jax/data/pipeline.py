@@ -9,6 +9,7 @@ import functools
 import gc
 import math
 import os
+import re
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -31,11 +32,12 @@ from m2mkd_jax.data.workers import (
     end_with_parent,
     usable_cores,
 )
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import Lost, UserError
 
 # Limit for the batches waiting in memory, per process; it bounds the number of threads.
 _BUFFER_BYTES = 1 << 30
 _MAX_THREADS = 8
+_ENDED = re.compile(r"terminated unexpectedly with (exit code -?\d+)")  # Grain, of a worker
 
 
 def batch_indices(source: ImageSource, config: Any, batch_size: int, seed: int) -> BatchIndices:
@@ -306,6 +308,15 @@ class BatchIterator:
         except StopIteration:
             self.close()
             raise StopIteration from None
+        except RuntimeError as error:
+            ended = _ENDED.search(str(error))
+            if ended is None:
+                raise
+            self.close()
+            raise Lost(
+                f"a worker process that makes batches was ended ({ended[1]}); if memory ran out, "
+                "lower config.data.workers"
+            ) from None
         # Copied out of shared memory, which is scarce and must not be used after the workers end.
         batch = {
             name: value if type(value) is np.ndarray else np.array(value, subok=False)

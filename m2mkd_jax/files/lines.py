@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from m2mkd_jax.files.paths import in_bucket, write_bytes
+from m2mkd_jax.files.paths import in_bucket, naming, write_bytes
 
 UPLOAD_SECONDS = 30.0  # between two uploads, at least, but for those that are asked for
 
@@ -36,7 +36,8 @@ class Lines:
     def add(self, line: str) -> None:
         """Adds a line, given without its end."""
         if self._file is not None:
-            self._file.write(line + "\n")
+            with naming(self._path):
+                self._file.write(line + "\n")
             return
         self._held.append(line + "\n")
         if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
@@ -53,6 +54,7 @@ class Lines:
     def close(self) -> None:
         """Ends the file; nothing may be added after it."""
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
         else:
             self.upload()

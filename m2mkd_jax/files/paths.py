@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,13 +151,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     # The process id keeps apart two processes that write the same file at once.
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as file:
+        with naming(path), open(tmp, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or a power cut may keep the rename and lose the bytes
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An error of the system in a file that is open names no file: it then names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def read_text(path: Path) -> str:
@@ -191,10 +202,24 @@ def file_names(directory: Path) -> list[str]:
     )
 
 
-def remove_tree(directory: Path) -> None:
-    """Deletes a directory with all that lies below it, as far as it is there and can be."""
+def remove_tree(directory: Path, if_possible: bool = False) -> None:
+    """Deletes a directory with all that lies below it, if it is there; of a link the link alone.
+
+    Args:
+        directory: or a file, or a prefix in a bucket.
+        if_possible: leave what the file system does not let go.
+
+    Raises:
+        OSError: the file system refuses; names what is left.
+    """
     if not in_bucket(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError if if_possible else FileNotFoundError):
+            if directory.is_symlink() or directory.is_file():
+                directory.unlink()
+                return
+            shutil.rmtree(directory, ignore_errors=True)  # goes on after what it cannot delete
+            if directory.is_dir():
+                shutil.rmtree(directory)  # says what that was
         return
     with contextlib.suppress(FileNotFoundError):
         file_system(directory).rm(os.fspath(directory), recursive=True)

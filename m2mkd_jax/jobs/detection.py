@@ -38,7 +38,7 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, interrupted, is_main, reached
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
-from m2mkd_jax.train.loop import EvaluationStopped
+from m2mkd_jax.train.stops import EvaluationStopped
 
 # Of boxes and of masks in metrics, such as eval_box_AP50.
 TITLES = dict(zip(KINDS, ("box", "mask"), strict=True))

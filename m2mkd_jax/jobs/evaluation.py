@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.config.defaults import renditions_data
 from m2mkd_jax.data.channels import image_shape
 from m2mkd_jax.data.class_lists import PARENTS
@@ -24,6 +23,7 @@ from m2mkd_jax.evaluate.label_spaces import positions, restricted
 from m2mkd_jax.files.paths import make_directory
 from m2mkd_jax.jobs.data_checks import measured_images
 from m2mkd_jax.jobs.detection import measure_detector, said
+from m2mkd_jax.jobs.finished import run_of, write_result
 from m2mkd_jax.jobs.plan import Job, standing_on, write_inputs
 from m2mkd_jax.jobs.run import Run, has_test_images, image_source
 from m2mkd_jax.jobs.setup import frozen_program, make_program
@@ -38,8 +38,8 @@ from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.phases.program import Program
-from m2mkd_jax.train.loop import EvaluationStopped
 from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.stops import EvaluationStopped
 
 SEEN = 200  # validation images that a network is observed on before parts of it are removed
 # (uint8 images, key, number of the first) -> uint8 images.
@@ -116,6 +116,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
             weights=standing_on(run.config, run.workdir, job),
             images=measured_images(job.phases),
         )
+        own = run_of(directory / "inputs.json")["id"]
     metrics = {phase.job: _measure(run, phase) for phase in job.phases}
     first = metrics.get("e2e", next(iter(metrics.values()), {}))
     result = {
@@ -128,7 +129,7 @@ def run_evaluation(run: Run, job: Job) -> dict:
         "splits": {p.job: "test" if has_test_images(p.data) else "validation" for p in job.phases},
     }
     if is_main():
-        write_record(run.directory(job.name) / "done.json", result)
+        write_result(directory, own, result)
     barrier(f"{job.name} done")
     return result
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.files import sealed, unseal, write_record
+from m2mkd_jax.checkpoint.files import sealed, unseal
 from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
@@ -26,7 +26,7 @@ from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluation_batch, until_interrupted
-from m2mkd_jax.jobs.finished import run_of
+from m2mkd_jax.jobs.finished import check_same_place, run_of, write_result
 from m2mkd_jax.jobs.inputs import draw_images
 from m2mkd_jax.jobs.plan import EPISODES, Job, standing_on, write_inputs
 from m2mkd_jax.jobs.run import Run, image_source
@@ -96,6 +96,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
         line = {"episode": number, "seed": seed, "run": run_id, "seconds": seconds(), **metrics}
         done.append(sealed(line))
         if is_main():
+            check_same_place(directory, run_id)
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in done).encode())
         say(
             f"[{job.name}] episode {number + 1}/{config.few_shot.episodes}  "
@@ -115,7 +116,7 @@ def run_few_shot(run: Run, job: Job) -> dict[str, Any]:
         "origin": dict.fromkeys(phase.student, config.few_shot.network),
     }
     if is_main():
-        write_record(directory / "done.json", result)
+        write_result(directory, run_id, result)
     barrier(f"{job.name} done")
     return result
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from m2mkd_jax.checkpoint.files import read_record
+from m2mkd_jax.checkpoint.files import read_record, write_record
 from m2mkd_jax.errors import UserError
 
 
@@ -62,6 +62,35 @@ def is_inputs(record: Mapping[str, Any]) -> bool:
     return {"config", "needs"} <= record.keys() and all(
         isinstance(record.get(key, {}), dict) for key in groups
     )
+
+
+def check_same_place(directory: Path, run: str) -> None:
+    """Refuses to write into the directory of a job that is not the one that began it.
+
+    Args:
+        directory: of the job.
+        run: the id of `run_of` when the job was begun.
+
+    Raises:
+        UserError: it has vanished, or another run's is in its place.
+    """
+    path = directory / "inputs.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory} has vanished: mount its disk again, or restore it, and run the same "
+            "command again"
+        )
+    if run_of(path)["id"] != run:
+        raise UserError(
+            f"{directory} is now of another run, which was begun there since; nothing more is "
+            "written into it"
+        )
+
+
+def write_result(directory: Path, run: str, result: Mapping[str, Any]) -> None:
+    """Leaves a job's done.json. Raises UserError as `check_same_place`."""
+    check_same_place(directory, run)
+    write_record(directory / "done.json", result)
 
 
 def run_of(path: Path) -> dict[str, str]:

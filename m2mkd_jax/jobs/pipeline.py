@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from m2mkd_jax.checkpoint.files import write_json
 from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.workers import end_in_worker
-from m2mkd_jax.errors import require
+from m2mkd_jax.errors import UserError, require
 from m2mkd_jax.files.paths import (
     as_path,
     check_bucket,
@@ -25,7 +26,7 @@ from m2mkd_jax.files.paths import (
 from m2mkd_jax.jobs import checks
 from m2mkd_jax.jobs.agreement import check_same_data, check_same_directory, check_same_start
 from m2mkd_jax.jobs.changes import check_same_config, raised_epochs
-from m2mkd_jax.jobs.choice import choose
+from m2mkd_jax.jobs.choice import Choice, choose
 from m2mkd_jax.jobs.evaluation import run_evaluation
 from m2mkd_jax.jobs.few_shot import run_few_shot
 from m2mkd_jax.jobs.plan import (
@@ -44,7 +45,7 @@ from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
 from m2mkd_jax.parallel.mesh import make_mesh, spanning_groups, warm_up_collectives
 from m2mkd_jax.parallel.process import barrier, from_main, is_main, say
 from m2mkd_jax.phases.weight_files import job_directory
-from m2mkd_jax.train.loop import EvaluationStopped, Preempted
+from m2mkd_jax.train.stops import EvaluationStopped, Preempted
 
 STOPPED = "stopped by a signal; finished jobs and checkpoints are kept"
 RUNNERS: dict[Kind, Callable[[Run, Job], dict]] = {
@@ -93,20 +94,28 @@ def run(
     this = Run(config, workdir, mesh)
     time_left = TimeLeft.of(plan, _counted(plan, chosen, workdir, todo), workdir)
     try:
-        for names in _phases(chosen):
-            # Others may have begun or made them since, or what they stand on, and otherwise.
-            check_same_config(plan, workdir, [n for n in names if n in todo], (), choice.extended)
-            jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
-            if jobs and jobs[0].kind is Kind.TRAINING:
-                run_training(this, jobs, time_left, several=_has_siblings(jobs[0], todo))
-                continue
-            for job in jobs:
-                RUNNERS[job.kind](this, job)
-    except EvaluationStopped:  # outside of training
-        raise Preempted(STOPPED) from None
-    finally:  # an interrupted run has a summary too
-        summary = summarise(plan, workdir)
-    return summary
+        _run_jobs(this, plan, choice, time_left)
+    except BaseException as error:
+        with contextlib.suppress(OSError, UserError):  # what ended the run is what is told
+            summarise(plan, workdir)
+        if isinstance(error, EvaluationStopped):  # outside of training
+            raise Preempted(STOPPED) from None
+        raise
+    return summarise(plan, workdir)
+
+
+def _run_jobs(this: Run, plan: Plan, choice: Choice, time_left: TimeLeft) -> None:
+    """Does the jobs that are to be done, phase by phase."""
+    workdir, todo = this.workdir, choice.todo
+    for names in _phases(choice.chosen):
+        # Others may have begun or made them since, or what they stand on, and otherwise.
+        check_same_config(plan, workdir, [n for n in names if n in todo], (), choice.extended)
+        jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
+        if jobs and jobs[0].kind is Kind.TRAINING:
+            run_training(this, jobs, time_left, several=_has_siblings(jobs[0], todo))
+            continue
+        for job in jobs:
+            RUNNERS[job.kind](this, job)
 
 
 def _check_arguments(config: Any, workdir: Any, **jobs: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from m2mkd_jax.checkpoint.checksums import SECONDS, saved_metrics
-from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.steps import latest_step
 from m2mkd_jax.checkpoint.store import RunCheckpoints, save_weights
 from m2mkd_jax.checkpoint.trees import not_finite
@@ -31,7 +30,7 @@ from m2mkd_jax.jobs.detection import (
 )
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
-from m2mkd_jax.jobs.finished import run_of
+from m2mkd_jax.jobs.finished import check_same_place, run_of, write_result
 from m2mkd_jax.jobs.fitting import FittingStep
 from m2mkd_jax.jobs.inputs import describe_inputs
 from m2mkd_jax.jobs.joint import JointSetup
@@ -47,8 +46,9 @@ from m2mkd_jax.parallel.matrix_rate import matrix_rate
 from m2mkd_jax.parallel.process import alone, any_process, barrier, from_main, is_main, say, union
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.phases.phase import Phase
-from m2mkd_jax.train.loop import Loop, Member, NotFinite, Preempted
+from m2mkd_jax.train.loop import Loop, Member
 from m2mkd_jax.train.step import evaluated_params, with_fixed
+from m2mkd_jax.train.stops import NotFinite, Preempted
 
 
 def _stop_rule(phase: Phase, reference: dict[str, float]) -> Callable[[dict], bool] | None:
@@ -64,6 +64,7 @@ class _Record:
     """What a job in training keeps beside its state."""
 
     directory: Path
+    run: str  # the id of `run_of`
     total: int
     checkpoints: RunCheckpoints
     reference: dict[str, float]
@@ -153,7 +154,7 @@ class Training:
                 trackers=make_trackers(self._run.config, directory, name) if is_main() else (),
             )
             self._records[name] = _Record(
-                directory, total, checkpoints, references[name], origins[name], log, earlier
+                directory, run, total, checkpoints, references[name], origins[name], log, earlier
             )
         self._setup = self._setup.only(self._records)
         return put_off
@@ -333,6 +334,8 @@ class Training:
         record.log.close()
         record.checkpoints.close()
         metrics = {**metrics, **record.reference}
+        if is_main():
+            check_same_place(record.directory, record.run)
         _save(self._setup.setups[name], record.directory, state, steps, metrics)
         result = {
             "name": name,
@@ -345,8 +348,8 @@ class Training:
         if self._detections is not None:
             result["per_class"] = self._detections.per_class
         if is_main():
-            write_record(record.directory / "done.json", result)
-            remove_tree(local_directory(record.directory / FOLDER))
+            write_result(record.directory, record.run, result)
+            remove_tree(local_directory(record.directory / FOLDER), if_possible=True)
         barrier(f"{name} done")
         shown = said(metrics) if BEST in metrics else f"accuracy {metrics['eval_accuracy']:.4f}"
         say(f"[{name}] done in {result['seconds']:.1f} s, {shown}")
@@ -368,6 +371,8 @@ def _save_finite(
     wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
     if any_process(bool(wrong)):
         raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
+    if is_main():
+        check_same_place(record.directory, record.run)
     record.log.upload()
     record.checkpoints.save(step, state, metrics | {SECONDS: seconds()}, together)
 

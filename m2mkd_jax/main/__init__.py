@@ -18,6 +18,7 @@ import m2mkd_jax
 
 def start() -> None:
     """Entry point of the command; --help and --version load no jax."""
+    import_module("m2mkd_jax.streams").open_missing()
     # Until the command runs, Ctrl-C ends it without a stack of half-done imports.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     words = {argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")}

@@ -21,7 +21,7 @@ from m2mkd_jax.arguments import BROKEN_PIPE, named_file, refuse_repeated
 from m2mkd_jax.config.document import list_keys
 from m2mkd_jax.config.files import check_overrides, find_config, read_config
 from m2mkd_jax.config.values import check_values
-from m2mkd_jax.errors import UserError, printable, show_any_name
+from m2mkd_jax.errors import Lost, UserError, printable, show_any_name
 from m2mkd_jax.files.paths import as_path, storage_failure
 from m2mkd_jax.interruption import heard, raising
 from m2mkd_jax.jobs.dry_run import dry_run
@@ -29,14 +29,23 @@ from m2mkd_jax.jobs.pipeline import STOPPED, run
 from m2mkd_jax.jobs.summary import print_summary
 from m2mkd_jax.main.flags import CONFIG, DRY_RUN, EXTEND, LIST_KEYS, ONLY, REDO, WORKDIR
 from m2mkd_jax.parallel import cluster, memory, process, watchdog
-from m2mkd_jax.train.loop import Preempted
+from m2mkd_jax.streams import abandon_output, leave_terminal, output_failed
+from m2mkd_jax.train.stops import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
+KEPT = "finished jobs and checkpoints are kept; run the same command again to go on"
 # A full disk; a quota, which Windows calls otherwise; a file beyond `ulimit -f`.
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
     *DISK_FULL,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ELOOP,
+    errno.ENOTEMPTY,
+    getattr(errno, "ESTALE", errno.EIO),  # a network's file system
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -109,6 +118,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _terminated(number: int) -> Preempted:
+    if number == process.HANGUP:
+        leave_terminal()
     return Preempted(STOPPED)
 
 
@@ -116,6 +127,8 @@ def _as_sigterm(number: int, _: Any) -> None:
     """Handles what asks one of several processes to stop; a second SIGINT ends it at once."""
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
+    if number == process.HANGUP:
+        leave_terminal()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -156,6 +169,16 @@ def _storage_failed(reason: str) -> int:
     return process.fail(f"m2mkd_jax: {WORKDIR.value}: {printable(reason)}; {hint}", code)
 
 
+def _refused(error: OSError) -> str:
+    """What the system has refused, in one line; "": it may be a fault of this package."""
+    where, known = named_file(error), error.errno in USER_ERRORS
+    if known and not where and output_failed():
+        return f"its output cannot be written: {error.strerror}; {KEPT}"
+    if error.errno == errno.ENOENT and where and not Path(where).parent.is_dir():
+        return f"{Path(where).parent} has vanished; restore it, and run the same command again"
+    return f"{where or WORKDIR.value}: {error.strerror}" if known else ""
+
+
 def main(argv: list[str]) -> int:
     """The command, once its flags are parsed.
 
@@ -179,19 +202,18 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return _refuse(error)
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
         if LIST_KEYS.value or DRY_RUN.value:
             return BROKEN_PIPE
-        kept = "finished jobs and checkpoints are kept; run the same command again to go on"
-        return process.fail(f"m2mkd_jax: nobody reads its output any more; {kept}", BROKEN_PIPE)
+        return process.fail(f"m2mkd_jax: nobody reads its output any more; {KEPT}", BROKEN_PIPE)
     except OSError as error:
-        # A failed write to an open file names no file; a full disk is that of the run.
-        where = named_file(error) or (WORKDIR.value if error.errno in DISK_FULL else "")
         if line := storage_failure(error):
             return _storage_failed(line)
-        if error.errno not in USER_ERRORS or not where:
+        if not (line := _refused(error)):
             raise
-        return process.fail(f"m2mkd_jax: {where}: {error.strerror}", WRONG_INPUT)
+        return process.fail(f"m2mkd_jax: {line}", WRONG_INPUT)
+    except Lost as error:
+        return process.fail(f"m2mkd_jax: {error}; run the same command again", watchdog.LOST)
     except Preempted as stop:
         heard()
         if process.is_main():
@@ -218,4 +240,16 @@ def start() -> None:
         cluster.start_distributed()
     except UserError as error:
         sys.exit(_refuse(error))
-    app.run(main, flags_parser=_parse)
+    app.run(_to_the_end, flags_parser=_parse)
+
+
+def _to_the_end(argv: list[str]) -> int:
+    """Runs `main`; after an error nothing is waited for.
+
+    Where a directory cannot be made, Orbax's threads wait for it for many minutes.
+    """
+    code = main(argv)
+    if code in (WRONG_INPUT, watchdog.LOST):
+        sys.stdout.flush()
+        os._exit(code)
+    return code

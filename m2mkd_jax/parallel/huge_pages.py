@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from m2mkd_jax.streams import open_missing
+
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb"
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -25,6 +27,7 @@ def start_again() -> None:
 
     `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment prevents it.
     """
+    open_missing()
     environment = with_huge_pages(os.environ, _glibc(), _setting())
     # Not where another program calls the command with arguments of its own.
     if environment and sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:] and sys.executable:

@@ -22,10 +22,16 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name; Orbax uses it as well
 from jax.experimental import multihost_utils
 
+from m2mkd_jax.streams import leave_terminal
+
 CONNECT_SECONDS = 300
 USER_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # of which jax catches the first
+# Of these jax catches the first.
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
 SIGNALS += (USER_SIGNAL,) if USER_SIGNAL else ()
+HANGUP = getattr(signal, "SIGHUP", None)
+if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # which is what nohup asks for
+    SIGNALS += (HANGUP,)
 _END, _LEFT = "m2mkd_jax/end", "m2mkd_jax/left"
 _POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
 _steps = itertools.count()
@@ -136,11 +142,12 @@ def union(numbers: Collection[int]) -> set[int]:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM, SIGINT and SIGUSR1, in the main thread only.
+    """Catches SIGTERM, SIGINT, SIGUSR1 and SIGHUP, in the main thread only.
 
     A second signal ends this process at once (with several processes: a second SIGINT), but for one
-    after SIGUSR1, by which SLURM announces the end of the time before SIGTERM comes. What is half
-    written then is not taken for whole: it has no final name yet.
+    after SIGUSR1, by which SLURM announces the end of the time before SIGTERM comes, and after
+    SIGHUP, which both the terminal and the shell send. What is half written then is not taken for
+    whole: it has no final name yet.
 
     Yields:
         A function to be called after each step: whether to stop. With several processes a signal
@@ -153,7 +160,9 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, _: Any) -> None:
         arrived.append(number)
-        if len(arrived) - arrived.count(USER_SIGNAL or 0) > 1:
+        if number == HANGUP:
+            leave_terminal()
+        if sum(other not in (USER_SIGNAL, HANGUP) for other in arrived) > 1:
             os._exit(128 + number)
         if not by_itself:
             os.kill(os.getpid(), signal.SIGTERM)

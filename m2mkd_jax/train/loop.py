@@ -17,37 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from m2mkd_jax.errors import UserError
-from m2mkd_jax.parallel.process import alone, from_main, reached, stopping
-
-
-class Preempted(BaseException):
-    """A signal to stop arrived in one of the processes; the states have been saved.
-
-    It may arrive anywhere, also where any error of a module of one's own is caught.
-    """
-
-
-class EvaluationStopped(Exception):
-    """A signal arrived in the middle of an evaluation, which has no result."""
-
-
-class NotFinite(UserError):
-    """A loss, gradient or evaluation is not finite.
-
-    Args:
-        name: the job.
-        step: the step, counted from 1, or the number of steps before the evaluation.
-        what: what is not finite.
-        training: whether it is the step's, not an evaluation's.
-    """
-
-    def __init__(self, name: str, step: int, what: str, training: bool):
-        self.name, self.step, self.what, self.training = name, step, what, training
-        super().__init__(
-            f"{name}: the {what} is no longer finite at step {step}; lower the learning rate or "
-            "set clip in its recipe"
-        )
+from m2mkd_jax.errors import Lost
+from m2mkd_jax.parallel.process import alone, from_main, interrupted, reached, stopping
+from m2mkd_jax.train.stops import EvaluationStopped, NotFinite, Preempted
 
 
 @dataclass
@@ -183,7 +155,7 @@ class Loop:
                 ended, compiled = {}, False
                 while not ended:
                     asked = time.monotonic()
-                    batch = next(batches)
+                    batch = self._next(batches, done, members, states)
                     arrived = time.monotonic()
                     self._waited += arrived - asked
                     stepped, step_metrics = step(states, batch)
@@ -233,28 +205,60 @@ class Loop:
                 metrics = self._evaluated(done, members, states)
             except EvaluationStopped:
                 stopped = True
+            except Lost:
+                self._keep(done, members, states)
+                raise
         overdue = time.monotonic() - self._saved > self.save_seconds
         if not alone():
             # Clocks differ between processes, and agreeing at every step would be slow.
             overdue = bool(logs) and from_main(overdue)
-        if overdue or stopped:
-            self._check_pending(done, members, states)
         if metrics or overdue or stopped:
-            # All at the same steps, each of which all have before the next one is saved: from the
-            # newest of them a killed run goes on in the program that it had.
-            self.wait()
-            together = tuple(member.name for member in members)
-            for member in members:
-                own = metrics.get(member.name, {})
-                member.save(done, states[member.name], own, together)
+            self._save(done, members, states, metrics)
         if metrics:
             self._paused += time.monotonic() - self._asked
         if metrics or overdue:
             self._saved = time.monotonic()
         if stopped:
-            names = ", ".join(member.name for member in members)
-            raise Preempted(f"{names}: stopped by a signal at step {done}, state saved")
+            raise _preempted(done, members)
         return metrics
+
+    def _save(
+        self, done: int, members: list[Member], states: dict, metrics: dict[str, dict]
+    ) -> None:
+        """Saves the states after `done` steps, with metrics of evaluations. Raises NotFinite."""
+        self._check_pending(done, members, states)
+        # All at the same steps, each of which all have before the next one is saved: from the
+        # newest of them a killed run goes on in the program that it had.
+        self.wait()
+        together = tuple(member.name for member in members)
+        for member in members:
+            member.save(done, states[member.name], metrics.get(member.name, {}), together)
+
+    def _next(self, batches: Iterator[dict], done: int, members: list[Member], states: dict) -> Any:
+        """The next batch.
+
+        Raises:
+            Lost: who makes the batches has ended; the states were saved where this process can do
+                so by itself.
+            Preempted: it has because all processes of a terminal or a job got a signal.
+        """
+        try:
+            return next(batches)
+        except Lost:
+            self._keep(done, members, states)
+            raise
+
+    def _keep(self, done: int, members: list[Member], states: dict) -> None:
+        """Saves the states after `done` steps, where the process is alone.
+
+        Raises:
+            Preempted: a signal to stop has arrived.
+        """
+        if alone() and done:
+            self._save(done, members, states, {})
+            self.wait()
+        if alone() and interrupted():
+            raise _preempted(done, members)
 
     def _ended_before(self, states: dict, done: int) -> dict[str, dict]:
         """Metrics of jobs that a previous run may have been stopped in after their last step.
@@ -262,11 +266,12 @@ class Loop:
         An evaluation that was due and is not in the log is made up for.
         """
         due = bool(self.evaluate_every and done and done % self.evaluate_every == 0)
-        asked = [
-            member
+        needed = any(
+            done >= member.total_steps or (due and (member.stop or member.evaluated < done))
             for member in self.members
-            if done >= member.total_steps or (due and (member.stop or member.evaluated < done))
-        ]
+        )
+        # Together, as without the stop: in another program a loss may differ in its last digit.
+        asked = [m for m in self.members if needed and (due or done >= m.total_steps)]
         try:
             metrics = self._measured(done, asked, states) if asked else {}
         except EvaluationStopped:
@@ -372,3 +377,8 @@ class Loop:
     def _clock(self) -> float:
         """The time, without that of compiling and evaluating."""
         return time.monotonic() - self._paused
+
+
+def _preempted(done: int, members: Sequence[Member]) -> Preempted:
+    names = ", ".join(member.name for member in members)
+    return Preempted(f"{names}: stopped by a signal at step {done}, state saved")

@@ -20,12 +20,15 @@ from types import SimpleNamespace
 import pytest
 from absl import logging
 
+from m2mkd_jax.checkpoint.files import write_record
+from m2mkd_jax.checkpoint.orbax_tree import attempt
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import Lost, UserError
 from m2mkd_jax.jobs import pipeline, rounds, training
 from m2mkd_jax.main import command as main
 from m2mkd_jax.train.schedule import learning_rate
+from m2mkd_jax.train.stops import Preempted
 from tests.e2e import tiny
 from tests.unit.checkpoint.test_store import abstract, assert_same, make_state
 
@@ -152,16 +155,132 @@ def test_a_vanished_directory_is_not_made_again(tmp_path):
     checkpoints.close()
 
 
-def test_the_line_on_a_full_disk(monkeypatch, capsys):
+def of_system(code, *name):
+    return OSError(code, os.strerror(code), *name)
+
+
+LINES = {
+    "a full disk": (of_system(errno.ENOSPC), 2, "runs/a: No space left on device"),
+    "too many files": (of_system(errno.EMFILE, "b"), 2, "b: Too many open files"),
+    "a bad disk": (of_system(errno.EIO, "b"), 2, "b: Input/output error"),
+    "a lost disk": (
+        of_system(errno.ENOENT, "/none/a/b"),
+        2,
+        "/none/a has vanished; restore it, and run the same command again",
+    ),
+    "a lost worker": (
+        Lost("a worker was ended"),
+        4,
+        "a worker was ended; run the same command again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "line"), LINES.values(), ids=LINES)
+def test_the_line_on_what_the_system_refuses(error, code, line, monkeypatch, capsys):
     def run(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(main, "_run", run)
     monkeypatch.setattr(main, "CONFIG", type("Flag", (), {"value": None}))
     monkeypatch.setattr(main, "WORKDIR", type("Flag", (), {"value": "runs/a"}))
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
-    assert main.main([]) == main.WRONG_INPUT
-    assert capsys.readouterr().err == "m2mkd_jax: runs/a: No space left on device\n"
+    assert main.main([]) == code
+    assert capsys.readouterr().err == f"m2mkd_jax: {line}\n"
+
+
+def test_after_an_error_no_thread_is_waited_for(monkeypatch):
+    """Orbax's wait for minutes for a directory that cannot be made."""
+    ended = []
+    monkeypatch.setattr(main.os, "_exit", ended.append)
+    for code in (0, main.WRONG_INPUT, main.PREEMPTED):
+        monkeypatch.setattr(main, "main", lambda _, code=code: code)
+        assert main._to_the_end([]) == code
+    assert ended == [main.WRONG_INPUT]
+
+
+def test_a_checkpoint_that_may_not_be_read_now_is_not_damaged(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path / "run")
+    for step in (10, 20):
+        checkpoints.save(step, make_state(step, size=8))
+        checkpoints.wait()
+    shut = tmp_path / "run" / "20" / "state"
+    tmp_path.chmod(0o755)
+    tmp_path.parent.chmod(0o755)
+    shut.chmod(0)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(NOBODY)
+        with pytest.raises(PermissionError):
+            checkpoints.restore_latest(abstract(make_state(0, size=8)))
+    finally:
+        if root:
+            os.seteuid(0)
+        shut.chmod(0o755)
+    step, _ = checkpoints.restore_latest(abstract(make_state(0, size=8)))
+    assert step == 20
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_system(errno.EMFILE),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes"),
+        ValueError("NOT_FOUND: Error opening [source locations='os_error_code='24'']"),
+    ],
+)
+def test_what_says_nothing_of_a_file_is_no_damage(error):
+    def read():
+        raise error
+
+    with pytest.raises(type(error)):
+        attempt(read)
+    assert attempt(lambda: {}["a"]) == (None, "'a'")
+
+
+def test_a_summary_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise of_system(errno.ENOSPC)
+
+    def stopped(*_, **__):
+        raise Preempted("stopped by a signal")
+
+    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(pipeline, "summarise", refuse)
+    monkeypatch.setattr(pipeline, "run_training", stopped)
+    config = tiny.get_config()
+    config.phases = ("pt",)
+    with pytest.raises(Preempted):
+        pipeline.run(config, tmp_path)
+    monkeypatch.setattr(pipeline, "run_training", lambda *_, **__: None)
+    with pytest.raises(OSError, match="No space"):
+        pipeline.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["vanished", "another"])
+def test_a_result_stays_with_its_run(what, tmp_path, monkeypatch):
+    """A directory that was renamed, or that another run has taken, gets no weights."""
+    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
+    workdir, close = tmp_path / "run", training.RunCheckpoints.close
+
+    def closed(self):
+        close(self)
+        if workdir.exists():
+            workdir.rename(tmp_path / "renamed")
+        if what == "another":
+            write_record(workdir / "jobs/pt/inputs.json", {"run": {"id": "another"}})
+
+    monkeypatch.setattr(training.RunCheckpoints, "close", closed)
+    config = tiny.get_config()
+    config.phases, config.recipes.pt.epochs = ("pt",), 1
+    line = "has vanished" if what == "vanished" else "is now of another run"
+    with pytest.raises(UserError, match=f"jobs/pt {line}"):
+        pipeline.run(config, workdir)
+    assert not (workdir / "jobs" / "pt" / "weights").exists()
+    assert workdir.exists() == (what == "another")
 
 
 def test_odd_names_a_clock_set_back_and_more_epochs(tmp_path, monkeypatch, capsys):

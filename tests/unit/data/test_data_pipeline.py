@@ -26,7 +26,7 @@ from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats.folder import FolderFiles, list_images
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import Lost, UserError
 
 SIZE = 16
 
@@ -273,6 +273,23 @@ if __name__ == "__main__":
     for step, batch in enumerate(batches, start):
         print(step, zlib.crc32(batch["image"].tobytes()), batch["label"].sum(), flush=True)
 """
+
+
+def test_a_killed_worker_is_told_and_a_terminals_signals_end_none(folder_source):
+    batches = train_batches(
+        folder_source, make_config(workers=1), batch_size=6, total_steps=40, seed=7
+    )
+    next(batches)
+    (worker,) = (p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        worker.send_signal(number)
+    for _ in range(8):  # more than wait already
+        next(batches)
+    worker.kill()
+    with pytest.raises(Lost, match=r"a worker process .* was ended \(exit code -9\)"):
+        for _ in range(31):
+            next(batches)
+    assert next(batches, None) is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,9 @@
 """Rows on disk: equal to what was written, never half a view, never from other inputs."""
 
+import errno
+import os
 import pickle
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -132,6 +135,31 @@ def test_views_of_other_inputs_are_dropped(kept):
     write(kept, 0).finish()
     wider = KeptViews(kept.directory, IMAGES, {**ARRAYS, "tokens": Row((2, 4), "bfloat16")})
     assert wider.begin({**INPUTS, "stages": {"meta_0": "abd"}})
+
+
+def test_views_of_other_inputs_are_dropped_on_another_disk_too(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "views").symlink_to(tmp_path / "disk")
+    views = KeptViews(tmp_path / "views", IMAGES, ARRAYS)
+    assert not views.begin(INPUTS)
+    write(views, 0).finish()
+    assert views.begin({**INPUTS, "seed": 1}) and not views.is_whole(0)
+    write(views, 0).finish()
+    assert views.is_whole(0) and (tmp_path / "views").is_symlink()
+
+
+def test_views_that_cannot_be_dropped_are_told(kept, monkeypatch):
+    """They would be trained on as if they were of the new inputs."""
+    write(kept, 0).finish()
+
+    def refuse(path, ignore_errors=False, **_):
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            kept.begin({**INPUTS, "seed": 1})
 
 
 def test_batches_name_arrays_by_job(kept):

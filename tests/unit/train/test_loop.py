@@ -7,7 +7,7 @@ import signal
 import jax
 import pytest
 
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import Lost, UserError
 from m2mkd_jax.train.loop import EvaluationStopped, Loop, Member, NotFinite, Preempted
 
 
@@ -247,7 +247,7 @@ def test_a_signal_in_an_evaluation_saves_and_a_resumed_run_makes_up_for_it():
     assert [r["step"] for r in known.logs if "eval_accuracy" in r] == [10]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_raises(number):
     recorder = Recorder()
     step = recorder.step
@@ -258,6 +258,8 @@ def test_a_signal_saves_and_raises(number):
             if number == signal.SIGUSR1:  # SLURM's announcement, and later its order
                 signal.raise_signal(signal.SIGUSR1)
                 signal.raise_signal(signal.SIGTERM)
+            if number == signal.SIGHUP:  # the terminal's, and the shell's
+                signal.raise_signal(number)
         return step(states, batch)
 
     recorder.step = interrupted
@@ -281,6 +283,21 @@ def test_a_signal_while_a_job_ends_stops_after_it(start):
     with pytest.raises(Preempted, match="after job had ended"):
         recorder.run(start)
     assert [steps for _, _, steps in recorder.ended] == [10]
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["by itself", "with all processes"])
+def test_what_has_been_done_is_saved_when_who_makes_the_batches_has_ended(told):
+    recorder = Recorder()
+
+    def batches():
+        yield from range(3)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
+        raise Lost("a worker process was ended")
+
+    with pytest.raises(Preempted if told else Lost):
+        recorder.loop.run({"job": {"n": 0}}, batches())
+    assert recorder.saves == [(3, {})]
 
 
 class Jobs:
@@ -341,6 +358,18 @@ def test_each_job_ends_by_itself_and_the_rest_go_on():
         assert [e for e in events if e not in saved] == ([("save", 5)] if name == "a" else [])
         assert [e for e in events if e in saved] == saved
     assert [event for event in together.events["c"] if event[0] == "end"] == [("end", 4, 4)]
+
+
+def test_what_is_measured_anew_is_measured_with_the_others_as_without_the_stop():
+    """After a kill between the last save of b and its result."""
+    jobs, measured = Jobs({"a": 10, "b": 5, "c": 10}, evaluate_every=5), []
+    evaluate = jobs.loop.evaluate
+    jobs.loop.evaluate = lambda states: measured.append(tuple(states)) or evaluate(states)
+    for member in jobs.loop.members:
+        member.evaluated = 5
+    jobs.run(start=5)
+    assert measured == [("a", "b", "c"), ("a", "c")]
+    assert jobs.events["b"] == [("end", 5, 5)]
 
 
 def test_all_jobs_have_a_step_before_one_saves_the_next_or_is_done():
