@@ -166,7 +166,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        if error.errno is not None:
+            error.filename = error.filename or os.fspath(path)
         raise
 
 
