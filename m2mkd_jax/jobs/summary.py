@@ -17,6 +17,7 @@ from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_files import job_directory
 
+CONFIG = "config.json"  # which a run leaves in its directory first
 TITLES = {"pt": "meta", "ft": "teacher"}  # in the results, of phases of one network
 
 
@@ -51,7 +52,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, held_out)}
     if held_out:
         summary["accuracy_of"] = _accuracy_of(jobs)
-    if is_main() and workdir.is_dir():  # one that has vanished is not made again
+    if is_main() and (workdir / CONFIG).is_file():  # else it has vanished, and is not made again
         write_json(workdir / "summary.json", summary)
     return summary
 
