@@ -38,7 +38,7 @@ from m2mkd_jax.jobs.plan import (
 )
 from m2mkd_jax.jobs.rounds import run_training
 from m2mkd_jax.jobs.run import Run
-from m2mkd_jax.jobs.summary import summarise
+from m2mkd_jax.jobs.summary import CONFIG, summarise
 from m2mkd_jax.jobs.time_left import TimeLeft
 from m2mkd_jax.parallel import watchdog
 from m2mkd_jax.parallel.compilation_cache import enable_compilation_cache
@@ -177,6 +177,6 @@ def _prepare(plan: Plan, workdir: Path, stale: list[str], extended: list[str]) -
                 "learning rate is the one of a schedule over all of them"
             )
             (job_directory(workdir, name) / "done.json").unlink(missing_ok=True)
-        write_json(workdir / "config.json", json.loads(plan.config.to_json()))
+        write_json(workdir / CONFIG, json.loads(plan.config.to_json()))
     if stale or extended:
         barrier("jobs that are done again are dropped")

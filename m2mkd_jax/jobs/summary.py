@@ -18,6 +18,7 @@ from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.build import END_TO_END
 from m2mkd_jax.phases.weight_files import job_directory
 
+CONFIG = "config.json"  # which a run leaves in its directory first
 TITLES = {"pt": "meta", "ft": "teacher"}  # in the results, of phases of one network
 
 
@@ -55,7 +56,7 @@ def summarise(plan: Plan, workdir: Path) -> dict[str, Any]:
     summary = {"name": plan.config.name, "jobs": jobs, "results": results(jobs, bool(held_out))}
     if held_out or any("validation" in j.get("splits", {}).values() for j in jobs):
         summary["accuracy_of"] = _accuracy_of(jobs, held_out)
-    if is_main() and workdir.is_dir():  # one that has vanished is not made again
+    if is_main() and (workdir / CONFIG).is_file():  # else it has vanished, and is not made again
         write_json(workdir / "summary.json", summary)
     return summary
 

@@ -22,12 +22,7 @@ from m2mkd_jax.data.scenes import is_scenes
 from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import local_directory, remove_tree
-from m2mkd_jax.jobs.detection import (
-    BEST,
-    DetectionEvaluator,
-    said,
-    scene_stream,
-)
+from m2mkd_jax.jobs.detection import BEST, DetectionEvaluator, said, scene_stream
 from m2mkd_jax.jobs.diagnosis import where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.finished import check_same_place, run_of, write_result
@@ -193,6 +188,11 @@ class Training:
             raise
         except NotFinite as error:
             raise self._explained(error) from None
+        except Exception:
+            for record in self._records.values():  # whose end would explain any error
+                if is_main():
+                    check_same_place(record.directory, record.run)
+            raise
         finally:
             self._close_stream()
             for record in self._records.values():

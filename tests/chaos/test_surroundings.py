@@ -22,6 +22,7 @@ from absl import logging
 
 from m2mkd_jax.checkpoint.files import write_record
 from m2mkd_jax.checkpoint.orbax_tree import attempt
+from m2mkd_jax.checkpoint.steps import saved_steps
 from m2mkd_jax.checkpoint.store import RunCheckpoints, load_weights, save_weights
 from m2mkd_jax.config.defaults import module_recipe
 from m2mkd_jax.errors import Lost, UserError
@@ -258,6 +259,27 @@ def test_a_summary_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "run_training", lambda *_, **__: None)
     with pytest.raises(OSError, match="No space"):
         pipeline.run(config, tmp_path)
+
+
+def test_a_directory_that_vanishes_while_a_state_is_saved_is_told(tmp_path, monkeypatch):
+    """Orbax makes a new one in its place, and fails."""
+    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda: None)
+    workdir, save = tmp_path / "run", training.RunCheckpoints.save
+
+    def saved(self, *arguments):
+        save(self, *arguments)
+        self.wait()
+        workdir.rename(tmp_path / "renamed")
+        (workdir / "jobs" / "pt" / "checkpoints").mkdir(parents=True)
+        raise ValueError("No ArrayMetadata found")
+
+    monkeypatch.setattr(training.RunCheckpoints, "save", saved)
+    config = tiny.get_config()
+    config.phases, config.recipes.pt.epochs = ("pt",), 1
+    with pytest.raises(UserError, match="jobs/pt has vanished"):
+        pipeline.run(config, workdir)
+    assert not [path for path in workdir.rglob("*") if path.is_file()]
+    assert saved_steps(tmp_path / "renamed" / "jobs" / "pt" / "checkpoints") == [10]
 
 
 @pytest.mark.parametrize("what", ["vanished", "another"])
