@@ -43,6 +43,7 @@ class CheckedPyTreeHandler(ocp.PyTreeCheckpointHandler):
             **args.owner,
             "metrics": args.metrics,
             "together": list(args.together),
+            "program": list(args.program),
         }
         return await super().async_save(directory, *others, args=args)
 
@@ -62,12 +63,14 @@ class CheckedPyTreeSave(ocp.args.PyTreeSave):
         owner: whose state it is, by OWNER.
         metrics: kept beside the checksums, because Orbax keeps them in a file of its own.
         together: the jobs whose states are saved at this step by one program.
+        program: the jobs that it was made for, some of which may have ended since.
     """
 
     step: int = 0
     owner: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     together: tuple[str, ...] = ()
+    program: tuple[str, ...] = ()
 
 
 def file_checksums(directory: Path) -> dict[str, str]:
@@ -137,9 +140,14 @@ def saved_metrics(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def saved_together(directory: Path) -> tuple[str, ...]:
-    """The jobs that a checkpoint was saved with, its own among them; () where that is not said."""
+def saved_jobs(directory: Path, key: str) -> tuple[str, ...]:
+    """Jobs of a checkpoint's program; () where that is not said.
+
+    Args:
+        directory: that `CheckedPyTreeHandler` wrote.
+        key: "together" or "program", see `CheckedPyTreeSave`.
+    """
     try:
-        return tuple(read_record(directory / FILE)["together"])
+        return tuple(read_record(directory / FILE)[key])
     except (UserError, KeyError, TypeError):
         return ()

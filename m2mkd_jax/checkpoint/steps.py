@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from m2mkd_jax.checkpoint.checksums import saved_together
+from m2mkd_jax.checkpoint.checksums import saved_jobs
 from m2mkd_jax.files.paths import as_path, file_names, in_bucket
 
 _COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint in a bucket that is whole
@@ -41,7 +41,7 @@ def common_steps(directories: Mapping[str, Path]) -> dict[str, int]:
     """
     steps = {job: saved_steps(directory) for job, directory in directories.items()}
     together = {
-        job: saved_together(directories[job] / str(steps[job][-1]) / "state")
+        job: saved_jobs(directories[job] / str(steps[job][-1]) / "state", "together")
         for job in steps
         if steps[job]
     }
@@ -60,3 +60,14 @@ def common_steps(directories: Mapping[str, Path]) -> dict[str, int]:
         shared = recent[job].intersection(*(recent[other] for other in partners(job)))
         common[job] = max(shared, default=max(own, default=0))
     return common
+
+
+def program_jobs(directories: Mapping[str, Path], steps: Mapping[str, int]) -> set[str]:
+    """The jobs that the programs were made for in which some jobs have trained.
+
+    Args:
+        directories: of `RunCheckpoints`, by job.
+        steps: of the checkpoints from which the jobs go on; 0: from none.
+    """
+    states = [directories[job] / str(step) / "state" for job, step in steps.items() if step]
+    return {job for state in states for job in saved_jobs(state, "program")}

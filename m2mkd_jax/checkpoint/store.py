@@ -127,6 +127,7 @@ class RunCheckpoints:
         state: Tree,
         metrics: Mapping[str, Any] | None = None,
         together: Sequence[str] = (),
+        program: Sequence[str] = (),
     ) -> bool:
         """Copies the state to the host and writes it in the background.
 
@@ -138,7 +139,8 @@ class RunCheckpoints:
             step: steps taken; at least that of every saved checkpoint.
             state: pytree of arrays.
             metrics: name -> scalar; without `best_metric` this checkpoint is never the best one.
-            together: the jobs that train in one program from here on, for `common_steps`.
+            together, program: the jobs that train in one program from here on, and those that it
+                was made for; see steps.py.
 
         Returns:
             Whether it is saved; False if `step` already was.
@@ -153,9 +155,8 @@ class RunCheckpoints:
         # JSON has no NaN. Orbax warns about a save without metrics; {} ranks below all others.
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        saved = CheckedPyTreeSave(
-            arrays, step=step, owner=self._owner, metrics=numbers, together=tuple(together)
-        )
+        jobs = {"together": tuple(together), "program": tuple(program)}
+        saved = CheckedPyTreeSave(arrays, step=step, owner=self._owner, metrics=numbers, **jobs)
         with _writing(self.directory):
             return self._manager.save(
                 step,

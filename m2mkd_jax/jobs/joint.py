@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m2mkd_jax.checkpoint.steps import common_steps
+from m2mkd_jax.checkpoint.steps import common_steps, program_jobs
 from m2mkd_jax.jobs.fitting import FittingStep, device_memory, in_two_programs
 from m2mkd_jax.jobs.plan import Job
 from m2mkd_jax.jobs.run import Run
 from m2mkd_jax.jobs.setup import Setup, abstract_stages, frozen_program, set_up
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import from_main, is_main, say
+from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.detection import DetectionProgram, SingleProgram
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase
@@ -89,8 +91,24 @@ def alike(run: Run, jobs: Sequence[Job]) -> list[Job]:
 
 def steps_before(run: Run, jobs: Sequence[Job]) -> dict[str, int]:
     """The steps that jobs have done, of the checkpoints from which they go on together."""
-    directories = {job.name: run.directory(job.name) / "checkpoints" for job in jobs}
-    return from_main(common_steps(directories) if is_main() else {})
+    return from_main(common_steps(_checkpoints(run, jobs)) if is_main() else {})
+
+
+def ended_beside(run: Run, jobs: Sequence[Job], steps: Mapping[str, int]) -> list[Phase]:
+    """The phases of the jobs that have ended in the programs of some jobs.
+
+    Args:
+        run: the run.
+        jobs: that go on.
+        steps: theirs, by `steps_before`.
+    """
+    found = program_jobs(_checkpoints(run, jobs), steps) if is_main() else set()
+    ended = sorted(from_main(found) - {job.name for job in jobs})
+    return [build_phase(run.config, name) for name in ended]
+
+
+def _checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, Path]:
+    return {job.name: run.directory(job.name) / "checkpoints" for job in jobs}
 
 
 def stages_apart(phases: Iterable[Phase]) -> set[str]:
@@ -222,6 +240,7 @@ def joint_setup(
     *,
     mesh: Mesh | None,
     updates_per_epoch: int,
+    beside: Iterable[Phase] = (),
 ) -> JointSetup:
     """Everything a joint training step is made of.
 
@@ -231,8 +250,10 @@ def joint_setup(
         stages: {name: {"params", "fixed"}} of all of them, arrays or shapes.
         mesh: the devices; None: the first one alone.
         updates_per_epoch: optimizer updates in an epoch.
+        beside: of jobs that have ended in the program of these: its stages stay as they were
+            joined, since otherwise rounding differs.
     """
-    apart = stages_apart(phases.values())
+    apart = stages_apart([*phases.values(), *beside])
     setups: dict[str, Setup] = {}
     shared: dict[str, dict] = {}
     for job, phase in phases.items():
@@ -262,13 +283,16 @@ def teacher_program(
     return JointProgram(programs), frozen
 
 
-def fitting_jobs(run: Run, jobs: list[Job], updates: int) -> tuple[list[Job], FittingStep]:
+def fitting_jobs(
+    run: Run, jobs: list[Job], updates: int, beside: Sequence[Phase] = ()
+) -> tuple[list[Job], FittingStep]:
     """As many of the first of some jobs as fit into memory, and their step, compiled.
 
     Args:
         run: the run.
         jobs: that can train in one program.
         updates: optimizer updates in an epoch.
+        beside: as for `joint_setup`.
     """
     stages: dict[str, dict] = {}
     for job in jobs:
@@ -276,7 +300,9 @@ def fitting_jobs(run: Run, jobs: list[Job], updates: int) -> tuple[list[Job], Fi
 
     def step_of(count: int) -> tuple[FittingStep, bool]:
         phases = {job.name: job.phase for job in jobs[:count]}
-        setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)
+        setup = joint_setup(
+            run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates, beside=beside
+        )
         if keeps_targets(jobs[0].phase):
             setup = setup.on_kept()
         step = setup.make_step()

@@ -16,6 +16,7 @@ from m2mkd_jax.jobs.data_checks import image_facts
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.joint import (
     alike,
+    ended_beside,
     fitting_jobs,
     is_hybrid,
     joint_setup,
@@ -115,12 +116,12 @@ def _train_round(
             locks.pop(name).close()
 
     began, updates, step = time.monotonic(), count_updates(jobs[0].phase), None
-    chosen = jobs
+    steps, chosen = steps_before(run, jobs), jobs
+    beside = ended_beside(run, jobs, steps)
     if len(jobs) > 1:
-        chosen, step = fitting_jobs(run, jobs, updates)
+        chosen, step = fitting_jobs(run, jobs, updates, beside)
     for job in jobs[len(chosen) :]:
         release(job.name)
-    steps = steps_before(run, jobs)  # with the locks, which keep them as they are
     phases = {job.name: job.phase for job in chosen}
     for job in chosen if is_main() else ():
         write_inputs(
@@ -131,14 +132,17 @@ def _train_round(
         )
     stages, origins = _load(run, phases)
     references = _references(run, phases, stages)
-    setup = joint_setup(run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates)
+    setup = joint_setup(
+        run.config, phases, stages, mesh=run.mesh, updates_per_epoch=updates, beside=beside
+    )
     kept = None
     if keeps_targets(chosen[0].phase):
         dtype = setup.program.dtype.name
         inputs = {job.name: kept_inputs(job, stages, dtype) for job in chosen}
         total = max(total_steps(phase, updates) for phase in phases.values())
         kept, setup = keep_targets(run, setup, inputs, total), setup.on_kept()
-    training = Training(run, setup, updates, step, began, kept, time_left)
+    program = (*phases, *(phase.job for phase in beside))
+    training = Training(run, setup, program, updates, step, began, kept, time_left)
     del stages, setup  # as jobs end, what they alone need is let go
     put_off = training.begin(steps, origins, references)
     for name in put_off:

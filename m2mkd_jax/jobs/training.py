@@ -74,6 +74,7 @@ class Training:
     Args:
         run: the run.
         setup: of the jobs.
+        made_for: the jobs that the program was made for, some of which may have ended.
         updates: optimizer updates in an epoch.
         step: their joint step, if it is compiled already.
         began: when the jobs began, for their results.
@@ -85,13 +86,14 @@ class Training:
         self,
         run: Run,
         setup: JointSetup,
+        made_for: tuple[str, ...],
         updates: int,
         step: FittingStep | None,
         began: float,
         kept: KeptBatches | None = None,
         time_left: TimeLeft | None = None,
     ):
-        self._kept, self._time_left = kept, time_left
+        self._made_for, self._kept, self._time_left = made_for, kept, time_left
         self._stream: BatchIterator | None = None
         self._run, self._setup, self._updates, self._began = run, setup, updates, began
         self._steps = {tuple(setup.setups): step or setup.make_step()}
@@ -254,9 +256,7 @@ class Training:
             name=name,
             total_steps=record.total,
             log=functools.partial(self._log, name),
-            save=functools.partial(
-                _save_finite, name, record, functools.partial(self._seconds, record)
-            ),
+            save=functools.partial(self._save, name),
             stop=_stop_rule(setup.phase, record.reference),
             learning_rate=setup.rate,
             finish=finish,
@@ -269,6 +269,23 @@ class Training:
         """Waits until all checkpoints are on disk."""
         for record in self._records.values():
             record.checkpoints.wait()
+
+    def _save(
+        self, name: str, step: int, state: dict, metrics: dict, together: tuple[str, ...]
+    ) -> None:
+        """Saves a state, and the seconds that it took, after the log of the steps before it.
+
+        Raises NotFinite, in all processes, where its weights are not finite.
+        """
+        wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
+        if any_process(bool(wrong)):
+            raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
+        record = self._records[name]
+        if is_main():
+            check_same_place(record.directory, record.run)
+        record.log.upload()
+        metrics = metrics | {SECONDS: self._seconds(record)}
+        record.checkpoints.save(step, state, metrics, together, self._made_for)
 
     def _seconds(self, record: _Record) -> float:
         """Seconds that a job has taken in all its starts."""
@@ -336,7 +353,7 @@ class Training:
         metrics = {**metrics, **record.reference}
         if is_main():
             check_same_place(record.directory, record.run)
-        _save(self._setup.setups[name], record.directory, state, steps, metrics)
+        _save_finished(self._setup.setups[name], record.directory, state, steps, metrics)
         result = {
             "name": name,
             "status": "done",
@@ -355,29 +372,7 @@ class Training:
         say(f"[{name}] done in {result['seconds']:.1f} s, {shown}")
 
 
-def _save_finite(
-    name: str,
-    record: _Record,
-    seconds: Callable[[], float],
-    step: int,
-    state: dict,
-    metrics: dict,
-    together: tuple[str, ...],
-) -> None:
-    """Saves a state, and the seconds that it took, after the log of the steps before it.
-
-    Raises NotFinite, in all processes, where its weights are not finite.
-    """
-    wrong = not_finite({key: state[key] for key in ("params", "ema") if key in state})
-    if any_process(bool(wrong)):
-        raise NotFinite(name, step, f"array {wrong}" if wrong else "weight", False)
-    if is_main():
-        check_same_place(record.directory, record.run)
-    record.log.upload()
-    record.checkpoints.save(step, state, metrics | {SECONDS: seconds()}, together)
-
-
-def _save(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:
+def _save_finished(setup: Setup, directory: Path, state: dict, steps: int, metrics: dict) -> None:
     """The finished weights, with what they are."""
     phase, params = setup.phase, setup.joined.split(evaluated_params(state))
     trees = {}

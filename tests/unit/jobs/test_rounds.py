@@ -17,6 +17,7 @@ from m2mkd_jax.jobs import joint, kept_targets, locks, rounds
 from m2mkd_jax.jobs.pipeline import _phases
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.run import Run
+from m2mkd_jax.jobs.setup import abstract_stages
 from m2mkd_jax.parallel.mesh import make_mesh
 from tests.e2e import tiny
 
@@ -175,3 +176,31 @@ def test_the_accuracy_of_another_meta_model_than_the_given_one_is_no_reference(t
     assert rounds._references(run, phases, {}) == expected
     run.config.init.meta = "given"
     assert rounds._references(run, phases, {}) == unknown
+
+
+def test_a_module_goes_on_in_the_program_that_others_have_ended_in(tmp_path):
+    """Joined as it was: a program of its own would round otherwise."""
+    run, jobs = modules("mt", tmp_path)
+    stages: dict = {}
+    for job in jobs:
+        stages |= abstract_stages(job.phase)
+    options = {"mesh": run.mesh, "updates_per_epoch": 10}
+    phases = {job.name: job.phase for job in jobs}
+    whole = joint.joint_setup(run.config, phases, stages, **options).only(["mt/0"])
+
+    def program(setup):
+        shapes = (setup.abstract_states, setup.abstract_frozen, setup.abstract_batch)
+        return setup.make_step().lower(*shapes).as_text()
+
+    state = tmp_path / "jobs/mt/0/checkpoints/8/state"
+    write_record(state / "checksums.json", {"program": list(phases), "together": ["mt/0"]})
+    steps = joint.steps_before(run, jobs[:1])
+    beside = joint.ended_beside(run, jobs[:1], steps)
+    assert steps == {"mt/0": 8} and [phase.job for phase in beside] == ["mt/1", "mt/2"]
+    own = {"mt/0": jobs[0].phase}
+    resumed = joint.joint_setup(run.config, own, stages, beside=beside, **options)
+    assert resumed.abstract_frozen.keys() == whole.abstract_frozen.keys()
+    assert program(resumed) == program(whole)
+    alone = joint.joint_setup(run.config, own, stages, **options)
+    assert alone.abstract_frozen.keys() != whole.abstract_frozen.keys()
+    assert joint.ended_beside(run, jobs[1:], {"mt/1": 0, "mt/2": 0}) == []

@@ -30,7 +30,7 @@ FLOORS = (
     ("losses", "data", "parallel"),
     ("files",),
     ("arguments",),
-    ("errors", "tree_paths", "interruption"),
+    ("errors", "tree_paths", "interruption", "streams"),
 )
 # What config may import of models: modules without jax.
 CONFIG_MAY_IMPORT = {
@@ -41,7 +41,7 @@ BOXES = {
     "commands": ("main", "convert", "predict", "export", "push", "__main__", "command_line"),
     "library": (PACKAGE, "inference"),
 }
-NOT_DRAWN = ("arguments", "errors", "tree_paths", "interruption")
+NOT_DRAWN = ("arguments", "errors", "tree_paths", "interruption", "streams")
 MOST_MODULES_ON_TOP, LONGEST_FUNCTION = 9, 60
 CODE = (PACKAGE, "benchmarks", "configs", "examples")
 
