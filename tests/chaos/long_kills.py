@@ -32,6 +32,7 @@ def start(config, workdir):
     return subprocess.Popen(
         [*command, f"--workdir={workdir}"],
         cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},  # whole runs: compiled as users' are
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
