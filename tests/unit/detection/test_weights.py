@@ -213,7 +213,7 @@ def test_a_job_records_the_ids_of_its_categories(tmp_path, monkeypatch):
     )
     joined = SimpleNamespace(split=lambda params: params)
     state = {"params": {"m": {"w": np.zeros(2)}}, "fixed": {}}
-    training._save(SimpleNamespace(phase=phase, joined=joined), tmp_path, state, 3, {})
+    training._save_finished(SimpleNamespace(phase=phase, joined=joined), tmp_path, state, 3, {})
     description = load_weights(tmp_path / "weights")[1]
     assert description["class_names"] == ["cat", "book"]
     assert description["category_ids"] == [17, 84]
