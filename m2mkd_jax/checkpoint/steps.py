@@ -62,7 +62,7 @@ def common_steps(directories: Mapping[str, Path]) -> dict[str, int]:
     return common
 
 
-def program_jobs(directories: Mapping[str, Path], steps: Mapping[str, int]) -> set[str]:
+def program_jobs(directories: Mapping[str, Path], steps: Mapping[str, int]) -> list[str]:
     """The jobs that the programs were made for in which some jobs have trained.
 
     Args:
@@ -70,4 +70,4 @@ def program_jobs(directories: Mapping[str, Path], steps: Mapping[str, int]) -> s
         steps: of the checkpoints from which the jobs go on; 0: from none.
     """
     states = [directories[job] / str(step) / "state" for job, step in steps.items() if step]
-    return {job for state in states for job in saved_jobs(state, "program")}
+    return sorted({job for state in states for job in saved_jobs(state, "program")})

@@ -102,9 +102,9 @@ def ended_beside(run: Run, jobs: Sequence[Job], steps: Mapping[str, int]) -> lis
         jobs: that go on.
         steps: theirs, by `steps_before`.
     """
-    found = program_jobs(_checkpoints(run, jobs), steps) if is_main() else set()
-    ended = sorted(from_main(found) - {job.name for job in jobs})
-    return [build_phase(run.config, name) for name in ended]
+    found = program_jobs(_checkpoints(run, jobs), steps) if is_main() else []
+    going_on = {job.name for job in jobs}
+    return [build_phase(run.config, name) for name in from_main(found) if name not in going_on]
 
 
 def _checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, Path]:
