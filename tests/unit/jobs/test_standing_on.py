@@ -368,8 +368,12 @@ def test_a_job_keeps_what_tells_it_from_the_same_job_elsewhere(tmp_path):
 def test_the_summary_does_not_make_a_vanished_directory_again(tmp_path):
     plan, workdir = Plan(tiny_vmoe.get_config()), tmp_path / "run"
     workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
     summarise(plan, workdir)
     assert (workdir / "summary.json").is_file()
     shutil.rmtree(workdir)
     summarise(plan, workdir)
     assert not workdir.exists()
+    workdir.mkdir()  # where its disk was mounted
+    summarise(plan, workdir)
+    assert not list(workdir.iterdir())
