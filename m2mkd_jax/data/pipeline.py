@@ -27,6 +27,7 @@ from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.kept import KeptBatches
 from m2mkd_jax.data.workers import (
     automatic_workers,
+    beginning,
     check_main_module,
     end_in_worker,
     end_with_parent,
@@ -294,7 +295,7 @@ class BatchIterator:
         self, iterator: Iterator[Batch], damaged: DamagedImageCounter, from_processes: bool = False
     ) -> None:
         self._open = [iterator]
-        self._damaged = damaged
+        self._damaged, self._begun = damaged, not from_processes
         self.close = weakref.finalize(self, _shut_down, self._open, from_processes)
 
     def __iter__(self) -> "BatchIterator":
@@ -304,7 +305,7 @@ class BatchIterator:
         if not self._open:
             raise StopIteration
         try:
-            batch = next(self._open[0])
+            batch = self._next()
         except StopIteration:
             self.close()
             raise StopIteration from None
@@ -324,6 +325,14 @@ class BatchIterator:
         }
         self._damaged.note(batch.pop(REPLACED))
         return batch
+
+    def _next(self) -> Batch:
+        """Grain's next batch; its threads and processes begin with the first one."""
+        if self._begun:
+            return next(self._open[0])
+        self._begun = True
+        with beginning():
+            return next(self._open[0])
 
     def note_others(self, union: Callable[[Collection[int]], set[int]]) -> None:
         """Counts the damaged images of all processes, as `DamagedImageCounter.note_others`."""

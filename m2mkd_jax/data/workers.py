@@ -1,6 +1,7 @@
 """The worker processes that decode images: how many, and that they end with their parent."""
 
 import ast
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,12 @@ from m2mkd_jax.errors import UserError
 # for Python and the libraries.
 BATCHES_PER_WORKER = 4
 _OWN_BYTES = 500 << 20
+# Signals that stop a run; Windows has not all.
+_STOPPING = {
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+}
 _PARENT_SECONDS = 1.0  # between looks for the parent
 
 
@@ -91,6 +99,23 @@ def check_main_module() -> None:
         )
 
 
+@contextlib.contextmanager
+def beginning() -> Iterator[None]:
+    """No signal ends worker processes, started inside by threads that are, as they begin.
+
+    If one ended before it had read what it works on, its parent would write that forever. Until
+    `end_with_parent` in the worker, signals wait.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_parent(parent: int, worker: int, workers: int) -> None:
     """Ends this worker process soon after its parent, which may be killed without a word to it.
 
@@ -110,6 +135,7 @@ def end_with_parent(parent: int, worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     # A terminal sends its signals to every process. They are for the parent, which may need more
     # batches; by SIGTERM Python itself ends the workers of a process that exits.
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has not all
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _STOPPING - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 import zlib
@@ -290,6 +291,29 @@ def test_a_killed_worker_is_told_and_a_terminals_signals_end_none(folder_source)
         for _ in range(31):
             next(batches)
     assert next(batches, None) is None
+
+
+def test_a_worker_that_is_ended_as_it_begins_is_told():
+    """It gets more than a pipe holds; who writes that waited forever."""
+    source, told = array_source(200), []
+    batches = train_batches(source, make_config(workers=1), batch_size=6, total_steps=40, seed=7)
+
+    def read():
+        with pytest.raises(Lost, match="exit code -15"):
+            for _ in range(40):
+                next(batches)
+        told.append(True)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while reader.is_alive():
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.terminate()
+                reader.join(120)
+                assert told
+                return
+    raise AssertionError("no worker")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

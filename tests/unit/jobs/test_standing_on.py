@@ -374,3 +374,6 @@ def test_the_summary_does_not_make_a_vanished_directory_again(tmp_path):
     shutil.rmtree(workdir)
     summarise(plan, workdir)
     assert not workdir.exists()
+    workdir.mkdir()  # where its disk was mounted
+    summarise(plan, workdir)
+    assert not list(workdir.iterdir())
