@@ -61,15 +61,19 @@ def read_tree(path: Path, abstract: Tree) -> Tree:
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
+def system_code(error: BaseException) -> int | None:
+    """The errno of an error of the system, TensorStore's included; None: it is another."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return int(found[1])
+    return error.errno if isinstance(error, OSError) else None
+
+
 def not_of_the_file(error: BaseException) -> bool:
     """Whether an error in reading says nothing about what is read, so that another try may succeed.
 
     Such as a device without memory left, too many open files, or files of another user.
     """
-    code = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
-        code = int(found[1])
-    if code is not None:
+    if (code := system_code(error)) is not None:
         return code not in _OF_THE_FILE
     return isinstance(error, MemoryError) or bool(exhausted(error))
 

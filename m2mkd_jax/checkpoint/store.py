@@ -37,6 +37,7 @@ from m2mkd_jax.checkpoint.orbax_tree import (
     read_tree,
     silence_abandoned_reads,
     stored_shapes,
+    system_code,
 )
 from m2mkd_jax.checkpoint.replacing import replace_directory, why_kept
 from m2mkd_jax.checkpoint.trees import Tree, checksum, flatten, match_tree, nested
@@ -46,6 +47,7 @@ from m2mkd_jax.files.paths import (
     in_bucket,
     make_directory,
     move_tree,
+    naming,
     remove_tree,
 )
 from m2mkd_jax.parallel.process import barrier, from_main, is_main
@@ -377,14 +379,12 @@ def _writing(path: Path) -> Iterator[None]:
     """Raises system errors in Orbax's writers (a full disk, a quota) as OSError of `path`."""
     silence_abandoned_reads()
     try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with naming(path):
+            yield
     except ValueError as error:
-        if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+        if (code := system_code(error)) is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _drop_damaged_metrics(directory: Path) -> None:

@@ -124,8 +124,7 @@ class Training:
             run = from_main(run_of(directory / "inputs.json")["id"] if is_main() else "")
             checkpoints = RunCheckpoints(directory / "checkpoints", best, name, run)
             start, earlier = 0, 0.0
-            newest = from_main(latest_step(checkpoints.directory))
-            if newest > steps[name]:
+            if (newest := latest_step(checkpoints.directory)) > steps[name]:
                 say(f"[{name}] goes back from step {newest}, which not all modules have saved")
             restored = checkpoints.restore_latest(setup.abstract_state, steps[name])
             if restored:

@@ -34,11 +34,11 @@ from m2mkd_jax.train.stops import Preempted
 
 BUG, WRONG_INPUT, PREEMPTED = 1, 2, 3
 KEPT = "finished jobs and checkpoints are kept; run the same command again to go on"
-# A full disk; a quota, which Windows calls otherwise; a file beyond `ulimit -f`.
-DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # Errors of the operating system that are the user's to solve.
 USER_ERRORS = (
-    *DISK_FULL,
+    errno.ENOSPC,
+    getattr(errno, "EDQUOT", errno.ENOSPC),  # a quota; Windows has another name for it
+    errno.EFBIG,  # `ulimit -f`
     errno.EIO,
     errno.EMFILE,
     errno.ENFILE,

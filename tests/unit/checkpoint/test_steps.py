@@ -36,6 +36,10 @@ CASES = {
         (50, 20, 20),
     ),
     "one starts over": ({"a": {10: ALL, 20: ALL}, "b": {}, "c": {10: ALL, 20: ALL}}, (20, 0, 20)),
+    "one starts over and one lacks the newest": (
+        {"a": {10: ALL, 20: ALL}, "b": {}, "c": {5: ALL, 10: ALL}},
+        (10, 0, 10),
+    ),
     "one had ended": (
         {"a": {10: ALL, 20: ("a", "b")}, "b": {5: ALL, 10: ALL}, "c": {}},
         (10, 10, 0),

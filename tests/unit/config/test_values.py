@@ -25,6 +25,7 @@ from tests.shipped import change, digits
         ("recipes.e2e.drop_path", 1.0),
         ("recipes.e2e.ema", 1.5),
         ("recipes.e2e.ema", 0.9999999999),  # 1 in single precision: it would never move
+        ("checkpoint_minutes", -1e-91),  # 0 in single precision
         ("recipes.e2e.lr", 1e39),
         ("data.mean", (1e39, 0.5, 0.5)),
         ("data.std", (1e-40, 0.5, 0.5)),
