@@ -164,32 +164,34 @@ def transformer_cases(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict]:
 
 
 def expert_cases(shape: tuple[int, int, int, int]) -> Iterator[dict]:
-    """Rows of experts, one of which gets none."""
+    """Rows of experts: nearly as many for each, and unevenly many, for one of them none."""
     rows, experts, c, d = shape
-    sizes = sizes_of(rows, experts)
-    sizes[1], sizes[2] = sizes[1] + sizes[2], 0
-    owner = jnp.asarray(np.repeat(np.arange(experts), sizes))
-
-    def written_out(rows, kernel, bias):
-        def add(total, expert):
-            number, own, own_bias = expert
-            inside = (owner == number)[:, None]
-            return total + jnp.where(inside, rows @ own + own_bias[None], 0), None
-
-        zeros = jnp.zeros((len(rows), d), rows.dtype)
-        return jax.lax.scan(add, zeros, (jnp.arange(experts), kernel, bias))[0]
-
+    uneven = sizes_of(rows, experts, 0.5)
+    uneven[1], uneven[2] = uneven[1] + uneven[2], 0
     arguments = (
         normal(1, rows, c),
         normal(2, experts, c, d) * jnp.asarray(c**-0.5, HALF),
         normal(3, experts, d),
     )
-    for method in ("batched", "ragged"):
+    for name, sizes in (("even", sizes_of(rows, experts, 0.1)), ("uneven", uneven)):
+        owner = jnp.asarray(np.repeat(np.arange(experts), sizes))
 
-        def grouped(rows, kernel, bias, method=method):
-            return grouped_linear(rows, kernel, bias, jnp.asarray(sizes), method)
+        def written_out(rows, kernel, bias, owner=owner):
+            def add(total, expert):
+                number, own, own_bias = expert
+                inside = (owner == number)[:, None]
+                return total + jnp.where(inside, rows @ own + own_bias[None], 0), None
 
-        yield compare(f"experts, {method}", grouped, written_out, arguments) | {"by": "XLA"}
+            zeros = jnp.zeros((len(rows), d), rows.dtype)
+            return jax.lax.scan(add, zeros, (jnp.arange(experts), kernel, bias))[0]
+
+        for method in ("batched", "ragged"):
+
+            def grouped(rows, kernel, bias, method=method, sizes=sizes):
+                return grouped_linear(rows, kernel, bias, jnp.asarray(sizes), method)
+
+            result = compare(f"experts, {method}, {name}", grouped, written_out, arguments)
+            yield result | {"by": "XLA"}
 
 
 def shared_bias(shape: tuple[int, ...]) -> dict:

@@ -74,6 +74,7 @@ items() {
   speed nac_imnet 150 --peer
   item attention 60 python3 -m benchmarks.attention
   item dispatch 40 python3 -m benchmarks.dispatch --shape=64,197,8,768 --dtype=bfloat16
+  item dispatch_even 40 python3 -m benchmarks.dispatch --shape=64,197,8,768 --dtype=bfloat16 --even
   item nac_digits_run 200 python3 -m m2mkd_jax.main --config=configs/nac_digits.py \
     --workdir="$scratch/nac_digits"
 }
@@ -85,6 +86,7 @@ rehearsal() {
   speed nac_digits 120 --peer --steps=1 --rounds=1
   speed vmoe_digits 120 --peer --steps=1 --rounds=1
   item dispatch 60 python3 -m benchmarks.dispatch --shape=4,17,4,48 --rounds=1
+  item dispatch_even 60 python3 -m benchmarks.dispatch --shape=4,17,4,48 --rounds=1 --even
   item nac_digits_run 60 python3 -m m2mkd_jax.main --config=configs/nac_digits.py \
     --workdir="$scratch/nac_digits" --dry_run
 }

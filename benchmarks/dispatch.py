@@ -1,8 +1,10 @@
 """Ways to compute a layer of experts (m2mkd_jax/models/moe/grouped.py), forward and backward.
 
     python -m benchmarks.dispatch [--rounds=5] [--shape=IMAGES,T,E,D] [--dtype=bfloat16]
+                                       [--even]
 
-Rows are sorted by expert already and unevenly many, as a fresh router deals them. 'ragged' is XLA's
+Rows are sorted by expert already and unevenly many, as a fresh router deals them, or with --even
+nearly equally many, as one that is trained to balance them does. 'ragged' is XLA's
 ragged_dot, 'chunks' ours for a CPU, 'batched' ours for a GPU, 'loop' every expert on every row,
 masked: what a program without any dispatch would do.
 """
@@ -28,9 +30,9 @@ CHOICES = 2
 LARGEST_ERROR = {"float32": 1e-4 if jax.default_backend() == "cpu" else 1e-2, "bfloat16": 5e-2}
 
 
-def sizes_of(rows: int, count: int) -> np.ndarray:
-    """Rows per expert: shares between half and one and a half of the even one."""
-    shares = np.random.default_rng(0).uniform(0.5, 1.5, count)
+def sizes_of(rows: int, count: int, spread: float) -> np.ndarray:
+    """Rows per expert: shares between 1 - spread and 1 + spread of the even one."""
+    shares = np.random.default_rng(0).uniform(1.0 - spread, 1.0 + spread, count)
     ends = np.rint(np.cumsum(shares) / shares.sum() * rows).astype(np.int32)
     return np.diff(ends, prepend=0)
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", help="images, tokens, experts, width; several by default")
     parser.add_argument("--dtype", default="float32", choices=LARGEST_ERROR)
+    parser.add_argument("--even", action="store_true", help="nearly equal numbers of rows")
     options = parser.parse_args()
     shapes = [tuple(map(int, options.shape.split(",")))] if options.shape else SHAPES
     ways = {m: functools.partial(by_method, method=m) for m in METHODS} | {"loop": by_loop}
@@ -83,7 +86,7 @@ def main() -> None:
             )
         }
         rows = jax.random.normal(keys[2], (count_rows, width), options.dtype)
-        sizes = jnp.asarray(sizes_of(count_rows, count))
+        sizes = jnp.asarray(sizes_of(count_rows, count, 0.1 if options.even else 0.5))
         programs, results = {}, {}
         for name, way in ways.items():
 

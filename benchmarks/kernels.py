@@ -7,9 +7,10 @@ kernel, or several by a library:
     written     the results; of a buffer that is updated in place, what is written (it is not read)
     FLOPs       of matrix products, convolutions and fused attention; a multiply-add counts as two
 
-A loop counts as often as it runs, one of unknown length once; of a conditional all branches count.
-Scratch memory of libraries does not count. What lies in the cache does: small arrays cost less than
-their bytes, and an operand that a kernel reads several times costs more.
+A loop counts as often as it runs, one of unknown length once; of a conditional the branch counts
+that moves least, which in the programs of this package is the usual one. Scratch memory of
+libraries does not count. What lies in the cache does: small arrays cost less than their bytes, and
+an operand that a kernel reads several times costs more.
 """
 
 from __future__ import annotations
@@ -213,8 +214,11 @@ class Module:
         """Kernels of the computations that a loop, a call or a conditional runs."""
         counted = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         inner = times * int(counted) if counted else times
-        for called in self._computations_of(instruction):
-            yield from self._kernels(called, inner)
+        called = [list(self._kernels(name, inner)) for name in self._computations_of(instruction)]
+        if instruction.opcode == "conditional":
+            called = [min(called, key=lambda branch: sum(kernel.bytes for kernel in branch))]
+        for kernels in called:
+            yield from kernels
 
     @staticmethod
     def _computations_of(instruction: Instruction) -> list[str]:

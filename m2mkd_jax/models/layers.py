@@ -47,8 +47,15 @@ SHORTEST = 64
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU; the tanh form would not match PyTorch."""
-    return jax.nn.gelu(x, approximate=False)
+    """Exact (erf) GELU; the tanh form would not match PyTorch.
+
+    Of 16-bit numbers it is computed in float32 and rounded once, as torch does: jax.nn.gelu rounds
+    the erf too, and XLA stores it on a GPU.
+    """
+    if x.dtype.itemsize > 2:
+        return jax.nn.gelu(x, approximate=False)
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def align_rank(x: jax.Array, to: jax.Array) -> jax.Array:

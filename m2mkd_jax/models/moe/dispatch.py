@@ -217,7 +217,7 @@ def _sorted(
         rows = apply(
             weights,
             rows.reshape(*own.source.shape, -1),
-            lambda x, layer: tile_linear(x, layer["kernel"], layer["bias"], own.owner, s * k),
+            lambda x, layer: tile_linear(x, layer["kernel"], layer["bias"], own, s * k),
         )
         rows = rows.reshape(1, source.shape[1], -1)
     else:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from m2mkd_jax.parallel import backend
 
 METHODS = ("ragged", "chunks", "batched")
-SMALLEST_TILE, LARGEST_TILE = 16, 1024
+MOST_TILES = 4  # per expert; on an H100 tiles half as large and twice as large took longer
+SMALLEST_TILE = 16
 # Sizes that a chunk may have; the largest holds twice an expert's even share of the rows. Each is
 # compiled apart, which for small layers costs more than padding.
 CHUNK_SIZES, FEW_SIZES = 12, 3
@@ -40,9 +41,9 @@ def grouped_linear(
                     (benchmarks/RESULTS.md)
         chunks      for a CPU: a loop over experts. An expert's rows are one product of the smallest
                     of a dozen sizes that holds them; more than the largest holds take several
-        batched     for a GPU: rows are padded to tiles of one expert each, and every tile gets a
-                    copy of its expert's weights: one batched product, no loop. A dispatch that
-                    keeps its rows in tiles from layer to layer calls `tile_linear` itself
+        batched     for a GPU: rows are padded to tiles of one expert each for one batched product,
+                    without a loop. A dispatch that keeps its rows in tiles from layer to layer
+                    calls `tile_linear` itself
 
     Args:
         rows: (N, C), sorted by expert.
@@ -60,7 +61,7 @@ def grouped_linear(
     if method == "batched":
         own = tiles(sizes, len(rows))
         x = jnp.take(rows, own.source, axis=0, mode="fill", fill_value=0)
-        y = tile_linear(x, kernel, bias, own.owner, len(rows))
+        y = tile_linear(x, kernel, bias, own, len(rows))
         return y.reshape(-1, y.shape[-1])[own.place]
     owner = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(rows))
     # A product, exact at this precision: the gradient of indexing would be a scatter of N rows.
@@ -75,10 +76,17 @@ def default_method() -> str:
     return {"cpu": "chunks", "tpu": "ragged"}.get(backend.platform(), "batched")
 
 
-def _tile(rows: int, experts: int) -> int:
-    """Rows per tile: about half of an expert's even share, since its last tile is part padding."""
-    share = max(rows // (2 * experts), 1)
-    return min(max(1 << (share.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
+def _tile(rows: int, experts: int) -> tuple[int, int]:
+    """Tiles per expert, where all have as many, and rows per tile.
+
+    All tiles together hold any sizes: with T rows per tile the E sizes need (N + E (T - 1)) / T of
+    them at most. Where these are four per expert, a quarter of the places is empty, and all experts
+    have as many unless one has more than 1.3 times the even share of rows.
+    """
+    each = min(1 + -(-rows // (SMALLEST_TILE * experts)), MOST_TILES)
+    least = max(rows - experts, 0) // (experts * (each - 1) + 1) + 1
+    unit = max((1 << (least.bit_length() - 1)) // 8, SMALLEST_TILE)
+    return each, -(-least // unit) * unit
 
 
 def _count(size: jax.Array, tile: int) -> jax.Array:
@@ -87,6 +95,7 @@ def _count(size: jax.Array, tile: int) -> jax.Array:
 
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+BatchedResiduals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array, None]
 
 # The number of rows with padding is known only at run time, and padding is not useful work. So
@@ -219,11 +228,13 @@ class Tiles(NamedTuple):
         owner: the expert of each tile, (tiles,).
         source: the row in each place of each tile, (tiles, T); N for an empty place.
         place: the place of each row, (N,).
+        even: whether every expert has as many tiles as any other, a scalar.
     """
 
     owner: jax.Array
     source: jax.Array
     place: jax.Array
+    even: jax.Array
 
 
 def tiles(sizes: jax.Array, rows: int) -> Tiles:
@@ -233,37 +244,42 @@ def tiles(sizes: jax.Array, rows: int) -> Tiles:
         sizes: (E,), rows per expert; they sum to N.
         rows: N.
     """
-    tile = _tile(rows, len(sizes))
+    each, tile = _tile(rows, len(sizes))
     ends, needed = jnp.cumsum(sizes), _count(sizes, tile)
-    tile_ends = jnp.cumsum(needed)
-    number = jnp.arange((rows + len(sizes) * (tile - 1)) // tile)
+    even = needed.max() <= each
+    owned = jnp.where(even, each, needed)
+    tile_ends = jnp.cumsum(owned)
+    number = jnp.arange(each * len(sizes))
     owner = jnp.searchsorted(tile_ends, number, side="right").clip(max=len(sizes) - 1)
     # Place within the expert's rows, counted from its first.
-    inside = (number - (tile_ends - needed)[owner])[:, None] * tile + jnp.arange(tile)[None]
+    inside = (number - (tile_ends - owned)[owner])[:, None] * tile + jnp.arange(tile)[None]
     starts = ends - sizes
     source = jnp.where(inside < sizes[owner, None], starts[owner, None] + inside, rows)
     row = jnp.arange(rows)
     own = jnp.searchsorted(ends, row, side="right")
-    return Tiles(owner, source, (tile_ends - needed)[own] * tile + row - starts[own])
+    return Tiles(owner, source, (tile_ends - owned)[own] * tile + row - starts[own], even)
 
 
 def tile_linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array, rows: int
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, own: Tiles, rows: int
 ) -> jax.Array:
     """Multiplies each tile by its expert's kernel and adds its bias: one batched product.
+
+    Where all experts have equally many tiles, it is a product per expert. Elsewhere every tile gets
+    a copy of its expert's weights.
 
     Args:
         x: (tiles, T, C). What is in empty places does not matter, as long as their results are not
             used: then their gradients are zero.
         kernel: (E, C, D).
         bias: (E, D).
-        owner: the expert of each tile, (tiles,).
+        own: the tiles.
         rows: how many places are not empty, for evaluate/flops.py.
 
     Returns:
         (tiles, T, D).
     """
-    return _batched(rows)(x, kernel, bias, owner)
+    return _batched(rows)(x, kernel, bias, own.owner, own.even)
 
 
 @functools.cache
@@ -285,14 +301,55 @@ def _renamed(function: Callable, name: str) -> Callable:
     return call
 
 
-def _batched_forward(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array
-) -> tuple[jax.Array, Residuals]:
-    return jnp.matmul(x, kernel[owner]) + bias[owner, None], (x, kernel, bias, owner)
+def _if_even(by_expert: Callable, by_tile: Callable) -> Callable:
+    """(even, owner, *arrays) -> by_expert or by_tile of (owner, *arrays), one of them computed.
+
+    Mapped over several networks by `jax.vmap`, too, where a conditional would become a choice
+    between both: there they are even together.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(even: jax.Array, owner: jax.Array, *arrays: jax.Array) -> Any:
+        return jax.lax.cond(even, by_expert, by_tile, owner, *arrays)
+
+    @choose.def_vmap
+    def _choose(count: int, mapped: list[bool], even: jax.Array, *arrays: jax.Array) -> Any:
+        del count
+        axes = [0 if one else None for one in mapped[1:]]
+        branches = (jax.vmap(branch, in_axes=axes) for branch in (by_expert, by_tile))
+        y = jax.lax.cond(even.all(), *branches, *arrays)
+        return y, jax.tree.map(lambda _: True, y)
+
+    return choose
 
 
-def _batched_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
-    x, kernel, bias, owner = residuals
+def _of_experts(x: jax.Array, experts: int) -> jax.Array:
+    """Tiles by expert: (tiles, T, C) -> (E, rows of an expert, C)."""
+    return x.reshape(experts, -1, x.shape[-1])
+
+
+def _product_by_expert(owner: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    del owner
+    y = jnp.matmul(_of_experts(x, len(kernel)), kernel)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _product_by_tile(owner: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel[owner])
+
+
+def _gradients_by_expert(
+    owner: jax.Array, grad: jax.Array, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del owner
+    own, own_grad = _of_experts(x, len(kernel)), _of_experts(grad, len(kernel))
+    d_x = jnp.einsum("end,ecd->enc", own_grad, kernel)
+    return d_x.reshape(x.shape), jnp.einsum("enc,end->ecd", own, own_grad)
+
+
+def _gradients_by_tile(
+    owner: jax.Array, grad: jax.Array, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     d_x = jnp.einsum("tnd,tcd->tnc", grad, kernel[owner])
     # Each tile's part is summed in float32 and rounded once, to the type of the gradient.
     parts = jnp.einsum("tnc,tnd->tcd", x, grad)
@@ -300,7 +357,24 @@ def _batched_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     hot = jax.nn.one_hot(owner, len(kernel), axis=0, dtype=parts.dtype)
     highest = "highest" if parts.dtype == jnp.float32 else None
     d_kernel = jnp.tensordot(hot, parts, 1, precision=highest, preferred_element_type=jnp.float32)
-    # No product: XLA would merge it with the one above by copying all parts into one array.
+    return d_x, d_kernel.astype(kernel.dtype)
+
+
+_product = _if_even(_product_by_expert, _product_by_tile)
+_gradients = _if_even(_gradients_by_expert, _gradients_by_tile)
+
+
+def _batched_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array, even: jax.Array
+) -> tuple[jax.Array, BatchedResiduals]:
+    y = _product(even, owner, x, kernel)
+    return y + bias[owner, None], (x, kernel, bias, owner, even)
+
+
+def _batched_backward(residuals: BatchedResiduals, grad: jax.Array) -> tuple[Any, ...]:
+    x, kernel, bias, owner, even = residuals
+    d_x, d_kernel = _gradients(even, owner, grad, x, kernel)
+    # No product: XLA would merge it with the others by copying all parts into one array.
     sums = grad.sum(1, dtype=jnp.float32)
     d_bias = jnp.where((owner[None] == jnp.arange(len(kernel))[:, None])[..., None], sums[None], 0)
-    return d_x, d_kernel.astype(kernel.dtype), d_bias.sum(1).astype(bias.dtype), None
+    return d_x, d_kernel, d_bias.sum(1).astype(bias.dtype), None, None

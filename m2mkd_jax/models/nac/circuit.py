@@ -13,6 +13,7 @@ docs/reference.md#nac, docs/reference.md#nac-iterations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +259,7 @@ class NAC(chain.Stage):
             layer.attention.bandwidth[...],
             mediators.shape[0],
             keys[0],
+            mediators.dtype,
         )
         return layer(
             mediators,
@@ -276,6 +278,7 @@ class NAC(chain.Stage):
         bandwidth: jax.Array,
         batch: int,
         key: jax.Array | None = None,
+        dtype: Any = jnp.float32,
     ) -> jax.Array:
         """Computes a propagator's log kernel.
 
@@ -286,6 +289,7 @@ class NAC(chain.Stage):
             bandwidth: scalar.
             batch: B.
             key: of the stochastic kernel; None for no sampling.
+            dtype: of a sampled kernel.
 
         Returns:
             (U, V), or (B, U, V) when sampled.
@@ -296,7 +300,7 @@ class NAC(chain.Stage):
         )
         if key is not None and spec.stochastic_kernel:
             uniform = jax.random.uniform(key, (batch, *distance.shape))
-            log = kernels.sample(log, uniform, spec.kernel_temperature)
+            log = kernels.sample(log, uniform, spec.kernel_temperature, dtype)
         return log
 
     def _senders(

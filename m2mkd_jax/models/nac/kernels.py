@@ -15,6 +15,7 @@ Source: Weiss et al. 2022 (arXiv 2210.08031); docs/reference.md#nac-kernel.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,9 @@ def affinity(
     return jnp.where(inside, jnp.exp(jnp.where(inside, log, 0.0)), 0.0)
 
 
-def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax.Array:
+def sample(
+    log_kernel: jax.Array, uniform: jax.Array, temperature: float, dtype: Any = jnp.float32
+) -> jax.Array:
     """Log of a relaxed Bernoulli sample per image.
 
     The probability is exp(log kernel) clipped to [0, 1] with a straight-through gradient, then
@@ -104,6 +107,7 @@ def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax
         log_kernel: (U, V).
         uniform: uniform noise (B, U, V).
         temperature: of the relaxation.
+        dtype: of the result, which is computed in float32.
 
     Returns:
         (B, U, V).
@@ -113,31 +117,33 @@ def sample(log_kernel: jax.Array, uniform: jax.Array, temperature: float) -> jax
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
     p, u = _clamp(p), _clamp(uniform)
     logits = jnp.log(p) - jnp.log1p(-p)
-    return _relaxed(logits, jnp.log(u) - jnp.log1p(-u), temperature)
+    return _relaxed(logits, jnp.log(u) - jnp.log1p(-u), temperature, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _relaxed(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _relaxed(logits: jax.Array, noise: jax.Array, temperature: float, dtype: Any) -> jax.Array:
     """log sigmoid((logits + noise) / temperature): logits (U, V), noise (B, U, V) -> (B, U, V).
 
     The backward pass needs the result alone, and neither the noise nor the numbers behind it. Noise
     is drawn, not computed: it gets no gradient.
     """
-    return jax.nn.log_sigmoid((noise + layers.align_rank(logits, noise)) / temperature)
+    log = jax.nn.log_sigmoid((noise + layers.align_rank(logits, noise)) / temperature)
+    return log.astype(dtype)
 
 
 def _relaxed_forward(
-    logits: jax.Array, noise: jax.Array, temperature: float
+    logits: jax.Array, noise: jax.Array, temperature: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    log = checkpoint_name(_relaxed(logits, noise, temperature), layers.KEPT)
+    log = checkpoint_name(_relaxed(logits, noise, temperature, dtype), layers.KEPT)
     return log, log
 
 
 def _relaxed_backward(
-    temperature: float, log: jax.Array, grad: jax.Array
+    temperature: float, dtype: Any, log: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    del dtype
     # The derivative of log sigmoid is one minus the sigmoid.
-    grad = grad * (-jnp.expm1(log) / temperature)
+    grad = grad.astype(jnp.float32) * (-jnp.expm1(log.astype(jnp.float32)) / temperature)
     return sum_over_images(grad), jnp.zeros_like(grad)
 
 

@@ -134,6 +134,29 @@ def test_unfused_instructions(line, read, written):
     assert (kernel.read, kernel.written) == (read, written)
 
 
+@pytest.mark.parametrize("named", ["branch_computations={%whole, %half}", "other"])
+def test_of_a_conditional_the_branch_counts_that_moves_least(named):
+    if named == "other":
+        named = "true_computation=%half, false_computation=%whole"
+    text = (
+        "%whole (p: f32[64]) -> f32[64] {\n"
+        "  %p = f32[64]{0} parameter(0)\n"
+        "  ROOT %all = f32[64]{0} copy(%p)\n"
+        "}\n\n"
+        "%half (q: f32[64]) -> f32[64] {\n"
+        "  %q = f32[64]{0} parameter(0)\n"
+        "  ROOT %few = f32[32]{0} slice(%q), slice={[0:32]}\n"
+        "}\n\n"
+        "ENTRY %main (i: s32[], x: f32[64]) -> f32[64] {\n"
+        "  %i = s32[] parameter(0)\n"
+        "  %x = f32[64]{0} parameter(1)\n"
+        f"  ROOT %out = f32[64]{{0}} conditional(%i, %x, %x), {named}\n"
+        "}\n"
+    )
+    (kernel,) = Module(text).kernels()
+    assert (kernel.name, kernel.bytes) == ("few", 2 * 32 * 4)
+
+
 def test_types_and_operands_with_types():
     assert size("(bf16[3,4]{1,0}, s8[5]{0}, pred[], token[])") == 24 + 5 + 1
     line = "  %y = f32[2]{0} add(f32[2]{0} %a.1, f32[2]{0} %b), metadata={}"

@@ -1,5 +1,7 @@
 """Layers: each fast form equals the plain one; stochastic depth; stacked layers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,22 @@ LAYERS, BATCH, WIDTH = 3, 4, 6
 
 def normal(seed: int, *shape) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gelu_of_16_bits_is_rounded_once(dtype):
+    """Value and derivative of x Phi(x), from the standard library's erf."""
+    x = jnp.linspace(-6, 6, 481).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    phi = np.asarray([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in wide])
+    density = np.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+    y, slope = jax.vmap(jax.value_and_grad(layers.gelu))(x)
+    assert y.dtype == slope.dtype == dtype
+    half = float(jnp.finfo(dtype).eps) / 2
+    for found, exact in ((y, wide * phi), (slope, phi + wide * density)):
+        # Half of a step of these floats, and float32's own rounding near zero.
+        error = np.abs(np.asarray(found, np.float64) - exact)
+        assert (error <= half * np.abs(exact) + 2e-6).all()
 
 
 # (H, W) smaller than the kernel, not square, odd; kernels 3 and 7.

@@ -198,6 +198,7 @@ SIZES = [
     (1, 1, 61, 1),
     (3, 800, 0, 200, 0, 0, 21, 0),
     (0, 0, 0, 0, 0, 0, 0, 769),
+    (60, 70, 62, 64),  # as many tiles for each expert
 ]
 
 
@@ -227,6 +228,61 @@ def test_grouped_linear_is_each_experts_own(sizes, c, monkeypatch):
         y, grads = jax.jit(functools.partial(both, functools.partial(grouped, method)))()
         assert_close(y, expected[0], OUTPUT_TOLERANCE, method)
         assert_trees_close(grads, expected[1], GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 1000, 25_216])
+@pytest.mark.parametrize("experts", [1, 4, 8, 64])
+def test_tiles_hold_any_sizes(rows, experts):
+    """Every row has a place of its own in a tile of its expert."""
+    draw = np.random.default_rng(0)
+    alone = np.zeros(experts, int)
+    alone[experts // 2] = rows
+    ones = np.full(experts, rows // experts)
+    ones[0] += rows - ones.sum()
+    many = draw.multinomial(rows, draw.dirichlet(np.ones(experts)))
+    # The most tiles: one row in the last tile of each expert.
+    _, tile = grouped_layers._tile(rows, experts)
+    worst = np.zeros(experts, int)
+    for i in range(experts):
+        worst[i] = min(rows - worst.sum(), tile + 1 if i < experts - 1 else rows)
+    for sizes in (alone, ones, many, worst):
+        own = grouped_layers.tiles(jnp.asarray(sizes), rows)
+        place, owner = np.asarray(own.place), np.repeat(np.arange(experts), sizes)
+        assert len(set(place.tolist())) == rows and place.min() >= 0
+        assert place.max() < own.source.size
+        np.testing.assert_array_equal(own.source.reshape(-1)[place], np.arange(rows))
+        assert (own.source < rows).sum() == rows
+        np.testing.assert_array_equal(own.owner[place // own.source.shape[1]], owner)
+        assert (
+            own.even
+            == (np.bincount(own.owner, minlength=experts) == len(own.owner) / experts).all()
+        )
+
+
+@pytest.mark.parametrize("even", [(True, True), (True, False), (False, False)])
+def test_experts_of_several_networks_in_tiles(even):
+    """Mapped over networks, whether the experts of all, of one or of none have as many tiles."""
+    sizes = jnp.asarray([(60, 70, 62, 64) if one else (0, 200, 30, 26) for one in even])
+    draw, n, e = np.random.default_rng(0), 256, 4
+    rows, kernel, bias, pull = (
+        jnp.asarray(draw.normal(size=(2, *shape)), jnp.float32)
+        for shape in ((n, 5), (e, 5, 7), (e, 7), (n, 7))
+    )
+
+    def both(method, rows, kernel, bias, sizes, pull):
+        y, pullback = jax.vjp(
+            lambda *weights: grouped_linear(*weights, sizes, method), rows, kernel, bias
+        )
+        return y, pullback(pull)
+
+    arguments = (rows, kernel, bias, sizes, pull)
+    together = jax.jit(jax.vmap(functools.partial(both, "batched")))
+    assert str(together.trace(*arguments).jaxpr).count("cond[") == 2  # and no choice between both
+    y, grads = together(*arguments)
+    for i in range(2):
+        expected = both("chunks", *(a[i] for a in arguments))
+        assert_close(y[i], expected[0], OUTPUT_TOLERANCE)
+        assert_trees_close([g[i] for g in grads], list(expected[1]), GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", ["chunks", "batched"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.models import chain
+from m2mkd_jax.models.nac.kernels import sample
 from m2mkd_jax.models.nac.modulation import ModulatedFFN
 from tests.random_params import random_params
 from tests.support import OUTPUT_TOLERANCE, assert_close
@@ -56,6 +57,22 @@ def test_truncated_links_leak_when_sampled():
     net, distance = network(spec), jnp.ones((5, 8))
     log = net.propagator_kernel(distance, jnp.float32(1.0), BATCH, jax.random.key(0))
     assert log.shape == (BATCH, 5, 8) and np.isfinite(log).all() and (log <= 0).all()
+
+
+def test_sampled_kernels_in_16_bits():
+    """The float32 sample and its gradient, rounded to the type in which they are used."""
+    draw = np.random.default_rng(0)
+    log = -jnp.asarray(draw.uniform(0.01, 3.0, (5, 8)), jnp.float32)
+    uniform = jnp.asarray(draw.uniform(size=(BATCH, 5, 8)), jnp.float32)
+    pull = jnp.asarray(draw.normal(size=(BATCH, 5, 8)), jnp.bfloat16)
+    results = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        y, pullback = jax.vjp(lambda log, dtype=dtype: sample(log, uniform, 0.5, dtype), log)
+        results[dtype] = y, pullback(pull.astype(dtype))[0]
+        assert y.dtype == dtype and results[dtype][1].dtype == jnp.float32
+    (wide, wide_slope), (half, half_slope) = results.values()
+    np.testing.assert_array_equal(half, wide.astype(jnp.bfloat16))
+    assert_close(half_slope, wide_slope, 1e-2)
 
 
 # Layers
