@@ -1,7 +1,8 @@
 """Runs that are killed or stopped at random moments end with the weights of one that was not.
 
-CHAOS_KILLS and CHAOS_SIGNALS set how many, CHAOS_SEED where, CHAOS_CONFIGS of which configs.
-`make chaos` runs this file; the kills of `make test` are those of tests/e2e.
+CHAOS_KILLS and CHAOS_SIGNALS set how many, CHAOS_SEED where, CHAOS_CONFIGS of which configs. With
+CHAOS_PROCESSES above 1 a run has so many processes, of which a kill hits one; signals go to the
+launcher. `make chaos` runs this file; the kills of `make test` are those of tests/e2e.
 """
 
 import itertools
@@ -23,16 +24,20 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SIGNALS = int(os.environ.get("CHAOS_SIGNALS", "2"))
 ROOT = Path(__file__).parents[2]
 CONFIGS = os.environ.get("CHAOS_CONFIGS", "tests/e2e/tiny.py,tests/e2e/tiny_vmoe.py").split(",")
+PROCESSES = int(os.environ.get("CHAOS_PROCESSES", "1"))
 LONGEST = 60.0  # seconds; moments in longer runs are drawn as in one of so many
 PREEMPTED = 3
 
 
 def start(config, workdir):
-    command = [sys.executable, "-m", "m2mkd_jax.main", f"--config={ROOT / config}"]
+    command = [sys.executable, "-m", "m2mkd_jax.main"]
+    if PROCESSES > 1:
+        command = [ROOT / "launch" / "local.sh", "-n", str(PROCESSES), "--"]
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}"],
+        [*command, f"--config={ROOT / config}", f"--workdir={workdir}"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},  # whole runs: compiled as users' are
+        # Whole runs: compiled as users' are.
+        env={**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,18 +114,28 @@ def strike(config, directory, draw, count, span, end):
     return workdirs
 
 
+def processes(run):
+    """The processes of a run, as far as they have not ended."""
+    if PROCESSES == 1:
+        return [run.pid]
+    listed = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
 def test_killed_at_random_moments(whole, tmp_path):
     config, expected, seconds = whole
-    kills = []
+    kills, draw = [], random.Random(SEED)
 
     def kill(run):
-        run.kill()
-        run.communicate()
+        os.kill(draw.choice(processes(run)), signal.SIGKILL)
+        error = run.communicate(timeout=120)[1]
+        assert "Traceback" not in error, error
         kills.append(run.returncode)
 
     span = (0.1 * seconds, 0.6 * seconds)
-    workdirs = strike(config, tmp_path, random.Random(SEED), KILLS, span, kill)
-    print(f"{config}, seed {SEED}: {kills.count(-signal.SIGKILL)} kills over {len(workdirs)} runs")
+    workdirs = strike(config, tmp_path, draw, KILLS, span, kill)
+    hit = len(kills) - kills.count(0)
+    print(f"{config}, {PROCESSES} processes, seed {SEED}: {hit} kills over {len(workdirs)} runs")
     for workdir in workdirs:
         assert_same(expected, workdir)
 
@@ -136,7 +151,7 @@ def test_stopped_by_signals_at_random_moments(whole, tmp_path):
         assert "Traceback" not in error, error
         # While Python itself starts, a signal ends the process as any other.
         codes.append(run.returncode)
-        assert run.returncode in (0, PREEMPTED, -number), error
+        assert run.returncode in (0, PREEMPTED, -number, 128 + number), error
 
     span = (0.2 * seconds, 0.6 * seconds)
     workdirs = strike(config, tmp_path, random.Random(SEED + 1), SIGNALS, span, stop)
