@@ -94,6 +94,15 @@ def test_eight_devices_equal_one(case, expert):
     assert used["all-reduce"] > 0
 
 
+def test_rows_in_tiles_on_eight_devices(monkeypatch):
+    """As on GPUs, where each device decides by its own rows how its tiles are multiplied."""
+    expected = on_one("dropless")
+    monkeypatch.setattr(dispatch, "default_method", lambda: "batched")
+    program, params, x = compiled("dropless", 1)
+    assert_trees_close(jax.device_get(program(params, x)), expected, OUTPUT_TOLERANCE)
+    assert " conditional(" in program.as_text()
+
+
 @pytest.mark.parametrize("router", ["vmoe", "expert_choice"])
 def test_evaluation_depends_neither_on_other_images_nor_on_devices(router):
     """7 images: alone, before black padding, among others; on one device and on four."""
