@@ -55,14 +55,7 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
         elif (loop := _loop(str(eqn.params.get("name")))) is not None:
             # Remat may split off parts of such a function that have no product.
             if any(flops_of(inner) for inner in _inner(eqn.params.values())):
-                flops, rows = loop
-                shapes = [_shape(v) for v in eqn.invars]
-                kernels = [shape for shape in shapes if len(shape) == 3]
-                if rows is None:
-                    rows = next(shape[0] for shape in shapes if len(shape) == 2)
-                else:
-                    del kernels[0]  # the tiles
-                total += flops * rows * math.prod(kernels[0][1:])
+                total += _loop_flops(eqn, *loop)
             continue
         elif eqn.primitive.name == "conv_general_dilated":
             total += 2 * _convolution(eqn)
@@ -133,6 +126,20 @@ def _loop(name: str) -> tuple[int, int | None] | None:
     if stem in LOOP_FLOPS and number.isdigit():
         return LOOP_FLOPS[stem], int(number)
     return None
+
+
+def _loop_flops(eqn: Any, flops: int, rows: int | None) -> int:
+    """FLOPs of a function of grouped.LOOP_FLOPS, given what `_loop` found in its name."""
+    first, *others = (_shape(v) for v in eqn.invars)
+    # It is given rows (N, C) or tiles (tiles, T, C) first, several of them if mapped over networks.
+    mapped = len(first) - (2 if rows is None else 3)
+    networks = first[0] if mapped else 1
+    if rows is None:
+        rows = first[-2]
+    # What networks share is not mapped; biases have an axis less.
+    rank = max(3, *(len(shape) for shape in others))
+    kernel = next(shape for shape in others if len(shape) == rank)
+    return flops * networks * rows * math.prod(kernel[-2:])
 
 
 def _inner(values: Iterable[Any]) -> Iterator[core.Jaxpr]:

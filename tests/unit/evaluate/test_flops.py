@@ -112,6 +112,29 @@ def test_each_row_by_one_expert(method):
     assert count_flops(gradient, *shapes) == 3 * product + 2 * bias
 
 
+@pytest.mark.parametrize("axes", [(0, 0, 0, 0), (0, None, None, 0), (0, 0, 0, None)])
+@pytest.mark.parametrize("method", ["chunks", "batched"])
+def test_each_row_by_one_expert_of_several_networks(method, axes):
+    """Mapped over three networks, which may have weights or numbers of rows in common."""
+    rows, experts, networks = 40, 4, 3
+    shapes = [
+        shape(rows, C),
+        shape(experts, C, D),
+        shape(experts, D),
+        shape(experts, dtype=jnp.int32),
+    ]
+
+    def loss(x, w, b, sizes):
+        return jnp.square(grouped_linear(x, w, b, sizes, method)).sum()
+
+    gradient = jax.vmap(jax.value_and_grad(loss, argnums=(0, 1, 2)), axes)
+    shapes = [
+        shape(networks, *s.shape, dtype=s.dtype) if axis == 0 else s
+        for s, axis in zip(shapes, axes, strict=True)
+    ]
+    assert count_flops(gradient, *shapes) == networks * 3 * (2 * rows * C * D)
+
+
 def test_each_row_by_one_expert_recomputed():
     """A rematerialised loop over layers: four products instead of three."""
 
