@@ -136,9 +136,7 @@ def _loop_flops(eqn: Any, flops: int, rows: int | None) -> int:
     networks = first[0] if mapped else 1
     if rows is None:
         rows = first[-2]
-    # What networks share is not mapped; biases have an axis less.
-    rank = max(3, *(len(shape) for shape in others))
-    kernel = next(shape for shape in others if len(shape) == rank)
+    kernel = next(shape for shape in others if len(shape) >= 3)  # it comes before all others
     return flops * networks * rows * math.prod(kernel[-2:])
 
 
