@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from m2mkd_jax.errors import UserError, printable
 
@@ -157,6 +156,8 @@ def _builder(directory: str | Path) -> Any:
     Raises:
         UserError: its files are damaged, or not of TFDS.
     """
+    import tensorflow_datasets as tfds  # noqa: PLC0415 - slow import
+
     try:
         return tfds.builder_from_directory(str(directory))
     except Exception as error:  # damaged json can cause any error in TFDS's and protobuf's parsers
@@ -199,6 +200,8 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
             f"{directory} has the splits {', '.join(builder.info.splits)}: no"
             f" {' or '.join(_SPLITS[split])}"
         )
+    import tensorflow_datasets as tfds  # noqa: PLC0415 - slow import
+
     try:
         # All images stay undecoded: CUB's records also hold a mask, which is not used.
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]

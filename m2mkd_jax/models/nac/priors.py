@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import networkx
 import numpy as np
 import optax
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models.nac.kernels import distance
 
+if TYPE_CHECKING:
+    import networkx
+
 SLACK = 0.01  # how far beyond the margin the polishing steps push distances
 
 
-def _balanced_tree(latents: int, seed: int, r: int, h: int) -> networkx.Graph:
-    graph = networkx.balanced_tree(r, h)
+def _balanced_tree(nx: Any, latents: int, seed: int, r: int, h: int) -> networkx.Graph:
+    graph = nx.balanced_tree(r, h)
     last = graph.number_of_nodes() - 1
     if latents == last + 2:
         # A binary tree has 2^n - 1 nodes: as published, one leaf more reaches a power of two.
@@ -33,35 +35,35 @@ def _balanced_tree(latents: int, seed: int, r: int, h: int) -> networkx.Graph:
 
 
 def _watts_strogatz(
-    latents: int, seed: int, k: int | None = None, p: float = 0.4
+    nx: Any, latents: int, seed: int, k: int | None = None, p: float = 0.4
 ) -> networkx.Graph:
     k = round(0.1 * latents) if k is None else k
-    return networkx.watts_strogatz_graph(latents, k, p, seed=seed)
+    return nx.watts_strogatz_graph(latents, k, p, seed=seed)
 
 
-def _barbell(latents: int, seed: int, m1: int | None = None, m2: int = 0) -> networkx.Graph:
-    return networkx.barbell_graph((latents - m2) // 2 if m1 is None else m1, m2)
+def _barbell(
+    nx: Any, latents: int, seed: int, m1: int | None = None, m2: int = 0
+) -> networkx.Graph:
+    return nx.barbell_graph((latents - m2) // 2 if m1 is None else m1, m2)
 
 
-def _hypercube(latents: int, seed: int) -> networkx.Graph:
+def _hypercube(nx: Any, latents: int, seed: int) -> networkx.Graph:
     # The published code always builds dimension 8, whatever the number of latents.
-    return networkx.hypercube_graph(max(latents.bit_length() - 1, 0))
+    return nx.hypercube_graph(max(latents.bit_length() - 1, 0))
 
 
-def _grid(latents: int, seed: int, dim: Any, periodic: bool = False) -> networkx.Graph:
-    return networkx.grid_graph(tuple(dim), periodic=periodic)
+def _grid(nx: Any, latents: int, seed: int, dim: Any, periodic: bool = False) -> networkx.Graph:
+    return nx.grid_graph(tuple(dim), periodic=periodic)
 
 
-# Each takes (latents, seed, **options).
+# Each takes (networkx, latents, seed, **options).
 GENERATORS: dict[str, Callable[..., networkx.Graph]] = {
-    "barabasi-albert": lambda latents, seed, m: networkx.barabasi_albert_graph(
-        latents, m, seed=seed
+    "barabasi-albert": lambda nx, latents, seed, m: nx.barabasi_albert_graph(latents, m, seed=seed),
+    "erdos-renyi": lambda nx, latents, seed, p: nx.erdos_renyi_graph(latents, p, seed=seed),
+    "planted-partition": lambda nx, latents, seed, l, k, p_in, p_out: (  # noqa: E741 (published name)
+        nx.planted_partition_graph(l, k, p_in, p_out, seed=seed)
     ),
-    "erdos-renyi": lambda latents, seed, p: networkx.erdos_renyi_graph(latents, p, seed=seed),
-    "planted-partition": lambda latents, seed, l, k, p_in, p_out: (  # noqa: E741 (published name)
-        networkx.planted_partition_graph(l, k, p_in, p_out, seed=seed)
-    ),
-    "ring-of-cliques": lambda latents, seed, num_cliques, clique_size: networkx.ring_of_cliques(
+    "ring-of-cliques": lambda nx, latents, seed, num_cliques, clique_size: nx.ring_of_cliques(
         num_cliques, clique_size
     ),
     "watts-strogatz": _watts_strogatz,
@@ -69,8 +71,8 @@ GENERATORS: dict[str, Callable[..., networkx.Graph]] = {
     "balanced-tree": _balanced_tree,
     "barbell": _barbell,
     "hypercube": _hypercube,
-    "complete": lambda latents, seed: networkx.complete_graph(latents),
-    "none": lambda latents, seed: networkx.empty_graph(latents),
+    "complete": lambda nx, latents, seed: nx.complete_graph(latents),
+    "none": lambda nx, latents, seed: nx.empty_graph(latents),
 }
 
 
@@ -129,9 +131,11 @@ def build_graph(prior: str, latents: int, options: dict[str, Any], seed: int) ->
     """
     if prior not in GENERATORS:
         raise UserError(f"graph prior {prior!r} is unknown: use one of {', '.join(GENERATORS)}")
+    import networkx  # noqa: PLC0415 - slow import
+
     try:
         _check_options(options)
-        graph = GENERATORS[prior](latents, seed, **options)
+        graph = GENERATORS[prior](networkx, latents, seed, **options)
     except (TypeError, ValueError, networkx.NetworkXException) as error:
         reason = str(error).replace("<lambda>()", prior).replace("\n", " ")
         raise UserError(f"graph prior {prior}: options {dict(options)}: {reason}") from error
