@@ -27,15 +27,22 @@ TRIES = 20  # places that are tried for a digit before it is left out
 INK = 0.35
 
 
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's 1,797 digits: images (N, 8, 8) from 0 to 1, and their classes (N,)."""
+    # It takes a second to import, and only these data sets need it.
+    import sklearn.datasets  # noqa: PLC0415 - slow import
+
+    data = sklearn.datasets.load_digits()
+    return data.images / 16, data.target
+
+
 @functools.cache
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 8, 8) from 0 to 1, and their classes."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow import
-
-    data = load_digits()
-    cut = int(len(data.images) * (1 - TEST_SHARE))
+    """Images (N, 8, 8) from 0 to 1, and their classes, of a split."""
+    images, classes = load_digits()
+    cut = int(len(images) * (1 - TEST_SHARE))
     own = slice(cut) if split == "train" else slice(cut, None)
-    return data.images[own] / 16, data.target[own]
+    return images[own], classes[own]
 
 
 def digits_scene(seed: int, split: str, index: int, side: int = 128) -> Scene:

@@ -17,6 +17,7 @@ from m2mkd_jax.data.array_source import ArrayImageSource, to_images
 from m2mkd_jax.data.channels import channels_of
 from m2mkd_jax.data.class_lists import wordnet_ids
 from m2mkd_jax.data.decode import RGB, DamagedImage, Form
+from m2mkd_jax.data.digits_scene import load_digits
 from m2mkd_jax.data.encoded_source import EncodedImageSource
 from m2mkd_jax.data.formats import idx
 from m2mkd_jax.data.formats.tables import Columns
@@ -295,16 +296,12 @@ def _digits(split: str, size: int, channels: int) -> ArrayImageSource:
 
     The test split is the first fifth of a fixed class-balanced order. Enlarged to `size`, bicubic.
     """
-    # scikit-learn takes a second to import, and only this data set needs it.
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow import
-
-    digits = load_digits()
-    order = class_balanced_order(digits.target)
+    images, classes = load_digits()
+    order = class_balanced_order(classes)
     cut = round(len(order) / 5) + 1  # 360 is a multiple of the 10 classes, 359 is not
     chosen = np.sort(order[:cut] if split == "test" else order[cut:])
-    grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    images = to_images(grey, size)[..., :channels]
-    return ArrayImageSource(images, digits.target[chosen], "0123456789")
+    grey = np.round(images[chosen] * 255).astype(np.uint8)
+    return ArrayImageSource(to_images(grey, size)[..., :channels], classes[chosen], "0123456789")
 
 
 def _subset(source: ImageSource, field: str, wanted: int) -> ImageSource:

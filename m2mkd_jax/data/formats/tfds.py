@@ -150,16 +150,20 @@ def _version(directory: Path) -> list[int]:
     return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
 
 
+def _library() -> Any:
+    import tensorflow_datasets  # noqa: PLC0415 - slow import
+
+    return tensorflow_datasets
+
+
 def _builder(directory: str | Path) -> Any:
     """TFDS's description of a prepared directory.
 
     Raises:
         UserError: its files are damaged, or not of TFDS.
     """
-    import tensorflow_datasets as tfds  # noqa: PLC0415 - slow import
-
     try:
-        return tfds.builder_from_directory(str(directory))
+        return _library().builder_from_directory(str(directory))
     except Exception as error:  # damaged json can cause any error in TFDS's and protobuf's parsers
         reason = printable(" ".join(str(error).split()))[:_SHOWN]
         raise UserError(
@@ -200,8 +204,7 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
             f"{directory} has the splits {', '.join(builder.info.splits)}: no"
             f" {' or '.join(_SPLITS[split])}"
         )
-    import tensorflow_datasets as tfds  # noqa: PLC0415 - slow import
-
+    tfds = _library()
     try:
         # All images stay undecoded: CUB's records also hold a mask, which is not used.
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]

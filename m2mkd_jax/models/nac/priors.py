@@ -60,8 +60,8 @@ def _grid(nx: Any, latents: int, seed: int, dim: Any, periodic: bool = False) ->
 GENERATORS: dict[str, Callable[..., networkx.Graph]] = {
     "barabasi-albert": lambda nx, latents, seed, m: nx.barabasi_albert_graph(latents, m, seed=seed),
     "erdos-renyi": lambda nx, latents, seed, p: nx.erdos_renyi_graph(latents, p, seed=seed),
-    "planted-partition": lambda nx, latents, seed, l, k, p_in, p_out: (  # noqa: E741 (published name)
-        nx.planted_partition_graph(l, k, p_in, p_out, seed=seed)
+    "planted-partition": lambda nx, latents, seed, **options: nx.planted_partition_graph(
+        **options, seed=seed
     ),
     "ring-of-cliques": lambda nx, latents, seed, num_cliques, clique_size: nx.ring_of_cliques(
         num_cliques, clique_size
@@ -101,9 +101,11 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuses options of another kind; those of no generator are left to it. Raises ValueError."""
+    """Refuses options of no generator or of another kind. Raises ValueError."""
     for name, value in options.items():
-        words, allows = OPTIONS.get(name, ("", lambda value: True))
+        if name not in OPTIONS:
+            raise ValueError(f"{name} is no option; there are {', '.join(OPTIONS)}")
+        words, allows = OPTIONS[name]
         if not allows(value):
             raise ValueError(f"{name} is {value!r}; it must be {words}")
 

@@ -81,7 +81,9 @@ def test_planted_partition_has_its_clusters_in_order():
         ("balanced-tree", 24, {"r": 2, "h": 3}, "has 15 nodes.* 24 latents"),
         ("barabasi-albert", 24, {}, "missing 1 required positional argument: 'm'"),
         ("barabasi-albert", 24, {"m": 30}, "m = 30"),
-        ("erdos-renyi", 24, {"p": 0.1, "q": 1}, "unexpected keyword argument 'q'"),
+        ("erdos-renyi", 24, {"p": 0.1, "q": 1}, "q is no option; there are m, l, k"),
+        ("erdos-renyi", 24, {"p": 0.1, "m": 1}, "unexpected keyword argument 'm'"),
+        ("planted-partition", 24, {"backend": "cugraph"}, "backend is no option"),
         # Some of these are drawn without a word, or as something else.
         ("barabasi-albert", 24, {"m": 2.5}, "m is 2.5; it must be a whole number"),
         ("barabasi-albert", 24, {"m": True}, "m is True; it must be a whole number"),
