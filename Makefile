@@ -53,6 +53,9 @@ chaos: .venv-test/stamp
 	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_CONFIGS=$(CHAOS_CONFIGS) \
 	  CHAOS_KILLS=50 CHAOS_SIGNALS=40 CHAOS_FILES=5000 \
 	  .venv-test/bin/python -m pytest -s tests/chaos tests/chaos/long_kills.py
+	JAX_PLATFORMS=cpu CHAOS_SEED=$(CHAOS_SEED) CHAOS_CONFIGS=$(CHAOS_CONFIGS) \
+	  CHAOS_KILLS=10 CHAOS_PROCESSES=2 \
+	  .venv-test/bin/python -m pytest -s tests/chaos/long_kills.py -k killed
 
 BUCKET_EPOCHS ?= 2
 bucket: .venv-test/stamp
