@@ -16,7 +16,8 @@ from m2mkd_jax.data.pipeline import batch_indices, train_batches
 from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.phases.detection import DetectionPhase
-from m2mkd_jax.train.step import prepared, step_keys
+from m2mkd_jax.train.batch import prepared
+from m2mkd_jax.train.step import step_keys
 
 SHOWN = 8  # images of a batch
 
