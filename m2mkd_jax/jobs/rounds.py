@@ -55,7 +55,8 @@ def run_training(
         check: refuses jobs by name, once no other process can begin them any more.
 
     Raises:
-        UserError: input that is wrong, what `check` refuses, another process at the only job, a diverging loss.
+        UserError: input that is wrong, what `check` refuses, another process at the only job, a
+            diverging loss.
         Preempted: a signal arrived; the states were saved.
     """
     left, several = list(jobs), len(jobs) > 1 if several is None else several
