@@ -41,7 +41,7 @@ from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import FRESH, Phase, WeightsFrom
 from m2mkd_jax.train.loop import Loop, Member
 from m2mkd_jax.train.step import evaluated_params, with_fixed
-from m2mkd_jax.train.stops import NotFinite
+from m2mkd_jax.train.stops import NotFinite, Preempted
 
 
 def load_network(config: ConfigDict, workdir: Path) -> dict[str, dict]:
@@ -267,6 +267,8 @@ class Episode:
         states = {name: self._begin(jax.random.key(seed), fixed)}
         try:
             metrics = loop.run(states, (meshes.put_batch(self._mesh, b) for b in batches))
+        except Preempted:
+            raise Preempted(f"{name}: stopped by a signal; finished ones are kept") from None
         except NotFinite as error:
             raise UserError(
                 f"{name}: the {error.what} is no longer finite at step {error.step}; "
