@@ -30,8 +30,7 @@ from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import FRESH, Phase, Regulariser, StageSpec, WeightsFrom
-from m2mkd_jax.phases.program import Program
-from m2mkd_jax.train.batch import batch_of
+from m2mkd_jax.phases.program import Program, batch_of
 
 # Names of the job whose network is the dense teacher.
 DENSE = "ft"

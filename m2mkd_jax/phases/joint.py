@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.phases.program import Program, concatenated
-from m2mkd_jax.train.batch import batch_of
+from m2mkd_jax.phases.program import Program, batch_of, concatenated
 
 # The stages that a chain has run, in order: (); ("meta_0",); ("meta_0", "student_1"); ...
 Path = tuple[str, ...]

@@ -66,18 +66,3 @@ def prepared(
         return batch | {"target": mixing.smooth_one_hot(label, data.classes, recipe.smoothing)}
     images, targets = prepare(keys, {"image": batch["image"], "label": label}, recipe, data)
     return batch | {"image": images, "target": targets}
-
-
-def batch_of(batch: dict, job: str) -> dict:
-    """A batch of several jobs as one of them takes it.
-
-    Args:
-        batch: with "step/JOB" the number of the job's training step from 0, without those that it
-            has skipped.
-        job: its name.
-
-    Returns:
-        The batch with that number as "step", where it has one.
-    """
-    own = f"step/{job}"
-    return {**batch, "step": batch[own]} if own in batch else batch

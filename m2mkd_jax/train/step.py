@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.train.batch import batch_of, prepared
+from m2mkd_jax.train.batch import prepared
 from m2mkd_jax.train.optimizer import ema_update, global_norm
 from m2mkd_jax.train.trained_parts import without_frozen
 
@@ -81,7 +81,7 @@ def make_step(
     def joint_loss(
         trainable: dict, frozen: dict, batch: dict, key: jax.Array
     ) -> tuple[jax.Array, dict]:
-        value, metrics = loss(trainable[""], frozen, batch_of(batch, ""), key)
+        value, metrics = loss(trainable[""], frozen, {**batch, "step": batch["step/"]}, key)
         return value, {"": metrics}
 
     joint_gradient, joint_update = _parts(joint_loss, {"": (optimizer, recipe)}, data)
@@ -111,7 +111,7 @@ def make_joint_step(
     Args:
         loss: (trainable, frozen, batch, key) -> (scalar, metrics), `trainable` and `metrics` by
             job; the scalar is the sum of the jobs' losses, so that each job's gradient is its own.
-            `batch_of` gives the batch of each.
+            Of a job's step from 0, without those that it skipped, the batch has "step/JOB".
         jobs: name -> optimizer and recipe. The states are after the same number of steps, and the
             recipes mix alike.
         data, seed, out_shardings, apart: as for `make_step`; the shardings by job.
