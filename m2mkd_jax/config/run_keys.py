@@ -26,7 +26,7 @@ RUN: Keys = {
     "max_skipped_steps": Key(
         0,
         "steps of a job whose loss or gradient may be not finite: they change no weights; one "
-        "more ends the job",
+        "more ends the job; none in fewshot",
         FROM_0,
     ),
     "watchdog_seconds": Key(

@@ -16,7 +16,7 @@ import numpy as np
 from m2mkd_jax.evaluate.calibration import binned, gap
 from m2mkd_jax.losses.classification import top_k_correct
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.batch import normalise
 
 # Enough that the device never waits, few enough that an evaluation can be stopped.
 IN_FLIGHT = 2

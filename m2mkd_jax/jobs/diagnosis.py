@@ -1,4 +1,6 @@
-"""Where a loss or gradient that is not finite begins: the step once more, stage by stage.
+"""Where a loss or gradient that is not finite begins, and what helps.
+
+The step is made once more, stage by stage.
 
 Axes: B batch, H height, W width.
 """
@@ -12,11 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2mkd_jax.checkpoint.trees import not_finite
+from m2mkd_jax.config.defaults import MODULE_PHASES
 from m2mkd_jax.data.pipeline import batch_indices, train_batches
-from m2mkd_jax.jobs.run import image_source
+from m2mkd_jax.jobs.plan import Kind, Plan, inputs_path
+from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.phases.detection import DetectionPhase
-from m2mkd_jax.train.step import prepared, step_keys
+from m2mkd_jax.phases.phase import Phase
+from m2mkd_jax.train.batch import prepared
+from m2mkd_jax.train.step import step_keys
 
 SHOWN = 8  # images of a batch
 
@@ -59,6 +65,29 @@ def where_it_began(setup: Setup, state: dict, step: int) -> str:
         setup, state, ready, key
     )
     return f"{where}; {found})" if found else f"{where})"
+
+
+def what_helps(run: Run, phase: Phase) -> str:
+    """In words, what to change where a job diverges, and how it is started again.
+
+    A module's own values touch no other module; where there are none, all jobs that have begun by
+    the same recipe start again, since they would be refused with a changed one.
+
+    Args:
+        run: the run.
+        phase: of the job.
+    """
+    key, (name, _, index) = f"config.{phase.recipe_key}", phase.job.partition("/")
+    if name in MODULE_PHASES:
+        return (
+            f"lower its lr or set its clip in {key}.modules, such as {{'{index}': {{'clip': 1.0}}}}"
+            f", and start the job again with --redo={phase.job}"
+        )
+    plan = Plan(run.config)
+    begun = [n for n in plan.names if inputs_path(run.workdir, n).is_file() or n == phase.job]
+    jobs = [plan.job(n) for n in begun if plan.job(n).kind is not Kind.EVALUATION]
+    same = ",".join(job.name for job in jobs if job.phase.recipe_key == phase.recipe_key)
+    return f"lower {key}.lr or set {key}.clip and start again with --redo={same}"
 
 
 def _single(setup: Setup, state: dict) -> tuple[dict, dict]:

@@ -38,7 +38,7 @@ from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.joint import JointProgram
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
 from m2mkd_jax.phases.program import Program
-from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.batch import normalise
 from m2mkd_jax.train.stops import EvaluationStopped
 
 SEEN = 200  # validation images that a network is observed on before parts of it are removed

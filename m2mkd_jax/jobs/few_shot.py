@@ -21,10 +21,11 @@ from m2mkd_jax.checkpoint.files import sealed, unseal
 from m2mkd_jax.data.few_shot import draw_tasks
 from m2mkd_jax.data.indices import BatchIndices
 from m2mkd_jax.data.pipeline import eval_batches, train_batches
-from m2mkd_jax.errors import located, require
+from m2mkd_jax.errors import UserError, located, require
 from m2mkd_jax.evaluate.accuracy import evaluate, make_counter
 from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.data_checks import image_facts
+from m2mkd_jax.jobs.diagnosis import what_helps
 from m2mkd_jax.jobs.evaluation import evaluation_batch, until_interrupted
 from m2mkd_jax.jobs.finished import check_same_place, run_of, write_result
 from m2mkd_jax.jobs.inputs import draw_images
@@ -40,6 +41,7 @@ from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import FRESH, Phase, WeightsFrom
 from m2mkd_jax.train.loop import Loop, Member
 from m2mkd_jax.train.step import evaluated_params, with_fixed
+from m2mkd_jax.train.stops import NotFinite, Preempted
 
 
 def load_network(config: ConfigDict, workdir: Path) -> dict[str, dict]:
@@ -192,7 +194,7 @@ class Episode:
 
     def __init__(self, run: Run, phase: Phase):
         config, mesh, recipe = run.config, run.mesh, phase.recipe
-        self._config, self._phase, self._mesh = config, phase, mesh
+        self._run, self._config, self._phase, self._mesh = run, config, phase, mesh
         # Labels are 0 .. ways - 1; the data set's own classes are only drawn from.
         self._data = ConfigDict(phase.data.to_dict())
         self._data.classes = config.few_shot.ways
@@ -265,6 +267,13 @@ class Episode:
         states = {name: self._begin(jax.random.key(seed), fixed)}
         try:
             metrics = loop.run(states, (meshes.put_batch(self._mesh, b) for b in batches))
+        except Preempted:
+            raise Preempted(f"{name}: stopped by a signal; finished ones are kept") from None
+        except NotFinite as error:
+            raise UserError(
+                f"{name}: the {error.what} is no longer finite at step {error.step}; "
+                f"{what_helps(self._run, self._phase)}"
+            ) from None
         finally:
             batches.close()
         return metrics[name]

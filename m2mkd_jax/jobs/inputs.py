@@ -19,7 +19,7 @@ from m2mkd_jax.jobs.run import image_source
 from m2mkd_jax.jobs.setup import Setup
 from m2mkd_jax.parallel.process import is_main
 from m2mkd_jax.phases.detection import DetectionPhase
-from m2mkd_jax.train.step import prepare
+from m2mkd_jax.train.batch import prepare
 
 
 def draw_images(

@@ -29,7 +29,7 @@ from m2mkd_jax.jobs.setup import abstract_stages
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
 from m2mkd_jax.parallel.process import say
-from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.batch import normalise
 
 FOLDER = "views"  # in a job's directory
 

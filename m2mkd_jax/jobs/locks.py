@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from m2mkd_jax.files.leases import is_leased, lease
 from m2mkd_jax.files.paths import in_bucket
@@ -18,6 +19,7 @@ from m2mkd_jax.parallel.watchdog import LOST
 
 # Errors of a lock that another process has; others mean that the file system has no locks.
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+LOOK_SECONDS = 0.4  # more than `is_held` of another process has a lock
 
 
 class Lock(Protocol):
@@ -43,19 +45,31 @@ def acquire(directory: Path) -> Lock | None:
     if in_bucket(directory):
         return lease(directory, _lost)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = (directory / "lock").open("w")
+    lock, until = (directory / "lock").open("w"), time.monotonic() + LOOK_SECONDS
     try:
-        file_lock.lock(lock)
+        while not _locked(lock):
+            if time.monotonic() > until:
+                lock.close()
+                return None
+            time.sleep(LOOK_SECONDS / 20)
     except OSError as error:
-        if error.errno in TAKEN:
-            lock.close()
-            return None
         print(
             f"warning: the file system of {directory} has no locks ({error.strerror}); let no "
             "other process run the same job there",
             file=sys.stderr,
         )
     return lock
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Locks a file, unless another process has the lock. Raises OSError: there are no locks."""
+    try:
+        file_lock.lock(lock)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        raise
+    return True
 
 
 def is_held(directory: Path) -> bool:

@@ -107,12 +107,17 @@ def run(
 def _run_jobs(this: Run, plan: Plan, choice: Choice, time_left: TimeLeft) -> None:
     """Does the jobs that are to be done, phase by phase."""
     workdir, todo = this.workdir, choice.todo
+
+    def check(names: list[str]) -> None:
+        """Others may have begun or made them since, or what they stand on, and otherwise."""
+        check_same_config(plan, workdir, names, (), choice.extended)
+
     for names in _phases(choice.chosen):
-        # Others may have begun or made them since, or what they stand on, and otherwise.
-        check_same_config(plan, workdir, [n for n in names if n in todo], (), choice.extended)
+        check([n for n in names if n in todo])
         jobs = [plan.job(name) for name in names if _is_open(plan, workdir, name, todo)]
         if jobs and jobs[0].kind is Kind.TRAINING:
-            run_training(this, jobs, time_left, several=_has_siblings(jobs[0], todo))
+            several = _has_siblings(jobs[0], todo)
+            run_training(this, jobs, time_left, several=several, check=check)
             continue
         for job in jobs:
             RUNNERS[job.kind](this, job)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from m2mkd_jax.checkpoint.files import read_record
 from m2mkd_jax.errors import UserError
@@ -41,6 +41,7 @@ def run_training(
     jobs: Sequence[Job],
     time_left: TimeLeft | None = None,
     several: bool | None = None,
+    check: Callable[[list[str]], None] = lambda names: None,
 ) -> None:
     """Runs jobs to their ends, those that see the same batches in one program.
 
@@ -51,9 +52,11 @@ def run_training(
         jobs: that are not done.
         time_left: of the command; None: it is not said.
         several: they are some of several; None: that says their number.
+        check: refuses jobs by name, once no other process can begin them any more.
 
     Raises:
-        UserError: input that is wrong, another process at the only job, a diverging loss.
+        UserError: input that is wrong, what `check` refuses, another process at the only job, a
+            diverging loss.
         Preempted: a signal arrived; the states were saved.
     """
     left, several = list(jobs), len(jobs) > 1 if several is None else several
@@ -64,6 +67,7 @@ def run_training(
         try:
             free = [job for job in candidates if _lock(run, job, locks, several)]
             if free:
+                check([job.name for job in free])
                 left = _train_round(run, free, locks, time_left) + left
         finally:
             for lock in locks.values():

@@ -23,7 +23,7 @@ from m2mkd_jax.detection.training import STAGE
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.files.paths import local_directory, remove_tree
 from m2mkd_jax.jobs.detection import BEST, DetectionEvaluator, said, scene_stream
-from m2mkd_jax.jobs.diagnosis import where_it_began
+from m2mkd_jax.jobs.diagnosis import what_helps, where_it_began
 from m2mkd_jax.jobs.evaluation import evaluator
 from m2mkd_jax.jobs.finished import check_same_place, run_of, write_result
 from m2mkd_jax.jobs.fitting import FittingStep
@@ -204,11 +204,10 @@ class Training:
         setup, where = self._setup.setups[error.name], ""
         if error.training and alone():
             where = where_it_began(setup, self._states[error.name], error.step)
-        key, at = f"config.{setup.phase.recipe_key}", f"at step {error.step}{where}"
+        skip = ", or let config.max_skipped_steps steps be skipped" if error.training else ""
         return UserError(
-            f"{error.name}: the {error.what} is no longer finite {at}; lower {key}.lr or set "
-            f"{key}.clip and start the job again with --redo={error.name}, or let "
-            "config.max_skipped_steps steps be skipped"
+            f"{error.name}: the {error.what} is no longer finite at step {error.step}{where}; "
+            f"{what_helps(self._run, setup.phase)}{skip}"
         )
 
     def _batches(self, phase: Phase) -> Iterator[dict]:

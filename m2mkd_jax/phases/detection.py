@@ -30,7 +30,7 @@ from m2mkd_jax.models.moe.spec import VMoESpec
 from m2mkd_jax.models.vit_spec import ViTSpec
 from m2mkd_jax.phases.families import students, teacher
 from m2mkd_jax.phases.phase import FRESH, Phase, Regulariser, StageSpec, WeightsFrom
-from m2mkd_jax.phases.program import Program
+from m2mkd_jax.phases.program import Program, batch_of
 
 # Names of the job whose network is the dense teacher.
 DENSE = "ft"
@@ -77,7 +77,9 @@ class SingleProgram:
         self, trainable: dict, frozen: dict, batch: dict, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
         """As `JointProgram.loss`: parameters and metrics by job."""
-        value, metrics = self.program.loss(trainable[self.job], frozen, batch, key)
+        value, metrics = self.program.loss(
+            trainable[self.job], frozen, batch_of(batch, self.job), key
+        )
         return value, {self.job: metrics}
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.phases.program import Program, concatenated
+from m2mkd_jax.phases.program import Program, batch_of, concatenated
 
 # The stages that a chain has run, in order: (); ("meta_0",); ("meta_0", "student_1"); ...
 Path = tuple[str, ...]
@@ -80,9 +80,9 @@ class JointProgram:
         Args:
             trainable: {job: {stage: params}}.
             frozen: {stage: {"params", "fixed"}}; of a trainable stage "fixed".
-            batch: as for `Program.loss`; and, as kept from an earlier run of the frozen stages,
-                "tokens/JOB" and "logits/JOB". Images are not needed where the tokens of all jobs
-                are kept.
+            batch: as for `Program.loss`, and for `batch_of`; and, as kept from an earlier run of
+                the frozen stages, "tokens/JOB" and "logits/JOB". Images are not needed where the
+                tokens of all jobs are kept.
             key: as for `Program.loss`; each program draws what it would draw by itself.
 
         Returns:
@@ -105,7 +105,7 @@ class JointProgram:
                 concatenated([seen[program.student[:end]] for end in tail]),
                 trainable[job],
                 frozen,
-                batch,
+                batch_of(batch, job),
                 tokens,
             )
             total += loss

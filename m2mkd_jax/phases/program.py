@@ -249,3 +249,18 @@ def concatenated(seen: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Auxiliary outputs of stages, one after the other: (L, ...) by name over all their layers."""
     seen = [observed for observed in seen if observed]
     return jax.tree.map(lambda *layers: jnp.concatenate(layers), *seen) if seen else {}
+
+
+def batch_of(batch: dict, job: str) -> dict:
+    """A batch of several jobs as one of them takes it.
+
+    Args:
+        batch: with "step/JOB" the number of the job's training step from 0, without those that it
+            has skipped.
+        job: its name.
+
+    Returns:
+        The batch with that number as "step", where it has one.
+    """
+    own = f"step/{job}"
+    return {**batch, "step": batch[own]} if own in batch else batch

@@ -24,7 +24,7 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.initial_weights import load_stage
 from m2mkd_jax.phases.phase import Phase, WeightsFrom
-from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.batch import normalise
 
 STITCHES = ("pre_stitch", "post_stitch")
 

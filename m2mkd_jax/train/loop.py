@@ -232,7 +232,10 @@ class Loop:
         self.wait()
         together = tuple(member.name for member in members)
         for member in members:
-            member.save(done, states[member.name], metrics.get(member.name, {}), together)
+            try:
+                member.save(done, states[member.name], metrics.get(member.name, {}), together)
+            except NotFinite as error:
+                raise self._failed([error], done, states) from None
 
     def _next(self, batches: Iterator[dict], done: int, members: list[Member], states: dict) -> Any:
         """The next batch.
@@ -319,7 +322,8 @@ class Loop:
                 member.evaluated = done
             for name, value in metrics[member.name].items():
                 if not math.isfinite(value):
-                    raise self._failed(NotFinite(member.name, done, name, False), done, states)
+                    wrong = NotFinite(member.name, done, name, False)
+                    raise self._failed([wrong], done, states)
         return metrics
 
     def _check_pending(
@@ -333,17 +337,21 @@ class Loop:
         pending = [member.pending() for member in members]
         if any(pending) or beside:
             pending, beside = jax.device_get((pending, beside))
+        errors = []
         for member, values in zip(members, pending, strict=True):
             try:
                 member.take(values, done, self.accumulate)
             except NotFinite as error:
-                raise self._failed(error, done, states) from None
+                errors.append(error)
+        if errors:
+            raise self._failed(errors, done, states)
         return beside
 
-    def _failed(self, error: NotFinite, done: int, states: dict) -> NotFinite:
-        """The error, once the jobs that go well are saved."""
+    def _failed(self, errors: Sequence[NotFinite], done: int, states: dict) -> NotFinite:
+        """The first of some jobs' errors, once the jobs that go well are saved."""
+        error, failed = errors[0], {error.name for error in errors}
         for member in self.members:
-            if member.name != error.name and member.name in states:
+            if member.name not in failed and member.name in states:
                 with contextlib.suppress(NotFinite):
                     member.take(jax.device_get(member.pending()), done, self.accumulate)
                     member.save(done, states[member.name], {}, (member.name,))

@@ -13,7 +13,7 @@ many of them a job survives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -23,45 +23,9 @@ import numpy as np
 import optax
 
 from m2mkd_jax.parallel import backend
-from m2mkd_jax.train import erasing, mixing
+from m2mkd_jax.train.batch import prepared
 from m2mkd_jax.train.optimizer import ema_update, global_norm
 from m2mkd_jax.train.trained_parts import without_frozen
-
-
-def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Normalises pixels: (x / 255 - mean) / std per channel.
-
-    Args:
-        images: uint8 (B, H, W, C).
-        mean: (C,).
-        std: (C,).
-
-    Returns:
-        float32 (B, H, W, C).
-
-    Source: docs/reference.md#normalisation.
-    """
-    mean_array, std_array = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (mean, std))
-    return (images.astype(jnp.float32) / 255.0 - mean_array) / std_array
-
-
-def prepare(
-    keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Normalises, erases and mixes a batch from the host.
-
-    Args:
-        keys: for erasing and for mixing.
-        batch: "image" uint8 (B, H, W, C) and "label" int32 (B,).
-        recipe: see train/mixing.py.
-        data: mean, std, classes and augment.erase.
-
-    Returns:
-        Images, float32 (B, H, W, C), and targets, float32 (B, K).
-    """
-    images = normalise(batch["image"], data.mean, data.std)
-    images = erasing.erase(keys[0], images, data.augment.erase)
-    return mixing.mix(keys[1], images, batch["label"], data.classes, recipe)
 
 
 def initial_state(
@@ -114,8 +78,10 @@ def make_step(
         "label" int32 (B,).
     """
 
-    def joint_loss(trainable: dict, *arguments: Any) -> tuple[jax.Array, dict]:
-        value, metrics = loss(trainable[""], *arguments)
+    def joint_loss(
+        trainable: dict, frozen: dict, batch: dict, key: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        value, metrics = loss(trainable[""], frozen, {**batch, "step": batch["step/"]}, key)
         return value, {"": metrics}
 
     joint_gradient, joint_update = _parts(joint_loss, {"": (optimizer, recipe)}, data)
@@ -145,6 +111,7 @@ def make_joint_step(
     Args:
         loss: (trainable, frozen, batch, key) -> (scalar, metrics), `trainable` and `metrics` by
             job; the scalar is the sum of the jobs' losses, so that each job's gradient is its own.
+            Of a job's step from 0, without those that it skipped, the batch has "step/JOB".
         jobs: name -> optimizer and recipe. The states are after the same number of steps, and the
             recipes mix alike.
         data, seed, out_shardings, apart: as for `make_step`; the shardings by job.
@@ -265,8 +232,9 @@ def _parts(
     def gradient(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
-        taken = first["step"] - first["skipped"]  # a skipped step is no part of an update
-        batch = prepared(prepare_keys, batch, mixing_recipe, data) | {"step": taken}
+        # A skipped step is no part of an update; each job has skipped its own.
+        taken = {f"step/{job}": own["step"] - own["skipped"] for job, own in states.items()}
+        batch = prepared(prepare_keys, batch, mixing_recipe, data) | taken
         for state in states.values():
             frozen = with_fixed(frozen, state["fixed"])
         params = {job: states[job]["params"] for job in jobs}
@@ -294,24 +262,6 @@ def step_keys(
     key = jax.random.fold_in(key, step)
     mix_key, loss_key, erase_key = jax.random.split(key, 3)
     return loss_key, (erase_key, mix_key)
-
-
-def prepared(
-    keys: tuple[jax.Array, jax.Array], batch: dict, recipe: Any, data: Any
-) -> dict[str, jax.Array]:
-    """A batch as the loss takes it: "target", "image" where there are images, and all others.
-
-    Without images there is nothing to erase or mix; a batch without labels goes to the loss as it
-    is.
-    """
-    if "label" not in batch:
-        return batch
-    batch = dict(batch)
-    label = batch.pop("label")
-    if "image" not in batch:
-        return batch | {"target": mixing.smooth_one_hot(label, data.classes, recipe.smoothing)}
-    images, targets = prepare(keys, {"image": batch["image"], "label": label}, recipe, data)
-    return batch | {"image": images, "target": targets}
 
 
 def _accumulated(state: dict, grads: dict, recipe: Any) -> dict:

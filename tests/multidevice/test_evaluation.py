@@ -11,7 +11,7 @@ from m2mkd_jax.jobs.setup import frozen_program
 from m2mkd_jax.models import chain
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
-from m2mkd_jax.train.step import normalise
+from m2mkd_jax.train.batch import normalise
 from tests.e2e import tiny_vmoe
 
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import functools
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,19 @@ def test_a_pair_of_another_process_is_left_to_it(tmp_path, capsys):
     (run.directory(job.name) / "done.json").write_text('{"metrics": {}}')
     assert not rounds._lock(run, job, locks, several=True)
     locks[job.name].close()
+
+
+def test_who_only_looks_at_a_lock_does_not_have_it(tmp_path):
+    (tmp_path / "lock").touch()
+    look = (tmp_path / "lock").open()
+    fcntl.flock(look, fcntl.LOCK_SH)  # as `is_held` does for a moment
+    timer = threading.Timer(locks.LOOK_SECONDS / 4, look.close)
+    timer.start()
+    lock = locks.acquire(tmp_path)
+    timer.join()
+    assert lock is not None and locks.is_held(tmp_path)
+    lock.close()
+    assert not locks.is_held(tmp_path)
 
 
 def test_kept_targets_that_the_disk_has_no_room_for_are_refused(tmp_path, monkeypatch):

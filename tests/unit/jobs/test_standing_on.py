@@ -10,7 +10,7 @@ from etils import epath
 from m2mkd_jax.checkpoint.files import read_record, sealed, write_record
 from m2mkd_jax.checkpoint.store import save_weights
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.jobs import pipeline
+from m2mkd_jax.jobs import pipeline, rounds
 from m2mkd_jax.jobs.changes import (
     check_finished,
     check_not_running,
@@ -330,6 +330,28 @@ def test_a_job_that_another_command_began_otherwise_meanwhile_is_refused(tmp_pat
     with pytest.raises(UserError, match=r"e2e_scratch/1 was made with config.recipes.e2e.lr = 0.5"):
         pipeline.run(config, tmp_path)
     assert trained == ["e2e_scratch"]
+
+
+def test_a_module_is_refused_that_another_command_began_otherwise_before_its_turn(
+    tmp_path, monkeypatch
+):
+    config = made(tiny.get_config(), phases=("pt", "mt"))
+    config.distillation.joint = False  # one after the other
+    other = config.copy_and_resolve_references()
+    other.recipes.mt.lr = 0.5
+    finish(Plan(config), tmp_path, ["pt"])
+    trained = []
+
+    def train_round(run, jobs, *_):
+        trained.extend(job.name for job in jobs)
+        finish(Plan(config), tmp_path, ["mt/0"])
+        write_inputs(tmp_path, Plan(other).job("mt/1"))  # by the other command, then interrupted
+        return []
+
+    monkeypatch.setattr(rounds, "_train_round", train_round)
+    with pytest.raises(UserError, match=r"mt/1 was made with config.recipes.mt.lr = 0.5"):
+        pipeline.run(config, tmp_path)
+    assert trained == ["mt/0"]
 
 
 def test_what_is_not_needed_is_not_said_to_be_done(tmp_path, capsys):

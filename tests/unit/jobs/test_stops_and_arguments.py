@@ -1,5 +1,7 @@
 """A signal ends the evaluation of a few-shot episode; `run` from Python says what it takes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -8,7 +10,7 @@ from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.jobs import evaluation, few_shot, pipeline
 from m2mkd_jax.parallel.mesh import make_mesh
-from m2mkd_jax.train.loop import EvaluationStopped
+from m2mkd_jax.train.loop import EvaluationStopped, Preempted
 
 
 def test_a_signal_ends_the_evaluation_of_an_episode(monkeypatch):
@@ -23,6 +25,24 @@ def test_a_signal_ends_the_evaluation_of_an_episode(monkeypatch):
     with pytest.raises(EvaluationStopped):
         episode._evaluate({"params": {}, "fixed": {}}, query)
     assert len(counted) == 2
+
+
+def test_a_signal_in_an_episode_does_not_say_that_it_is_saved(monkeypatch):
+    def stopped(*_):
+        raise Preempted("fewshot: stopped by a signal at step 2, state saved")
+
+    monkeypatch.setattr(few_shot.Loop, "run", stopped)
+    monkeypatch.setattr(few_shot, "train_batches", lambda *_, **__: (b for b in ()))
+    episode = object.__new__(few_shot.Episode)
+    episode._config = ConfigDict({"log_every": 1})
+    recipe = ConfigDict({"accumulate": 1})
+    episode._phase = SimpleNamespace(job="fewshot", recipe=recipe)
+    episode._setup = SimpleNamespace(rate=None)
+    episode._stage, episode._frozen, episode.steps = "head", {"head": {"fixed": {}}}, 3
+    episode._data = episode._micro = episode._mesh = None
+    episode._begin = lambda key, fixed: {}
+    with pytest.raises(Preempted, match=r"episode of seed 7: stopped by a signal; finished ones"):
+        episode.run(7, None, None)
 
 
 @pytest.mark.parametrize(

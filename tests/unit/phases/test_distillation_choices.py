@@ -1,5 +1,7 @@
 """Alpha that changes over a job, and tokens of modules that are matched."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,27 @@ def test_joint_pairs_have_the_losses_that_they_have_alone():
     np.testing.assert_allclose(total, sum(own["loss"] for own in alone.values()), rtol=1e-5)
     assert ["token_loss" in own for own in metrics.values()] == [True, True, False]
     np.testing.assert_allclose([own["alpha"] for own in metrics.values()], [0, 1 / 2, 2 / 3])
+
+
+def test_alpha_counts_the_steps_that_a_job_itself_has_skipped():
+    recipe = ConfigDict(
+        {"ema": 0.0, "accumulate": 1, "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    )
+    optimizer, programs, states, frozen = optax.sgd(0.1), {}, {}, {}
+    for i, skipped in enumerate((0, 3, 1)):
+        alpha = functools.partial(linear_alpha, first=1.0, last=0.0, updates=5, accumulate=1)
+        programs[f"m2mkd/{i}"], own, still = toy(i, alpha=alpha)
+        state = initial_state(own, {}, optimizer, recipe)
+        states[f"m2mkd/{i}"] = state | {"step": jnp.int32(4), "skipped": jnp.int32(skipped)}
+        frozen |= still
+    data = ConfigDict({"mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": CLASSES})
+    data.augment = {"erase": 0.0}
+    step = make_joint_step(
+        JointProgram(programs).loss, dict.fromkeys(programs, (optimizer, recipe)), data, seed=0
+    )
+    batch = {"image": np.zeros((2, 3, 3, 3), np.uint8), "label": np.arange(2)}
+    _, metrics = step(states, frozen, batch)
+    np.testing.assert_allclose([own["alpha"] for own in metrics.values()], [0, 3 / 4, 1 / 4])
 
 
 @pytest.mark.parametrize(("first", "last"), [(1.0, 0.0), (0.2, 0.8)])

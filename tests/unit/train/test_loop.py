@@ -423,3 +423,23 @@ def test_where_one_job_diverges_the_others_are_saved():
     with pytest.raises(UserError, match="b: the loss is no longer finite at step 1;"):
         jobs.run()
     assert ("save", 4) in jobs.events["a"] and ("save", 4) not in jobs.events["b"]
+
+
+def test_where_two_jobs_diverge_at_once_neither_is_saved():
+    jobs = Jobs({"a": 10, "b": 10, "c": 10}, losses={"a": math.nan, "b": math.nan})
+    with pytest.raises(NotFinite, match="a: the loss is no longer finite at step 1"):
+        jobs.run()
+    saved = {name: [e for e in events if e[0] == "save"] for name, events in jobs.events.items()}
+    assert saved == {"a": [], "b": [], "c": [("save", 4)]}
+
+
+def test_beside_weights_that_are_not_finite_all_others_are_saved():
+    jobs = Jobs({"a": 8, "b": 8, "c": 8}, evaluate_every=4)
+
+    def refused(step, *_):
+        raise NotFinite("b", step, "weight", False)
+
+    jobs.loop.members[1].save = refused
+    with pytest.raises(NotFinite, match="b: the weight is no longer finite at step 4"):
+        jobs.run()
+    assert ("save", 4) in jobs.events["a"] and ("save", 4) in jobs.events["c"]
