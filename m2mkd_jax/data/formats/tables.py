@@ -213,7 +213,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if line.strip():
                 yield f"{path} line {number}", _json_row(line, f"{path} line {number}")
         return
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         _check_once(reader.fieldnames or (), str(path))
         for row in reader:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.data import sources
+from m2mkd_jax.data.formats import cifar
 from m2mkd_jax.data.formats.pickles import read_pickle
 from m2mkd_jax.errors import UserError
 from tests.data_files import make_config, message, write_cub
@@ -152,6 +153,22 @@ def test_broken_cifar_files_are_one_line(tmp_path, file, content, words):
     (tmp_path / "c" / file).write_bytes(content)
     config = make_config("cifar100", tmp_path / "c", 100, image_size=32)
     assert words in message(sources.load_source, config, "train")
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+def test_an_archive_of_fewer_images_than_published_says_so(kind, tmp_path, capsys, monkeypatch):
+    """As of a file cut off at the end of an image."""
+    names = [f"class_{i}" for i in range(100)]
+    if kind == "binary":
+        write_cifar_binary(tmp_path / "c", names)
+    else:
+        write_cifar_python(tmp_path / "c", names, 2)
+    monkeypatch.setitem(cifar.IMAGES, "train", 12)
+    for split, said in (("train", ""), ("test", "test images in")):
+        assert len(cifar.open_split(tmp_path / "c", split)) == {"train": 12, "test": 5}[split]
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == bool(said)
+        assert not said or "are 5, and CIFAR-100 has 10,000" in error
 
 
 # CUB

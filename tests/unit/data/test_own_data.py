@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from m2mkd_jax.data import check, sources
 from m2mkd_jax.data.decode import DamagedImage, Form, decode
-from m2mkd_jax.data.formats import huggingface
+from m2mkd_jax.data.formats import huggingface, tables
 from m2mkd_jax.data.formats.tables import FOUND
 from m2mkd_jax.data.indices import BatchIndices, balanced_epoch, held_out
 from tests.data_files import CLASSES, make_config, message, write_folders
@@ -436,3 +436,16 @@ def test_classes_that_are_numbers_sort_as_numbers_if_asked(tmp_path, capsys):
     assert "is no whole number" in message(
         lambda: own(tmp_path / "texts", "train", numeric_order=True)
     )
+
+
+@pytest.mark.parametrize("end", ["", '2.png,a,"good" boy\n'])
+def test_rows_behind_a_quote_that_nothing_ends_are_not_lost(end, tmp_path):
+    """As all text up to the next quote, or the end, is of the column with the first one."""
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = 'image,label,note\n0.png,a,x\n1.png,b,"great\n2.png,a,x\n'
+    (tmp_path / "train.csv").write_text(lines + end)
+    said = message(tables.list_images, tmp_path, "train", FOUND)
+    assert said.startswith(f"{tmp_path}/train.csv line") and "is no CSV (" in said
+    (tmp_path / "train.csv").write_text(lines.replace('"great', '"great, ""so"" great"'))
+    assert tables.list_images(tmp_path, "train", FOUND)[1].tolist() == [0, 1, 0]
