@@ -188,13 +188,27 @@ def test_cub_follows_its_own_tables(tmp_path):
     ("file", "line", "words"),
     [
         ("images.txt", "6 002.B/f.jpg", "name different images"),
-        ("image_class_labels.txt", "5 3", "names class '3'"),
         ("train_test_split.txt", "1", "line 6: two words"),
-        ("train_test_split.txt", "1 2", "values but 0 and 1"),
+        ("train_test_split.txt", "1 2", "line 6: 1 is there twice"),
+        ("images.txt", "2 001.A/a.jpg", "line 6: 2 is there twice"),
     ],
 )
 def test_broken_cub_tables_are_one_line(tmp_path, file, line, words):
     write_cub(tmp_path)
     with open(tmp_path / file, "a") as table:
         table.write(line + "\n")
+    assert words in message(sources.load_source, make_config("cub", tmp_path, 2), "test")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("image_class_labels.txt", "names class '3'"),
+        ("train_test_split.txt", "values but 0 and 1"),
+    ],
+)
+def test_values_that_no_table_of_cub_has(file, words, tmp_path):
+    write_cub(tmp_path)
+    *lines, last = (tmp_path / file).read_text().splitlines()
+    (tmp_path / file).write_text("\n".join([*lines, f"{last.split()[0]} 3"]))
     assert words in message(sources.load_source, make_config("cub", tmp_path, 2), "test")

@@ -438,6 +438,19 @@ def test_classes_that_are_numbers_sort_as_numbers_if_asked(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_without_a_split_beside_rows_with_one(first, tmp_path):
+    """A test image whose row lacks it would be trained on."""
+    rows = [{"image": f"{i}.png", "label": "ab"[i % 2], "split": "train"} for i in range(4)]
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    del rows[0 if first else 2]["split"]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = f"{path} line {2 if first else 3}: some rows have a 'split', others none: add it"
+    assert message(tables.list_images, tmp_path, "train", FOUND) == said
+
+
 @pytest.mark.parametrize("end", ["", '2.png,a,"good" boy\n'])
 def test_rows_behind_a_quote_that_nothing_ends_are_not_lost(end, tmp_path):
     """As all text up to the next quote, or the end, is of the column with the first one."""
