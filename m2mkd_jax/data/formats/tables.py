@@ -185,9 +185,11 @@ def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str
 
 
 def _text(value: Any, where: str, column: str) -> str:
-    """A value of a table as text; "" where there is none."""
+    """A value of a table as text; "" where there is none. A whole number is one, 1.0 as 1."""
     if isinstance(value, list | dict):
         raise UserError(f"{where}: {column} is a {type(value).__name__}, no text or number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "" if value is None else str(value).strip()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from m2mkd_jax.data import check, sources
+from m2mkd_jax.data import check, layouts, sources
 from m2mkd_jax.data.decode import DamagedImage, Form, decode
 from m2mkd_jax.data.formats import huggingface, tables
 from m2mkd_jax.data.formats.tables import FOUND
@@ -436,6 +436,25 @@ def test_classes_that_are_numbers_sort_as_numbers_if_asked(tmp_path, capsys):
     assert "is no whole number" in message(
         lambda: own(tmp_path / "texts", "train", numeric_order=True)
     )
+
+
+def test_one_class_in_two_forms(tmp_path):
+    """Forms of Unicode look alike, and 1.0 is what programs write for 1."""
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+
+    def classes(*labels):
+        rows = [{"image": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return layouts.open_split(tmp_path, "tables", "train").class_names
+
+    assert classes(1, 2.0, 1.0) == ("1", "2") and classes("Cat", "cat", 1.5) == (
+        "1.5",
+        "Cat",
+        "cat",
+    )
+    said = message(classes, "caf\xe9", "x", "cafe\u0301")
+    assert said.startswith(f"{tmp_path} has the classes 'cafe\\u0301' and 'caf\\xe9', one name")
 
 
 @pytest.mark.parametrize("first", [True, False])
