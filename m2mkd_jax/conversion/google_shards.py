@@ -66,7 +66,8 @@ class Shards:
         used = sorted({file for array in self._arrays.values() for file in array.files})
         if type(count) is not int or not set(used) <= set(range(min(count, _MOST_FILES))):
             raise UserError(
-                f"{index} says that it has {count!r:.40} data files, and uses {used[:3]}"
+                f"{index} says that it has {count!r:.40} data files, and uses {used[:3]}: "
+                "fetch it again"
             )
         paths = {i: index.with_name(f"{prefix}.data-{i:05d}-of-{count:05d}") for i in used}
         missing = [path for path in paths.values() if not path.is_file()]
@@ -115,8 +116,8 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, _Array]]:
         ValueError: a part of a path is no text.
     """
     if isinstance(tree, dict):
-        if other := next((name for name in tree if not isinstance(name, str)), None):
-            raise ValueError(f"a part of a name is {other!r:.40}")
+        if others := [name for name in tree if not isinstance(name, str)]:
+            raise ValueError(f"a part of a name is {others[0]!r:.40}")
         for name in sorted(tree):
             yield from _leaves(tree[name], f"{path}/{name}" if path else str(name))
     elif isinstance(tree, _Array):

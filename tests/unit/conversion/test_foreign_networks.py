@@ -110,7 +110,7 @@ def test_shards_of_vmoe_hold_what_one_file_does(tmp_path):
         ({"shard_count": None}, "says that it has None data files"),
         ({"shard_count": 1.5}, "says that it has 1.5 data files"),
         ({"shard_count": 1}, r"says that it has 1 data files, and uses \[0, 1\]"),
-        ({"index": {1: {}, "a": {}}}, "a part of a name is 1"),
+        ({"index": {0: {}, "a": {}}}, "a part of a name is 0"),
         ({"index": {"a": {b"b": {}}}}, "a part of a name is b'b'"),
     ],
 )
