@@ -38,6 +38,12 @@ DETECTION_DATA: Keys = {
         "processes that decode images; 0: threads of the main process; -1: as fits the machine",
         FROM_MINUS_1,
     ),
+    "damaged_share": Key(
+        0.001,
+        "share of the images that may be unusable: in training another stands in for each, in "
+        "evaluation it is left out; more are an error",
+        SHARE,
+    ),
     "repeat_threshold": Key(
         0.0,
         "images with a class that fewer than this share of the images have are drawn more often "

@@ -25,6 +25,7 @@ from m2mkd_jax.errors import UserError
 SUFFIX = ".index"
 _NDARRAY, _SHAPE, _SLICE, _SLICES, _INFO = 1, 4, 5, 6, 8
 _CHUNKS = "__msgpack_array_chunk_a87ca2__"  # a key of the dict in a data file
+_MOST_FILES = 100_000  # their numbers have five digits
 _DTYPES = ("float32", "float16", "bfloat16")
 
 Slices = tuple[tuple[int, int], ...]  # start and stop along each axis
@@ -54,12 +55,20 @@ class Shards:
         content = _unpacked(index)
         if not isinstance(content, dict) or not {"index", "shard_count"} <= content.keys():
             raise UserError(f"{index} is no index of a checkpoint of vmoe")
-        self._arrays = dict(_leaves(content["index"], ""))
+        try:
+            self._arrays = dict(_leaves(content["index"], ""))
+        except ValueError as error:
+            raise UserError(f"{index} is no index of a checkpoint of vmoe: {error}") from None
         self._numbers = {name: number for number, name in enumerate(self._arrays)}
         if not self._arrays:
             raise UserError(f"{index} names no arrays")
         count, prefix = content["shard_count"], index.name.removesuffix(SUFFIX)
         used = sorted({file for array in self._arrays.values() for file in array.files})
+        if type(count) is not int or not set(used) <= set(range(min(count, _MOST_FILES))):
+            raise UserError(
+                f"{index} says that it has {count!r:.40} data files, and uses {used[:3]}: "
+                "fetch it again"
+            )
         paths = {i: index.with_name(f"{prefix}.data-{i:05d}-of-{count:05d}") for i in used}
         missing = [path for path in paths.values() if not path.is_file()]
         if missing:
@@ -101,8 +110,14 @@ class Shards:
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, _Array]]:
-    """The arrays of an index with their paths, in the order in which jax flattens a dict."""
+    """The arrays of an index with their paths, in the order in which jax flattens a dict.
+
+    Raises:
+        ValueError: a part of a path is no text.
+    """
     if isinstance(tree, dict):
+        if others := [name for name in tree if not isinstance(name, str)]:
+            raise ValueError(f"a part of a name is {others[0]!r:.40}")
         for name in sorted(tree):
             yield from _leaves(tree[name], f"{path}/{name}" if path else str(name))
     elif isinstance(tree, _Array):

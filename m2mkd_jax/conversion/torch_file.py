@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,52 @@ class Skipped:
         pass
 
 
+_LOADED = "only tensors and plain values are loaded"
+_MAX_FOREIGN = 100  # names in a file
+
+
+class _Foreign:
+    """Loads a file's names of other packages as nothing: yacs's, omegaconf's, the program's own.
+
+    What the file makes of such a name is an empty dict to the reader, which fills it, and `Skipped`
+    in the content.
+
+    Attributes:
+        names: that stand for nothing.
+        made: every dict; kept, so that no other object has its id.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.made: list[OrderedDict] = []
+
+    def stand_ins(self) -> list[Any]:
+        """What is called in place of the names, for torch."""
+        made = self.made
+
+        class Empty:
+            def __new__(cls, *arguments: Any, **options: Any) -> Any:
+                made.append(OrderedDict())
+                return made[-1]
+
+        return [(Empty, name) for name in self.names]
+
+    def add(self, error: Exception) -> bool:
+        """Whether a file was refused for a new name of another package, which is noted.
+
+        Names of Python's own modules, of torch and NumPy are no others': those that are harmless
+        are known above.
+        """
+        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if not found or found[1] in self.names or len(self.names) == _MAX_FOREIGN:
+            return False
+        package, _, inside = found[1].partition(".")
+        if not inside or package in (*sys.stdlib_module_names, "torch", "numpy"):
+            return False
+        self.names.append(found[1])
+        return True
+
+
 def _plain_dict(*arguments: Any) -> dict[Any, Any]:
     return {}
 
@@ -49,7 +97,7 @@ _SKIPPED = (
     *(f"builtins.{name}" for name in ("complex", "frozenset", "bytearray", "range", "slice")),
     *(f"datetime.{name}" for name in ("datetime", "timedelta", "date", "time", "timezone")),
     *("_codecs.encode", "decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
-    *("types.SimpleNamespace", "torch.torch_version.TorchVersion"),
+    *("types.SimpleNamespace", "torch.torch_version.TorchVersion", "typing.Any"),
 )
 # What is called in place of the names in a file.
 _STAND_INS = [
@@ -78,7 +126,8 @@ def read_torch(path: Path) -> Any:
     """The content of a file, with a `Tensor` in place of every tensor, read on demand.
 
     Only tensors and plain containers are unpickled (`weights_only`). Values of harmless types that
-    training programs keep beside weights (numpy's, paths) become `Skipped`. The bytes of a zip file
+    training programs keep beside weights (numpy's, paths), and all of other packages' types, become
+    `Skipped`. The bytes of a zip file
     (the format since torch 1.6) are first checked against the file's own checksums.
 
     Raises:
@@ -95,19 +144,33 @@ def read_torch(path: Path) -> Any:
     try:
         if zipped:
             check_zip(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return _LazyTensors(torch, zipped)(content)
+        foreign = _Foreign()
+        content = _loaded(torch, path, zipped, foreign)
+        if any(content is made for made in foreign.made):
+            raise ValueError(f"it is a {foreign.names[0]}; {_LOADED}")
+        return _LazyTensors(torch, zipped, {id(made) for made in foreign.made})(content)
     except Exception as error:
         raise UserError(f"{path} cannot be read safely: {_reason(error)}") from None
+
+
+def _loaded(torch: Any, path: Path, zipped: bool, foreign: _Foreign) -> Any:
+    """What torch reads; a file names one type after the other that it does not know."""
+    while True:
+        names = [*_STAND_INS, *foreign.stand_ins()]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(names):
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:
+            if not foreign.add(error):
+                raise
 
 
 def _reason(error: Exception) -> str:
     """Why a file is refused, in a line; torch's own message suggests to load it unsafely."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {found[1]}; only tensors and plain values are loaded"[:200]
+        return f"it asks for {found[1]}; {_LOADED}"[:200]
     if isinstance(error, DamagedZip):
         return f"it was damaged or changed ({text})"
     if isinstance(error, KeyError):  # of pickle, where a byte stands for nothing that it knows
@@ -133,18 +196,21 @@ class _LazyTensors:
     Args:
         torch: the module.
         mapped: whether the tensors' memory is mapped from the file.
+        skipped: ids of containers that become `Skipped`.
 
     Raises (when called):
         ValueError: a tensor is not dense, or the containers are too deep or too many.
     """
 
-    def __init__(self, torch: Any, mapped: bool):
-        self.torch, self.mapped, self.entries = torch, mapped, 0
+    def __init__(self, torch: Any, mapped: bool, skipped: Collection[int] = ()):
+        self.torch, self.mapped, self.skipped, self.entries = torch, mapped, skipped, 0
 
     def __call__(self, value: Any, name: str = "", depth: int = 0) -> Any:
         self.entries += 1
         if depth > _MAX_DEPTH or self.entries > _MAX_ENTRIES:
             raise ValueError("containers within containers without end")
+        if id(value) in self.skipped:
+            return Skipped()
         if isinstance(value, self.torch.Tensor):
             return _tensor(self.torch, value, self.mapped, name)
         if isinstance(value, Mapping):

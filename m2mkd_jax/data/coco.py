@@ -25,8 +25,9 @@ from m2mkd_jax.data.coco_problems import (
     problem,
     sound_polygons,
 )
-from m2mkd_jax.data.decode import Form, decode
+from m2mkd_jax.data.decode import DamagedImage, Form, decode
 from m2mkd_jax.errors import UserError, printable
+from m2mkd_jax.files import strict_json
 
 # As many examples of each problem are named.
 NAMED = 3
@@ -181,7 +182,8 @@ def _size(image: Mapping[str, Any], file: Path) -> tuple[str, tuple[int, int]]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=strict_json.unique_names)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -209,11 +211,11 @@ def load_scene(data: CocoData, image: CocoImage) -> Scene:
     """Decodes an image and its objects.
 
     Raises:
-        UserError: the image cannot be read, or has another size than the file says.
+        DamagedImage: the image cannot be read, or has another size than the file says.
     """
     pixels = read_upright(image.path)
     if pixels.shape[:2] != image.sides:
-        raise UserError(
+        raise DamagedImage(
             f"{image.path} has {pixels.shape[0]} x {pixels.shape[1]} pixels; the annotations say "
             f"{image.height} x {image.width}"
         )
@@ -255,12 +257,12 @@ def read_upright(path: Path) -> np.ndarray:
     16 bits are scaled to 8.
 
     Raises:
-        UserError: it cannot be read, or has 32 bits.
+        DamagedImage: it cannot be read, or has 32 bits.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedImage(f"{path} cannot be read: {error.strerror}") from None
     return decode(content, str(path), form=_UPRIGHT)
 
 

@@ -6,6 +6,7 @@ Axes: B batch, H height, W width, S size in pixels, K damaged images of a batch.
 
 import sys
 from collections.abc import Callable, Collection
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,11 +15,54 @@ from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.image_source import ImageSource, Shrink
 from m2mkd_jax.errors import UserError
 
+T = TypeVar("T")
+
+
+class Named(Protocol):
+    """N things that are read by number."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def name(self, index: int) -> str:
+        """What messages call one."""
+
+
+class Readable(Named, Protocol):
+    """N things, each of which `read` gives."""
+
+    def read(self, index: int) -> object:
+        """One of them. Raises DamagedImage where it cannot be decoded."""
+
+
+def first_sound(source: Named, index: int, read: Callable[[int], T]) -> tuple[T, int]:
+    """What is read at `index`, or at the next number where it can be.
+
+    The replacement depends on the images alone, so every run and every worker picks the same one.
+
+    Args:
+        source: what is read.
+        index: where.
+        read: number -> what is there. Raises DamagedImage.
+
+    Returns:
+        What was read, and its number.
+
+    Raises:
+        UserError: nothing of the source can be decoded.
+    """
+    count = len(source)
+    for offset in range(count):
+        candidate = (index + offset) % count
+        try:
+            return read(candidate), candidate
+        except DamagedImage:
+            continue
+    raise UserError(f"none of the {count} images can be decoded: {source.name(index)}...")
+
 
 class SubstitutingReader:
     """An `ImageReader` that reads the next decodable image in place of a damaged one.
-
-    The replacement depends on the images alone, so every run and every worker picks the same one.
 
     Attributes:
         replaced: index of a damaged image -> index of the image read in its place.
@@ -34,17 +78,12 @@ class SubstitutingReader:
         Raises:
             UserError: no image of the source can be decoded.
         """
-        count = len(self._source)
-        for offset in range(count):
-            candidate = (index + offset) % count
-            try:
-                image = self._source.read(candidate, shrink)
-            except DamagedImage:
-                continue
-            if offset:
-                self.replaced[int(index)] = int(candidate)
-            return image
-        raise UserError(f"none of the {count} images can be decoded: {self._source.name(index)}...")
+        image, found = first_sound(
+            self._source, index, lambda place: self._source.read(place, shrink)
+        )
+        if found != index:
+            self.replaced[int(index)] = int(found)
+        return image
 
     def evaluation_images(self, indices: np.ndarray, size: int) -> np.ndarray:
         """The images at `indices` int (B,), resized and centre-cropped: uint8 (B, S, S, C)."""
@@ -58,7 +97,7 @@ class SubstitutingReader:
 class DamagedImageCounter:
     """Counts the distinct damaged images of a run, names each once, and limits their number."""
 
-    def __init__(self, source: ImageSource, share: float) -> None:
+    def __init__(self, source: Readable, share: float) -> None:
         """Starts with no damaged image seen.
 
         Args:

@@ -13,6 +13,7 @@ import math
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 
 import cv2
@@ -39,6 +40,7 @@ _FLAGS = {
 }
 _FRAMES = (0xC0, 0xC1, 0xC2)  # markers of a frame: baseline, extended, progressive
 _SCAN = 0xDA
+_PNG = b"\x89PNG\r\n\x1a\n"  # with which such a file begins
 # Formats that Pillow opens as 32-bit integers where they have 16 bits.
 _16_BITS_IN_I = ("PNG", "PPM")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7]")  # not an escaped byte 255 or a restart marker
@@ -129,6 +131,8 @@ def _by_pillow(
     """`decode` of what OpenCV does not read as Pillow does; `turn` is EXIF's orientation."""
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if reason := _ENDS.get(image.format or "", lambda _: "")(content):
+                raise OSError(reason)
             # Pillow turns TIFF files by itself.
             turn = 1 if image.format == "TIFF" else turn
             pixels = _turned(_pixels(image, name, channels), turn)
@@ -148,6 +152,49 @@ def _by_pillow(
         raise DamagedImage(
             f"cannot decode the image {name} ({reason}): replace or remove it"
         ) from error
+
+
+def _png_fault(content: bytes) -> str:
+    """What is wrong with the pixels of a PNG file by its own checksums; "" if nothing is.
+
+    Pillow compares those of all other chunks, and takes whatever it can get of the pixels.
+    """
+    place = len(_PNG)
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">L4s", content, place)
+        end = place + 8 + length
+        if kind == b"IDAT" and end + 4 <= len(content):
+            (wanted,) = struct.unpack_from(">L", content, end)
+            if zlib.crc32(memoryview(content)[place + 4 : end]) != wanted:
+                return "the checksum of its pixels is another"
+        place = end + 4
+    return ""
+
+
+def _jpeg_fault(content: bytes) -> str:
+    """What is wrong with a JPEG file without an end, as where zeros fill it up; "" if nothing is.
+
+    Pillow decodes zeros in place of what is missing.
+    """
+    place = 2
+    while place + 4 <= len(content) and content[place] == 0xFF:
+        marker, length = struct.unpack_from(">BH", content, place + 1)
+        if marker == 0xFF:  # before a marker any number of these may stand
+            place += 1
+            continue
+        place += 2 + length
+        if marker == _SCAN:
+            # What a scan holds has no such two bytes.
+            return "" if content.find(b"\xff\xd9", place) >= 0 else "it has no end"
+    return ""
+
+
+# By Pillow's names of the formats.
+_ENDS: dict[str, Callable[[bytes], str]] = {
+    "PNG": _png_fault,
+    "JPEG": _jpeg_fault,
+    "MPO": _jpeg_fault,
+}
 
 
 def _array(content: bytes, name: str, channels: int) -> np.ndarray:

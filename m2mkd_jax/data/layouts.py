@@ -3,6 +3,7 @@
 Each layout is read by a file of formats/. Axes: N images, K classes.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -165,7 +166,20 @@ def open_split(root: str | Path, layout: str, split: str, columns: Columns = FOU
     source = _open(root, layout, split, columns)
     if not len(source):
         raise UserError(f"{root} has no {split} images: unpack or prepare it again")
+    _check_spelling(root, source.class_names)
     return source
+
+
+def _check_spelling(root: str | Path, names: Sequence[str]) -> None:
+    """Refuses classes that are one name in two forms of Unicode, as file systems write it."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(
+                f"{root} has the classes {other!a} and {name!a}, one name in two forms "
+                "of Unicode: give both one form"
+            )
 
 
 def prepared(root: str | Path) -> Path:

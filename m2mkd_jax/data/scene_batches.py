@@ -15,6 +15,8 @@ import numpy as np
 
 from m2mkd_jax.data.annotations import Scene, bitmap, flipped, large_scale_jitter, plain_resize
 from m2mkd_jax.data.batches import REPLACED, Batch
+from m2mkd_jax.data.damaged_images import first_sound
+from m2mkd_jax.data.decode import DamagedImage
 from m2mkd_jax.data.indices import BatchIndices, epoch_permutation, step_generator
 from m2mkd_jax.data.pipeline import BatchIterator, iterate, local_share
 from m2mkd_jax.data.scenes import SceneSource
@@ -158,13 +160,15 @@ class TrainScenes:
         # Numbers for the global batch, of which this process uses its share.
         generator = step_generator(self._seed, step)
         draws = generator.random((self._indices.batch_size, DRAWS))[self._share]
-        scenes = [
-            training_scene(self._source.read(int(i)), self._data, own)
-            for i, own in zip(chosen, draws, strict=True)
-        ]
+        scenes, replaced = [], np.full((len(chosen), 2), -1, np.int64)
+        for row, (index, own) in enumerate(zip(chosen, draws, strict=True)):
+            whole, found = first_sound(self._source, int(index), self._source.read)
+            scenes.append(training_scene(whole, self._data, own))
+            if found != index:
+                replaced[row] = index, found
         side = self._data.image_size
         batch = collate(scenes, (side, side), self._data.objects)
-        return batch | {REPLACED: np.full((len(chosen), 2), -1, np.int64)}
+        return batch | {REPLACED: replaced}
 
 
 class EvalScenes:
@@ -184,7 +188,12 @@ class EvalScenes:
             REPLACED: np.full((local, 2), -1, np.int64),
         }
         for row, index in enumerate(range(start, min(start + local, len(self._source)))):
-            whole = self._source.read(index)
+            try:
+                whole = self._source.read(index)
+            except DamagedImage:
+                batch["original"][row] = 0
+                batch[REPLACED][row, 0] = index
+                continue
             scene = evaluation_scene(whole, self._data)
             h, w = scene.size
             batch["original"][row] = whole.size
@@ -226,7 +235,8 @@ def train_scenes(
         An iterator of batches of `collate`, with `close()` as of `pipeline.train_batches`.
 
     Raises:
-        UserError: a wrong batch size, or an image that cannot be read.
+        UserError: a wrong batch size; raised by the iterator if more than `data.damaged_share` of
+            the images cannot be used. Another stands in for each.
     """
     share = local_share(batch_size, process_index, process_count)
     indices = scene_indices(source, data, batch_size, seed)
@@ -243,6 +253,8 @@ def eval_scenes(
     process_count: int = 1,
 ) -> BatchIterator:
     """Every scene once, in order; the last batch is filled up with black images of one pixel.
+
+    Such an image is in the place of a damaged one too, and its `original` is 0.
 
     Args:
         source, data, process_index, process_count: as for `train_scenes`.

@@ -46,8 +46,11 @@ class SceneSource(Protocol):
     def __len__(self) -> int:
         """N."""
 
+    def name(self, index: int) -> str:
+        """What messages call scene `index`."""
+
     def read(self, index: int) -> Scene:
-        """Scene `index`. Raises UserError where its image cannot be read."""
+        """Scene `index`. Raises DamagedImage where its image cannot be used."""
 
     def image_id(self, index: int) -> int:
         """The id of scene `index` in COCO's results."""
@@ -78,6 +81,10 @@ class GeneratedScenes:
 
     def __len__(self) -> int:
         return self.count
+
+    def name(self, index: int) -> str:
+        """Its number and the split."""
+        return f"number {index} of {self.split}"
 
     def read(self, index: int) -> Scene:
         """Scene `index`."""
@@ -142,8 +149,12 @@ class CocoScenes:
     def __len__(self) -> int:
         return len(self._data.images)
 
+    def name(self, index: int) -> str:
+        """The path of its image."""
+        return str(self._data.images[index].path)
+
     def read(self, index: int) -> Scene:
-        """Scene `index`. Raises UserError where its image cannot be read."""
+        """Scene `index`. Raises DamagedImage where its image cannot be used."""
         return load_scene(self._data, self._data.images[index])
 
     def image_id(self, index: int) -> int:

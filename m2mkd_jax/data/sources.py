@@ -220,6 +220,8 @@ def _whole(config: Any, layout: str | None, split: str) -> ImageSource:
         return _digits(split, config.image_size, channels)
     if config.name == "fashion_mnist":
         grey = idx.open_split(root, split)
+        if not len(grey):
+            raise UserError(f"{root} has no {split} images: download them again")
         images = to_images(grey.images[..., 0], config.image_size)
         return ArrayImageSource(images[..., :channels], grey.labels, grey.class_names)
     source = _in_form(config, _open(config, root, layout, split))

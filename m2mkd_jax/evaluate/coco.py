@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,13 @@ def evaluate_coco(
         run.summarize()
     stats = {name: float(value) for name, value in zip(NUMBERS, run.stats, strict=True)}
     return CocoNumbers(stats, _per_class(run))
+
+
+def without_images(truth: Mapping[str, Any], ids: Collection[int]) -> dict[str, Any]:
+    """The content of an instances file without some images and what is annotated on them."""
+    images = [image for image in truth["images"] if image["id"] not in ids]
+    objects = [one for one in truth["annotations"] if one["image_id"] not in ids]
+    return {**truth, "images": images, "annotations": objects}
 
 
 def _nothing(coco: Any, have: Any) -> Any:

@@ -8,7 +8,7 @@ Source: docs/detection.md#evaluation, docs/detection.md#inference.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from m2mkd_jax.data.annotations import Scene, bitmap
+from m2mkd_jax.data.damaged_images import first_sound
 from m2mkd_jax.data.indices import step_generator
 from m2mkd_jax.data.pipeline import BatchIterator
 from m2mkd_jax.data.scene_batches import (
@@ -31,12 +32,13 @@ from m2mkd_jax.detection.detector import Detections
 from m2mkd_jax.detection.inference import ImageDetections
 from m2mkd_jax.detection.pictures import drawn, whole_masks
 from m2mkd_jax.detection.training import STAGE
-from m2mkd_jax.evaluate.coco import KINDS, coco_results, evaluate_coco
+from m2mkd_jax.errors import require
+from m2mkd_jax.evaluate.coco import KINDS, coco_results, evaluate_coco, without_images
 from m2mkd_jax.files.paths import make_directory, write_bytes
 from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.parallel import mesh as meshes
-from m2mkd_jax.parallel.process import from_main, interrupted, is_main, reached
+from m2mkd_jax.parallel.process import from_main, interrupted, is_main, reached, union
 from m2mkd_jax.phases.detection import DetectionPhase, DetectionProgram
 from m2mkd_jax.train.stops import EvaluationStopped
 
@@ -69,7 +71,8 @@ def draw_scenes(path: Path, phase: DetectionPhase) -> None:
     draws = step_generator(phase.seed, 0).random((micro, DRAWS))
     tiles = []
     for index, own in list(zip(indices[0], draws, strict=True))[:SHOWN]:
-        scene = training_scene(source.read(int(index)), data, own)
+        whole, _ = first_sound(source, int(index), source.read)
+        scene = training_scene(whole, data, own)
         objects = ImageDetections(
             scene.boxes, np.ones(len(scene.boxes)), scene.classes, np.zeros((0, 28, 28))
         )
@@ -110,6 +113,8 @@ class DetectionEvaluator:
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """The numbers, such as eval_box_AP and eval_mask_AP50.
 
+        Damaged images are left out of them; `eval_damaged` is their number, where there are any.
+
         Args:
             params: of the detector, on the devices.
 
@@ -117,6 +122,7 @@ class DetectionEvaluator:
             EvaluationStopped: a signal arrived.
         """
         results: list[dict[str, Any]] = []
+        left_out: set[int] = set()
         batches = eval_scenes(
             self._source,
             self._data,
@@ -136,10 +142,13 @@ class DetectionEvaluator:
                     sizes, original = _of_all((sizes, original))
                 if is_main():
                     found = jax.device_get(found)
-                    results += self._results(number * self._batch, found, sizes, original)
+                    first = number * self._batch
+                    left_out |= {first + int(row) for row in np.flatnonzero(original[:, 0] == 0)}
+                    results += self._results(first, found, sizes, original)
+            batches.note_others(union)
         finally:
             batches.close()
-        numbers, per_class = from_main(self._measured(results) if is_main() else ({}, {}))
+        numbers, per_class = from_main(self._measured(results, left_out) if is_main() else ({}, {}))
         self.per_class = per_class
         return numbers
 
@@ -149,6 +158,8 @@ class DetectionEvaluator:
         """The detections of a batch in COCO's format, scene `first` being its first."""
         results = []
         for row in range(min(len(sizes), len(self._source) - first)):
+            if not original[row].all():  # damaged
+                continue
             height, width = (int(n) for n in original[row])
             own = image_detections(found, row, sizes[row], (height, width))
             masks = whole_masks(own, height, width)
@@ -161,13 +172,15 @@ class DetectionEvaluator:
         return results
 
     def _measured(
-        self, results: list[dict[str, Any]]
+        self, results: list[dict[str, Any]], left_out: Collection[int]
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        numbers: dict[str, float] = {}
+        require(len(left_out) < len(self._source), "none of the test images can be decoded")
+        truth = without_images(self._truth, {self._source.image_id(i) for i in left_out})
+        numbers: dict[str, float] = {"eval_damaged": len(left_out)} if left_out else {}
         per_class: dict[str, dict[str, float]] = {}
         names = dict(zip(self._source.categories, self._source.class_names, strict=True))
         for kind, title in TITLES.items():
-            found = evaluate_coco(self._truth, results, kind)
+            found = evaluate_coco(truth, results, kind)
             numbers |= {f"eval_{title}_{name}": value for name, value in found.stats.items()}
             per_class[title] = {names[id]: value for id, value in found.per_class.items()}
         return numbers, per_class
@@ -236,7 +249,10 @@ def measure_detector(
 
 def said(metrics: Mapping[str, Any]) -> str:
     """The main numbers, for people."""
-    return ", ".join(
+    numbers = [
         f"{title} AP {metrics[f'eval_{title}_AP']:.4f} AP50 {metrics[f'eval_{title}_AP50']:.4f}"
         for title in TITLES.values()
-    )
+    ]
+    if damaged := metrics.get("eval_damaged"):
+        numbers.append(f"without {damaged} damaged images")
+    return ", ".join(numbers)

@@ -6,6 +6,7 @@
 Axes: N images, P values per image (3 planes of 32 x 32 pixels: red, green, blue).
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 from m2mkd_jax.data.array_source import ArrayImageSource
 from m2mkd_jax.data.formats.pickles import read_pickle
 from m2mkd_jax.data.formats.text import read_text
-from m2mkd_jax.errors import UserError
+from m2mkd_jax.errors import UserError, printable
 
 BINARY = ("train.bin", "test.bin", "fine_label_names.txt")
 PYTHON = ("train", "test", "meta")
 CLASSES = 100
+IMAGES = {"train": 50_000, "test": 10_000}  # as published
 _PIXELS = 3 * 32 * 32
 _ROW = 2 + _PIXELS  # coarse label, fine label, pixels
 
@@ -34,7 +36,7 @@ def find(root: str | Path) -> tuple[str, Path] | None:
 
 
 def open_split(root: str | Path, split: str) -> ArrayImageSource:
-    """Reads a split, at 32 pixels.
+    """Reads a split, at 32 pixels; says so where it has not as many images as are published.
 
     Args:
         root: the folder that holds the archive.
@@ -50,6 +52,12 @@ def open_split(root: str | Path, split: str) -> ArrayImageSource:
     pixels, labels = (_binary if kind == "binary" else _python)(folder / PYTHON[split == "test"])
     if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
         raise UserError(f"{folder} has the label {labels.max()} of 100 classes: download it again")
+    if len(labels) != IMAGES[split]:
+        print(
+            f"warning: the {split} images in {printable(str(folder))} are {len(labels):,}, and "
+            f"CIFAR-100 has {IMAGES[split]:,}: unless that is meant, download it again",
+            file=sys.stderr,
+        )
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return ArrayImageSource(np.ascontiguousarray(images), labels, _names(kind, folder))
 

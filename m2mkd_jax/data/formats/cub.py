@@ -63,4 +63,10 @@ def _table(path: Path) -> dict[str, str]:
     short = next((number for number, words in enumerate(lines, 1) if len(words) != 2), None)
     if short:
         raise UserError(f"{path} line {short}: two words expected: unpack the archive again")
-    return {first: second for first, second in lines}
+    values: dict[str, str] = {}
+    for number, (first, second) in enumerate(lines, 1):
+        if values.setdefault(first, second) != second:
+            raise UserError(
+                f"{path} line {number}: {first} is there twice: unpack the archive again"
+            )
+    return values

@@ -185,9 +185,11 @@ def _images(path: Path, columns: Columns, split: str) -> Iterator[tuple[str, str
 
 
 def _text(value: Any, where: str, column: str) -> str:
-    """A value of a table as text; "" where there is none."""
+    """A value of a table as text; "" where there is none. A whole number is one, 1.0 as 1."""
     if isinstance(value, list | dict):
         raise UserError(f"{where}: {column} is a {type(value).__name__}, no text or number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "" if value is None else str(value).strip()
 
 
@@ -208,12 +210,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row is, for messages, and its values by column."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl":
-        # Not `splitlines`, which cuts at characters that a text of JSON may hold.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path} line {number}", _json_row(line, f"{path} line {number}")
+        yield from _json_rows(text, str(path))
         return
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         _check_once(reader.fieldnames or (), str(path))
         for row in reader:
@@ -229,6 +228,20 @@ def _check_once(names: Sequence[str], where: str) -> None:
     """Refuses a column that is there twice, of which only one would be read."""
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{where} has the column {twice[0]!r} twice: remove one")
+
+
+def _json_rows(text: str, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of JSON Lines: all say their split, or none, for which "train" is taken."""
+    says: bool | None = None
+    # Not `splitlines`, which cuts at characters that a text of JSON may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        row, where = _json_row(line, f"{path} line {number}"), f"{path} line {number}"
+        says = _SPLIT_COLUMN in row if says is None else says
+        if says != (_SPLIT_COLUMN in row):
+            raise UserError(f"{where}: some rows have a {_SPLIT_COLUMN!r}, others none: add it")
+        yield where, row
 
 
 def _json_row(line: str, where: str) -> dict[str, Any]:

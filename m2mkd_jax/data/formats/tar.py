@@ -237,9 +237,11 @@ def _shard_members(
         if member.isdir() or os.path.basename(stem).startswith("."):
             continue
         if suffix == ".cls":
+            if stem in classes:
+                raise UserError(f"{path} has {member.name} twice: pack it again")
             file = tar.extractfile(member)
             text = file.read(_CLASS_BYTES) if file else b""
-            classes[stem] = text.decode(errors="replace").strip()
+            classes[stem] = text.decode("utf-8-sig", "replace").strip()
         elif _is_wanted(suffix.lower(), _key(member.name)[1], field):
             if member.name in found:
                 raise UserError(f"{path} has {member.name} twice: pack it again")

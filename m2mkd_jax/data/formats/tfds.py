@@ -27,6 +27,7 @@ class RecordFiles:
         self,
         directory: str | Path,
         records: Any,
+        classes: int,
         rows: np.ndarray | None = None,
         known: np.ndarray | None = None,
     ) -> None:
@@ -35,11 +36,12 @@ class RecordFiles:
         Args:
             directory: the prepared directory, for messages.
             records: TFDS's data source of R records with "image" (bytes) and "label".
+            classes: how many there are.
             rows: int (N,), the records to use; None: all.
             known: int32 (R,), labels read so far (-1: not yet), shared by selections of a split.
         """
         self.directory = str(directory)
-        self._records = records
+        self._records, self._classes = records, classes
         self._rows = np.arange(len(records)) if rows is None else rows
         self._known = np.full(len(records), -1, np.int32) if known is None else known
 
@@ -58,22 +60,33 @@ class RecordFiles:
         return record["image"]
 
     def _record(self, row: int) -> Any:
-        """Record `row` of the split. Raises UserError where its file is missing or damaged."""
+        """Record `row` of the split.
+
+        Raises:
+            UserError: its file is missing or damaged, or it has no class, for which -1 stands.
+        """
         try:
             record = self._records[row]
             if record["image"] is None or record["label"] is None:
                 raise ValueError("its file is cut off")
-            return record
         except Exception as error:  # whatever readers make of files that are cut off
             reason = printable(" ".join(str(error).split()))[:_SHOWN]
             raise UserError(
                 f"number {row} of {self._records.split} in {self.directory} cannot be read "
                 f"({reason}): prepare it again"
             ) from error
+        if not 0 <= record["label"] < self._classes:
+            raise UserError(
+                f"number {row} of {self._records.split} in {self.directory} has the label "
+                f"{record['label']} of {self._classes} classes: use a split with classes"
+            )
+        return record
 
     def take(self, indices: np.ndarray) -> "RecordFiles":
         """The records at `indices`, in this order."""
-        return RecordFiles(self.directory, self._records, self._rows[indices], self._known)
+        return RecordFiles(
+            self.directory, self._records, self._classes, self._rows[indices], self._known
+        )
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """The labels of the records at `indices` int (B,): int32 (B,)."""
@@ -198,13 +211,19 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
         raise UserError(
             f"{directory} has the features {', '.join(features)}: image and label are needed"
         )
+    tfds = _library()
+    for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+        if not isinstance(features[key], kind):
+            raise UserError(
+                f"{directory}: its feature {key} is of the type {type(features[key]).__name__}; "
+                f"{kind.__name__} is needed"
+            )
     name = next((name for name in _SPLITS[split] if name in builder.info.splits), None)
     if name is None:
         raise UserError(
             f"{directory} has the splits {', '.join(builder.info.splits)}: no"
             f" {' or '.join(_SPLITS[split])}"
         )
-    tfds = _library()
     try:
         # All images stay undecoded: CUB's records also hold a mask, which is not used.
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]
@@ -216,4 +235,5 @@ def list_images(directory: str | Path, split: str) -> tuple[RecordFiles, tuple[s
             f"{directory} is prepared as {builder.info.file_format.value}: prepare it again with"
             ' file_format="array_record", which can be read in any order'
         ) from error
-    return RecordFiles(directory, records), tuple(features["label"].names)
+    names = tuple(features["label"].names)
+    return RecordFiles(directory, records, len(names)), names

@@ -4,6 +4,7 @@ import json
 
 import jax
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -100,6 +101,26 @@ def test_shards_of_vmoe_hold_what_one_file_does(tmp_path):
     refused("ckpt_1.index cannot be read")
     (tmp_path / "ckpt_1.index").write_bytes(b"\x93abc")
     refused("no index of a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shard_count": "2"}, "says that it has '2' data files"),
+        ({"shard_count": None}, "says that it has None data files"),
+        ({"shard_count": 1.5}, "says that it has 1.5 data files"),
+        ({"shard_count": 1}, r"says that it has 1 data files, and uses \[0, 1\]"),
+        ({"index": {0: {}, "a": {}}}, "a part of a name is 0"),
+        ({"index": {"a": {b"b": {}}}}, "a part of a name is b'b'"),
+    ],
+)
+def test_an_index_that_says_what_cannot_be(change, words, tmp_path):
+    index = foreign.write_google_shards(tmp_path / "ckpt_1", foreign.google_npz(moe=True))
+    content = msgpack.unpackb(index.read_bytes(), strict_map_key=False)
+    index.write_bytes(msgpack.packb(content | change))
+    with pytest.raises(m2mkd_jax.UserError, match=words) as error:
+        open_weights(index)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

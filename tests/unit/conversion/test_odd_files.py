@@ -4,16 +4,19 @@ Damaged and hostile files are in test_damaged_files.py, the usual layouts in tes
 """
 
 import collections
+import dataclasses
 import datetime
 import decimal
 import fractions
 import io
 import json
 import os
+import sys
 import types
 import uuid
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +113,78 @@ def test_values_of_harmless_types_are_skipped_and_listed(tmp_path):
     run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
     facts = json.loads((tmp_path / "weights/description.json").read_text())["description"]
     assert set(facts["conversion"]["ignored"]) == set(beside) - {"epoch"}
+
+
+class Node(dict):
+    """As yacs's: a dict with attributes beside its items."""
+
+    def __init__(self, *items):
+        super().__init__(*items)
+        self.__dict__["frozen"] = False
+
+
+@dataclasses.dataclass
+class Options:
+    """As omegaconf's: an object that holds others, and itself."""
+
+    kind: object = Any
+    content: object = None
+
+
+def execute(*_):
+    """Stands for whatever a file would call."""
+    raise AssertionError("executed")
+
+
+class Hostile:
+    """Pickles to a call, and a state."""
+
+    def __reduce__(self):
+        return execute, ("called",), {"state": 1}
+
+
+def in_other_package(monkeypatch, *classes):
+    """Moves classes and functions to another package, as long as `monkeypatch` says."""
+    module = types.ModuleType("otherpackage.config")
+    monkeypatch.setitem(sys.modules, "otherpackage", types.ModuleType("otherpackage"))
+    monkeypatch.setitem(sys.modules, "otherpackage.config", module)
+    for own in classes:
+        monkeypatch.setattr(own, "__module__", module.__name__)
+        setattr(module, own.__name__, own)
+
+
+def test_containers_of_other_packages_are_skipped_and_listed(tmp_path, monkeypatch, refused):
+    """None of them is imported or called, and no weights are looked for in them."""
+    options = Options(content={"a": Options()})
+    options.content["self"] = options
+    beside = {
+        "config": Node({"MODEL": Node({"DEPTH": 2}), "weight": torch.zeros(3)}),
+        "cfg": options,
+        "hooks": [Options],
+    }
+    with monkeypatch.context() as patch:
+        in_other_package(patch, Node, Options)
+        source = saved(tmp_path, {"model": tiny_state(), **beside})
+        alone = tmp_path / "alone.pth"
+        torch.save(Node({"model": tiny_state()}), alone)
+    run(convert, source, tmp_path / "weights", arch_flag(TINY, tmp_path))
+    facts = json.loads((tmp_path / "weights/description.json").read_text())["description"]
+    assert set(facts["conversion"]["ignored"]) == set(beside)
+    assert "it is a otherpackage.config.Node; only tensors" in refused(alone)
+
+
+def test_what_other_packages_would_execute_is_not(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        in_other_package(patch, execute)
+        source = saved(tmp_path, {"model": tiny_state(), "config": Hostile()})
+    for there in (False, True):  # not even where the package is installed
+        with monkeypatch.context() as patch:
+            if there:
+                in_other_package(patch, execute)
+            target = tmp_path / f"weights_{there}"
+            run(convert, source, target, arch_flag(TINY, tmp_path))
+        facts = json.loads((target / "description.json").read_text())["description"]
+        assert set(facts["conversion"]["ignored"]) == {"config"}
 
 
 def test_the_normalisation_is_told_and_can_be_given(tmp_path, capsys):

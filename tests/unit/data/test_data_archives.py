@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.data import sources
+from m2mkd_jax.data.formats import cifar
 from m2mkd_jax.data.formats.pickles import read_pickle
 from m2mkd_jax.errors import UserError
 from tests.data_files import make_config, message, write_cub
@@ -154,6 +155,22 @@ def test_broken_cifar_files_are_one_line(tmp_path, file, content, words):
     assert words in message(sources.load_source, config, "train")
 
 
+@pytest.mark.parametrize("kind", ["binary", "python"])
+def test_an_archive_of_fewer_images_than_published_says_so(kind, tmp_path, capsys, monkeypatch):
+    """As of a file cut off at the end of an image."""
+    names = [f"class_{i}" for i in range(100)]
+    if kind == "binary":
+        write_cifar_binary(tmp_path / "c", names)
+    else:
+        write_cifar_python(tmp_path / "c", names, 2)
+    monkeypatch.setitem(cifar.IMAGES, "train", 12)
+    for split, said in (("train", ""), ("test", "test images in")):
+        assert len(cifar.open_split(tmp_path / "c", split)) == {"train": 12, "test": 5}[split]
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == bool(said)
+        assert not said or "are 5, and CIFAR-100 has 10,000" in error
+
+
 # CUB
 
 
@@ -171,13 +188,27 @@ def test_cub_follows_its_own_tables(tmp_path):
     ("file", "line", "words"),
     [
         ("images.txt", "6 002.B/f.jpg", "name different images"),
-        ("image_class_labels.txt", "5 3", "names class '3'"),
         ("train_test_split.txt", "1", "line 6: two words"),
-        ("train_test_split.txt", "1 2", "values but 0 and 1"),
+        ("train_test_split.txt", "1 2", "line 6: 1 is there twice"),
+        ("images.txt", "2 001.A/a.jpg", "line 6: 2 is there twice"),
     ],
 )
 def test_broken_cub_tables_are_one_line(tmp_path, file, line, words):
     write_cub(tmp_path)
     with open(tmp_path / file, "a") as table:
         table.write(line + "\n")
+    assert words in message(sources.load_source, make_config("cub", tmp_path, 2), "test")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("image_class_labels.txt", "names class '3'"),
+        ("train_test_split.txt", "values but 0 and 1"),
+    ],
+)
+def test_values_that_no_table_of_cub_has(file, words, tmp_path):
+    write_cub(tmp_path)
+    *lines, last = (tmp_path / file).read_text().splitlines()
+    (tmp_path / file).write_text("\n".join([*lines, f"{last.split()[0]} 3"]))
     assert words in message(sources.load_source, make_config("cub", tmp_path, 2), "test")

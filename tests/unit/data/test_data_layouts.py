@@ -257,6 +257,15 @@ def test_what_stands_beside_an_image_in_a_shard(tmp_path):
     assert len(sources.load_source(make_config("imagenet", tmp_path, 1), "train")) == 1
 
 
+def test_a_class_that_is_there_twice_or_has_a_mark(tmp_path):
+    """Two files say what one image's class is; a byte order mark is no part of a class."""
+    write_member(tmp_path / "train.tar", "b.jpg", "b.cls", "b.cls")
+    config = make_config("imagenet", tmp_path, 1)
+    assert "has b.cls twice: pack it again" in message(sources.load_source, config, "train")
+    write_member(tmp_path / "train.tar", "b.jpg", "b.cls", content="\ufeffdog".encode())
+    assert sources.load_source(config, "train").class_names == ("dog",)
+
+
 @pytest.mark.parametrize("layout", ["shards", "cub", "cifar"])
 def test_a_split_without_an_image_is_one_line(tmp_path, layout):
     if layout == "shards":

@@ -196,3 +196,42 @@ def test_a_table_of_hugging_face_is_not_taken_for_prepared(tmp_path, capsys):
             (tmp_path / "set" / split / file).write_text("{}")
     assert check.main([str(tmp_path / "set")]) == 2
     assert "holds nothing that is known; did you mean" in capsys.readouterr().err
+
+
+def test_a_split_without_labels_is_refused(tmp_path, monkeypatch):
+    """TFDS gives -1, which would be the last class of all."""
+    monkeypatch.setitem(
+        SETS, "imagenet", (*SETS["imagenet"][:2], ("train", "test"), ("file_name",))
+    )
+    directory = write(tmp_path / "made", "imagenet")
+    source = layouts.open_split(directory, "prepared", "test")
+    for read in (lambda: np.asarray(source.labels), lambda: source.read(0)):
+        assert "number 0 of test" in message(read) and "label -1 of 1000 classes" in message(read)
+
+
+@pytest.mark.parametrize(
+    ("key", "feature", "value"),
+    [("label", F.Scalar(np.int64), 1), ("image", F.Tensor(shape=(2,), dtype=np.uint8), [1, 2])],
+)
+def test_features_of_other_types_are_one_line(key, feature, value, tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    features = {"image": F.Image(), "label": F.ClassLabel(num_classes=2), key: feature}
+    example = {"image": str(tmp_path / "a.png"), "label": 1, key: value}
+
+    class Other(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": [(0, example)]}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Other.name = "other"
+    Other(data_dir=tmp_path / "td", file_format="array_record").download_and_prepare()
+    said = message(layouts.open_split, tmp_path / "td", "prepared", "train")
+    assert f"its feature {key} is of the type {type(feature).__name__}; " in said

@@ -285,6 +285,14 @@ def test_damaged_idx_files_are_told_in_one_line(tmp_path, damage, words):
     assert words in text and str(path) in text
 
 
+def test_fashion_mnist_without_an_image_is_refused(tmp_path):
+    write_fashion(tmp_path, count=0)
+    for split in ("train", "test"):
+        config = make_config("fashion_mnist", tmp_path, classes=10)
+        said = message(sources.load_source, config, split)
+        assert said == f"{tmp_path} has no {split} images: download them again"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from m2mkd_jax.data import check, sources
+from m2mkd_jax.data import check, layouts, sources
 from m2mkd_jax.data.decode import DamagedImage, Form, decode
-from m2mkd_jax.data.formats import huggingface
+from m2mkd_jax.data.formats import huggingface, tables
 from m2mkd_jax.data.formats.tables import FOUND
 from m2mkd_jax.data.indices import BatchIndices, balanced_epoch, held_out
 from tests.data_files import CLASSES, make_config, message, write_folders
@@ -436,3 +436,48 @@ def test_classes_that_are_numbers_sort_as_numbers_if_asked(tmp_path, capsys):
     assert "is no whole number" in message(
         lambda: own(tmp_path / "texts", "train", numeric_order=True)
     )
+
+
+def test_one_class_in_two_forms(tmp_path):
+    """Forms of Unicode look alike, and 1.0 is what programs write for 1."""
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+
+    def classes(*labels):
+        rows = [{"image": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return layouts.open_split(tmp_path, "tables", "train").class_names
+
+    assert classes(1, 2.0, 1.0) == ("1", "2") and classes("Cat", "cat", 1.5) == (
+        "1.5",
+        "Cat",
+        "cat",
+    )
+    said = message(classes, "caf\xe9", "x", "cafe\u0301")
+    assert said.startswith(f"{tmp_path} has the classes 'cafe\\u0301' and 'caf\\xe9', one name")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_without_a_split_beside_rows_with_one(first, tmp_path):
+    """A test image whose row lacks it would be trained on."""
+    rows = [{"image": f"{i}.png", "label": "ab"[i % 2], "split": "train"} for i in range(4)]
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    del rows[0 if first else 2]["split"]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = f"{path} line {2 if first else 3}: some rows have a 'split', others none: add it"
+    assert message(tables.list_images, tmp_path, "train", FOUND) == said
+
+
+@pytest.mark.parametrize("end", ["", '2.png,a,"good" boy\n'])
+def test_rows_behind_a_quote_that_nothing_ends_are_not_lost(end, tmp_path):
+    """As all text up to the next quote, or the end, is of the column with the first one."""
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = 'image,label,note\n0.png,a,x\n1.png,b,"great\n2.png,a,x\n'
+    (tmp_path / "train.csv").write_text(lines + end)
+    said = message(tables.list_images, tmp_path, "train", FOUND)
+    assert said.startswith(f"{tmp_path}/train.csv line") and "is no CSV (" in said
+    (tmp_path / "train.csv").write_text(lines.replace('"great', '"great, ""so"" great"'))
+    assert tables.list_images(tmp_path, "train", FOUND)[1].tolist() == [0, 1, 0]

@@ -11,6 +11,7 @@ from PIL import Image
 from m2mkd_jax.config.detection_section import DETECTION_DATA
 from m2mkd_jax.config.keys import default_values
 from m2mkd_jax.data import check, scenes
+from m2mkd_jax.data.annotations import bitmap
 from m2mkd_jax.data.scene_batches import (
     RepeatedIndices,
     eval_scenes,
@@ -21,7 +22,7 @@ from m2mkd_jax.data.scene_batches import (
 )
 from m2mkd_jax.data.scenes import describe_missing, load_scenes
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.evaluate.coco import coco_results, evaluate_coco
+from m2mkd_jax.evaluate.coco import coco_results, evaluate_coco, without_images
 
 
 def digits(**changes):
@@ -250,3 +251,63 @@ def test_images_that_are_not_resized_fit_into_the_square(tmp_path):
         load_scenes(data, "train")
     data.image_size = 16
     assert len(load_scenes(data, "train")) == 1
+
+
+def several_images(root, damage, count=5):
+    """A section of a config with `count` grey images, of which `damage` spoils image 2."""
+    images = [{"id": i, "file_name": f"{i}.png", "height": 12, "width": 16} for i in range(count)]
+    instances(root, images=images, annotations=[{"image_id": i} for i in range(count)])
+    for i in range(count):
+        Image.new("RGB", (16, 12), (40 * i,) * 3).save(root / "val2017" / f"{i}.png")
+    damage(root / "val2017" / "2.png")
+    data = coco_data(root, image_size=16, damaged_share=0.2, workers=0)
+    data.augment.resize, data.augment.flip = "none", False
+    return data
+
+
+DAMAGES = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "of another size": lambda path: Image.new("RGB", (9, 9)).save(path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_another_image_stands_in_for_a_damaged_one(damage, tmp_path, capsys):
+    data = several_images(tmp_path, damage)
+    source = load_scenes(data, "train")
+    batch = next(train_scenes(source, data, batch_size=5, total_steps=1, seed=0))
+    # Each once, but the image after it in place of the damaged one.
+    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == [0, 40, 120, 120, 160]
+    err = capsys.readouterr().err
+    assert "2.png" in err and "3.png stands in for it (1 of at most 1)" in err
+    data.damaged_share = 0.1
+    with pytest.raises(UserError, match=r"1 damaged images are more than 10.00% of 5"):
+        next(train_scenes(source, data, batch_size=5, total_steps=1, seed=0))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_image_is_left_out_of_the_evaluation(damage, tmp_path, capsys):
+    """All that is there is found: without the damaged image every number is 1, with it less."""
+    data = several_images(tmp_path, damage)
+    source = load_scenes(data, "test")
+    batches = list(eval_scenes(source, data, batch_size=2))
+    original = np.concatenate([batch["original"] for batch in batches])[:5]
+    assert original.tolist() == [[12, 16], [12, 16], [0, 0], [12, 16], [12, 16]]
+    assert "it is not counted (1 of at most 1)" in capsys.readouterr().err
+    results = []
+    for i in (0, 1, 3, 4):
+        scene = source.read(i)
+        masks = np.stack([bitmap(mask, 12, 16) for mask in scene.masks])
+        results += coco_results(source.image_id(i), scene.boxes, [0.9], [5], masks)
+    whole, found = source.truth(), without_images(source.truth(), {2})
+    assert evaluate_coco(found, results, "bbox").stats["AP"] == pytest.approx(1)
+    assert evaluate_coco(whole, results, "bbox").stats["AP"] < 0.9
+
+
+def test_a_list_that_is_there_twice_is_no_coco(tmp_path):
+    """Python's reader takes the last one, in silence."""
+    data = coco_data(instances(tmp_path))
+    path = tmp_path / data.test_json
+    path.write_text(path.read_text()[:-1] + ', "images": []}')
+    with pytest.raises(UserError, match="is no JSON: a name occurs twice"):
+        load_scenes(data, "train")
