@@ -12,8 +12,8 @@ rate is measured in the same run: a square product in the compute type, timed ju
 the steps, the better of the two.
 
 --peer alternates rounds with a plain PyTorch program of the same work, in a process of its own
-(benchmarks/peers/): compiled with --compile, with the literal read-in of a NAC with --literal, with
-timm's blocks in the dense transformers with --timm.
+(benchmarks/peers/), the first step of every turn untimed: compiled with --compile, with the literal
+read-in of a NAC with --literal, with timm's blocks in the dense transformers with --timm.
 
 Both sides have huge pages where glibc gives them (m2mkd_jax/parallel/huge_pages.py).
 
