@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from m2mkd_jax.files.paths import file_names, file_system, write_bytes
 
 RENEW_SECONDS, EXPIRY_SECONDS = 10.0, 60.0
@@ -36,26 +34,32 @@ _dead: set[str] = set()
 
 def this_process() -> dict[str, Any]:
     """Which process this is: of all machines, and for people."""
-    pid = os.getpid()
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "place": "", "began": 0}
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return facts | {"place": place, "began": _began(os.getpid())}
     except OSError:  # not Linux
-        place = ""
-    began = psutil.Process(pid).create_time()
-    return {"host": socket.gethostname(), "pid": pid, "place": place, "began": began}
+        return facts
+
+
+def _began(pid: int) -> int:
+    """When a process began, in the kernel's ticks since it started; -1 if it has ended.
+
+    Not by the clock, which may be set. Raises OSError where there is no such process.
+    """
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(fields[18])
 
 
 def _ended_here(holder: Mapping[str, Any]) -> bool:
     """Whether a process ran where this one does, and is gone."""
-    mine = this_process()
-    if not mine["place"] or holder.get("place") != mine["place"]:
+    mine, began = this_process(), holder.get("began")
+    if not mine["place"] or holder.get("place") != mine["place"] or type(began) is not int:
         return False
     try:
-        process = psutil.Process(holder["pid"])
-        same = abs(process.create_time() - holder["began"]) < 1.0
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return _began(holder["pid"]) != began
+    except OSError:
         return True
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from m2mkd_jax.errors import UserError
@@ -65,6 +66,15 @@ def test_the_lease_of_a_process_that_ended_here_is_free_at_once(job, capsys):
     assert lease is not None and time.monotonic() - began < leases.EXPIRY_SECONDS
     assert "is taken over: it has ended" in capsys.readouterr().err
     lease.close()
+
+
+def test_a_process_is_known_though_the_clock_was_set(monkeypatch):
+    """By its number and when it began; not by the clock, from which psutil has its times."""
+    holder, began = leases.this_process(), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began(process) + 60.0)
+    assert not leases._ended_here(holder)
+    # Another process has its number.
+    assert leases._ended_here({**holder, "began": holder["began"] - 1})
 
 
 def test_the_lease_of_another_machine_is_free_once_it_is_not_renewed(job, capsys):
