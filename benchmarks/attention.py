@@ -4,7 +4,7 @@
 
 Between latents under a sampled kernel (models/nac/attention.py), the sampling included, at the
 published NACs' shapes, and among the tokens of the published vision transformers
-(models/layers.py); timed in turn in one process. Without cuDNN both are the same.
+(models/attention.py); timed in turn in one process. Without cuDNN both are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.attention import attend
 
@@ -37,17 +37,17 @@ def under_kernel(q, k, v, distance, bandwidth, key):
     return attend(q, k, v, kernels.sample(log, uniform, TEMPERATURE))
 
 
-def gradient(attention, arguments, written_out: bool):
+def gradient(function, arguments, written_out: bool):
     """A compiled program that gives the gradients of all floating-point arguments."""
 
     def loss(*arguments):
-        return jnp.square(attention(*arguments).astype(jnp.float32)).sum()
+        return jnp.square(function(*arguments).astype(jnp.float32)).sum()
 
     numbers = [i for i, a in enumerate(arguments) if jnp.issubdtype(a.dtype, jnp.floating)]
     program = jax.jit(jax.grad(loss, argnums=numbers))
     if not written_out:
         return program.lower(*arguments).compile()
-    with mock.patch.object(layers, "fits_cudnn", lambda q, k: False):
+    with mock.patch.object(attention, "fits_cudnn", lambda q, k: False):
         return program.lower(*arguments).compile()
 
 
@@ -72,8 +72,8 @@ def main() -> None:
             signatures = jax.random.normal(keys[3], (v, 64))
             distance = kernels.distance(signatures[:u], signatures)
             arguments += [distance, jnp.float32(1.0), jax.random.key(1)]
-        attention = under_kernel if with_kernel else layers.self_attention
-        programs = [gradient(attention, arguments, out) for out in (True, False)]
+        function = under_kernel if with_kernel else attention.self_attention
+        programs = [gradient(function, arguments, out) for out in (True, False)]
         results = [jax.block_until_ready(program(*arguments)) for program in programs]
         seconds: list[list[float]] = [[], []]
         for _ in range(options.rounds):

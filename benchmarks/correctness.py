@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.dispatch import sizes_of
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention as softmax_attention
 from m2mkd_jax.models.moe.grouped import grouped_linear
 from m2mkd_jax.models.nac.attention import attend
 
@@ -115,7 +115,7 @@ def without_cudnn(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def traced(*arguments: jax.Array) -> jax.Array:
-        with mock.patch.object(layers, "fits_cudnn", lambda q, k: False):
+        with mock.patch.object(softmax_attention, "fits_cudnn", lambda q, k: False):
             return function(*arguments)
 
     return traced
@@ -152,15 +152,15 @@ def kernel_cases(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict]:
                 f"kernel, {name}: {special}", attention, without_cudnn(attention), arguments
             )
             even = u % 2 == v % 2 == 0
-            yield result | {"by": "cuDNN" if even and layers.fits_cudnn(q, k) else "XLA"}
+            yield result | {"by": "cuDNN" if even and softmax_attention.fits_cudnn(q, k) else "XLA"}
 
 
 def transformer_cases(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict]:
     for name, (images, n, _, heads, c) in shapes.items():
         arguments = tuple(normal(i, images, n, heads, c) for i in (1, 2, 3))
-        attention = layers.self_attention
+        attention = softmax_attention.self_attention
         result = compare(f"tokens, {name}", attention, without_cudnn(attention), arguments)
-        yield result | {"by": "cuDNN" if layers.fits_cudnn(*arguments[:2]) else "XLA"}
+        yield result | {"by": "cuDNN" if softmax_attention.fits_cudnn(*arguments[:2]) else "XLA"}
 
 
 def expert_cases(shape: tuple[int, int, int, int]) -> Iterator[dict]:
@@ -205,7 +205,9 @@ def shared_bias(shape: tuple[int, ...]) -> dict:
     )
 
     def attention(q, k, v, bias, implementation):
-        return layers.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+        return softmax_attention.dot_product_attention(
+            q, k, v, bias=bias, implementation=implementation
+        )
 
     forms = [functools.partial(attention, implementation=i) for i in ("cudnn", "xla")]
     name = "for information: cuDNN with one bias for all heads"

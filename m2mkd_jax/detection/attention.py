@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention
 from m2mkd_jax.models.vit import Attention
 from m2mkd_jax.models.vit_spec import ViTSpec
 
@@ -62,7 +62,7 @@ class MapAttention(Attention):
             return super().__call__(tokens).reshape(x.shape)
         q, k, v = rearrange(self.qkv(tokens), "b t (i n c) -> i b t n c", i=3, n=self.heads)
         bias = self._relative(rearrange(q, "b (h w) n c -> b h w n c", h=h))
-        y = layers.dot_product_attention(q, k, v, bias=bias)
+        y = attention.written_out(q, k, v, bias)
         return self.proj(rearrange(y, "b (h w) n c -> b h w (n c)", h=h))
 
     def _relative(self, q: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
 """Layers shared by the vision transformers and by the NAC.
 
-Axes: B batch, H height, W width, C channels in, D channels out, N tokens, L stacked layers; in
-attention H heads, C channels of a head.
+Axes: B batch, H height, W width, C channels in, D channels out, L stacked layers.
 
 Flax's own layers are used wherever they compute what PyTorch computes; this file holds what they
 lack: PyTorch's default initialisation, linear layers that are fast on a CPU, per-sample stochastic
-depth, patches as a matrix product, and attention that is fast on a GPU.
+depth, and patches as a matrix product.
 
 Source: docs/reference.md#vit-init, docs/reference.md#nac-tokenizer.
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,6 @@ from m2mkd_jax import tree_paths
 from m2mkd_jax.parallel import backend
 
 Initialiser = Callable[..., jax.Array]
-AttentionImplementation = Literal["xla", "cudnn"]
 
 # PyTorch's LayerNorm subtracts the mean before squaring; E[x^2] - E[x]^2 would lose digits.
 EXACT_VARIANCE = {"use_fast_variance": False}
@@ -42,19 +40,15 @@ _RECOMPUTING: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputing
 
 # Name of what is kept for the backward pass besides products (jax.ad_checkpoint).
 KEPT = "kept"
-# Fewest tokens for which fused attention is worth its launch.
-SHORTEST = 64
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU; the tanh form would not match PyTorch.
+    """Exact GELU by erf, as torch computes it: of 16-bit numbers in float32, rounded once.
 
-    Of 16-bit numbers it is computed in float32 and rounded once, as torch does: jax.nn.gelu rounds
-    the erf too, and XLA stores it on a GPU.
+    jax.nn.gelu takes erfc, for the sake of the digits of results below 1e-6: on a CPU that is five
+    times as slow. Of 16-bit numbers it rounds the erfc too, and XLA stores it on a GPU.
     """
-    if x.dtype.itemsize > 2:
-        return jax.nn.gelu(x, approximate=False)
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
@@ -140,84 +134,6 @@ def drop_path(
     shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
     kept = jax.random.uniform(key, shape) < keep
     return residual * (kept.astype(jnp.float32) / keep).astype(residual.dtype)
-
-
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """jax.nn.dot_product_attention, also under strict dtype promotion.
-
-    It relies on implicit promotion itself: of 16-bit inputs to float32 scores.
-
-    Args:
-        q, k, v: (B, N, H, C) each.
-        options: of jax.nn.dot_product_attention.
-
-    Returns:
-        (B, N, H, C).
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, **options)
-
-
-def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v, softmax in float32.
-
-    Uses cuDNN's fused attention where it is available: about 2.3 times as fast on an H100
-    (benchmarks/RESULTS.md).
-
-    Args:
-        q, k, v: (B, N, H, C) each.
-
-    Returns:
-        (B, N, H, C).
-    """
-    if not fits_cudnn(q, k):
-        return dot_product_attention(q, k, v)
-    return padded_attention(q, k, v, "cudnn")
-
-
-def padded_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: AttentionImplementation
-) -> jax.Array:
-    """`self_attention` with N padded to an even number, as cuDNN's backward pass requires.
-
-    The padding token is masked. With a class token N is odd in every published transformer.
-
-    Args:
-        q, k, v: (B, N, H, C) each.
-        implementation: of jax.nn.dot_product_attention.
-
-    Returns:
-        (B, N, H, C).
-    """
-    b, n = q.shape[:2]
-    if n % 2 == 0:
-        return dot_product_attention(q, k, v, implementation=implementation)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((b,), n, jnp.int32)
-    x = dot_product_attention(
-        q,
-        k,
-        v,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        implementation=implementation,
-    )
-    return x[:, :n]
-
-
-def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
-    """Whether cuDNN's fused attention, forward and backward, takes (B, N, H, C)."""
-    n, c = q.shape[1], q.shape[3]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and min(n, k.shape[1]) >= SHORTEST and c % 8 == 0 and c <= 128 and _has_cudnn()
-
-
-def _has_cudnn() -> bool:
-    """Whether the device is an NVIDIA GPU from Ampere (compute capability 8) on."""
-    if backend.platform() != "gpu":
-        return False
-    major = backend.compute_capability().partition(".")[0]
-    return major.isdigit() and int(major) >= 8
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> Any:

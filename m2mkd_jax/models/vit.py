@@ -21,7 +21,7 @@ from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain, layers
+from m2mkd_jax.models import attention, chain, layers
 from m2mkd_jax.models.vit_spec import ViTSpec
 
 
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = rearrange(self.qkv(x), "b n (i h c) -> i b n h c", i=3, h=self.heads)
-        x = layers.self_attention(q, k, v)
+        x = attention.self_attention(q, k, v)
         return self.proj(rearrange(x, "b n h c -> b n (h c)"))
 
 

@@ -8,14 +8,12 @@ docs/reference.md#nac-propagator, docs/reference.md#nac-kernel.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention, layers
 from m2mkd_jax.models.nac.modulation import LAYER_NORM_EPS, ModulatedFFN, ModulatedLinear
 from m2mkd_jax.models.nac.spec import NACSpec
 
@@ -47,21 +45,12 @@ def attend(
     """
     if log_kernel is None:
         if q.shape[1] == k.shape[1]:
-            return layers.self_attention(q, k, v)
-        return layers.dot_product_attention(q, k, v)
+            return attention.self_attention(q, k, v)
+        return attention.written_out(q, k, v)
     # With a bias cuDNN's backward pass requires even lengths.
-    if layers.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
+    if attention.fits_cudnn(q, k) and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         return library_attention(q, k, v, log_kernel, "cudnn", finite)
-    log_kernel = _with_batch(log_kernel)[:, None]
-    inside = ~jnp.isneginf(log_kernel)
-    scores = jnp.einsum("buhc,bvhc->bhuv", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(q.shape[-1]) + jnp.where(inside, log_kernel, 0.0)
-    weights = jnp.where(
-        inside, jnp.exp(jnp.where(inside, scores - _highest(scores, inside), 0.0)), 0.0
-    )
-    total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
-    return jnp.einsum("bhuv,bvhc->buhc", weights.astype(v.dtype), v)
+    return attention.written_out(q, k, v, _with_batch(log_kernel)[:, None])
 
 
 def _with_batch(log_kernel: jax.Array) -> jax.Array:
@@ -74,7 +63,7 @@ def library_attention(
     k: jax.Array,
     v: jax.Array,
     log_kernel: jax.Array,
-    implementation: layers.AttentionImplementation,
+    implementation: attention.Implementation,
     finite: bool = False,
 ) -> jax.Array:
     """`attend` by jax.nn.dot_product_attention.
@@ -100,7 +89,7 @@ def library_attention(
     # cuDNN computes the gradient of a bias only if it has an entry for every image and head.
     shape = (q.shape[0], q.shape[2], *bias.shape[-2:])
     bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
-    message = layers.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    message = attention.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
     if finite:
         return message
     has_sender = rearrange(inside.any(-1), "b h u -> b u h 1")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention
 from m2mkd_jax.models.nac.attention import attend, library_attention
 from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
 
@@ -59,20 +59,20 @@ def test_a_constant_in_a_row_of_the_kernel_does_not_matter_in_16_bit():
 def test_padding_of_odd_lengths_changes_nothing(n):
     arguments = [normal(i, B, n, H, C) for i in range(3)]
     expected = value_and_gradients(jax.nn.dot_product_attention, *arguments)
-    actual = value_and_gradients(lambda *a: layers.padded_attention(*a, "xla"), *arguments)
+    actual = value_and_gradients(lambda *a: attention.padded_attention(*a, "xla"), *arguments)
     assert_trees_close(actual, expected, OUTPUT_TOLERANCE)
     shapes = [
         eqn.outvars[0].aval.shape
-        for eqn in jax.make_jaxpr(lambda *a: layers.padded_attention(*a, "xla"))(*arguments).eqns
+        for eqn in jax.make_jaxpr(lambda *a: attention.padded_attention(*a, "xla"))(*arguments).eqns
     ]
     assert ((B, n + 1, H, C) in shapes) == (n % 2 == 1)
 
 
 def test_cudnn_is_for_gpus_and_16_bit(monkeypatch):
     half, short = jnp.zeros((B, 64, H, C), jnp.bfloat16), jnp.zeros((B, 63, H, C), jnp.bfloat16)
-    assert not layers.fits_cudnn(half, half)
-    monkeypatch.setattr(layers, "_has_cudnn", lambda: True)
-    assert layers.fits_cudnn(half, half)
-    assert not layers.fits_cudnn(half, short) and not layers.fits_cudnn(short, half)
+    assert not attention.fits_cudnn(half, half)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    assert attention.fits_cudnn(half, half)
+    assert not attention.fits_cudnn(half, short) and not attention.fits_cudnn(short, half)
     for other in (half.astype(jnp.float32), half[..., :6], jnp.tile(half, 17)):
-        assert not layers.fits_cudnn(other, other)
+        assert not attention.fits_cudnn(other, other)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.models import layers
+from m2mkd_jax.models import attention
 from m2mkd_jax.parallel import backend
 from tests.support import assert_close
 
@@ -22,8 +22,8 @@ def test_layers_take_the_named_platform(platform, capability, fits):
     half = jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
     with backend.tracing_for(platform, capability):
         assert backend.platform() == platform
-        assert layers.fits_cudnn(half, half) == fits
-    assert not layers.fits_cudnn(half, half)
+        assert attention.fits_cudnn(half, half) == fits
+    assert not attention.fits_cudnn(half, half)
     assert backend.platform() == "cpu"
 
 
