@@ -43,13 +43,14 @@ KEPT = "kept"
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by erf, as torch computes it: of 16-bit numbers in float32, rounded once.
+    """Exact GELU, by erf; of 16-bit numbers computed in float32 and rounded once, as torch does.
 
-    jax.nn.gelu takes erfc, for the sake of the digits of results below 1e-6: on a CPU that is five
-    times as slow. Of 16-bit numbers it rounds the erfc too, and XLA stores it on a GPU.
+    jax.nn.gelu takes erfc, for the digits of results below 1e-6: five times as slow on a CPU
+    (benchmarks/RESULTS.md). Of 16-bit numbers it rounds the erfc too, and XLA stores it on a GPU.
     """
     wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
-    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+    half = 0.5 * wide
+    return (half + half * jax.lax.erf(wide * 0.5**0.5)).astype(x.dtype)
 
 
 def align_rank(x: jax.Array, to: jax.Array) -> jax.Array:

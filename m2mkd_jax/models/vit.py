@@ -35,7 +35,9 @@ class Attention(nnx.Module):
         self.proj = layers.Linear(spec.width, spec.width, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = rearrange(self.qkv(x), "b n (i h c) -> i b n h c", i=3, h=self.heads)
+        # Split first: the gradient is then one concatenation.
+        qkv = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = (rearrange(y, "b n (h c) -> b n h c", h=self.heads) for y in qkv)
         x = attention.self_attention(q, k, v)
         return self.proj(rearrange(x, "b n h c -> b n (h c)"))
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.parallel import backend
+
 TRIES = 10
 AREA = (0.02, 0.33)  # share of the image
 ASPECT = 0.3  # height / width lies between this and 1 / 0.3
@@ -69,4 +71,11 @@ def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
     y, x = jnp.arange(images.shape[1])[None], jnp.arange(images.shape[2])[None]
     rows, columns = (y >= box[0]) & (y < box[1]), (x >= box[2]) & (x < box[3])
     inside = (rows[:, :, None] & columns[:, None, :])[..., None]
-    return jnp.where(inside, jax.random.normal(noise_key, images.shape, images.dtype), images)
+
+    def fill(images: jax.Array) -> jax.Array:
+        return jnp.where(inside, jax.random.normal(noise_key, images.shape, images.dtype), images)
+
+    if backend.platform() != "cpu":  # a GPU's host would wait for the boxes
+        return fill(images)
+    # Else XLA computes the noise where it reads the patches, number by number.
+    return jax.lax.cond((box[0] < box[1]).any(), fill, lambda images: images, images)

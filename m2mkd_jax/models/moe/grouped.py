@@ -109,22 +109,26 @@ LOOP_FLOPS = {
 }
 
 
-def _chunk(rows: int, kernel: jax.Array) -> tuple[int, int]:
-    """The smallest size of a chunk, and of how many sizes, its multiples, a chunk may be."""
+def _chunk_sizes(rows: int, kernel: jax.Array) -> list[int]:
+    """The sizes that a chunk may have: multiples of the smallest, at most all rows."""
     experts, c, d = kernel.shape
     sizes = FEW_SIZES if c * d < SMALL_LAYER else CHUNK_SIZES
     smallest = -(-2 * rows // (experts * sizes * 16)) * 16 or 16
-    return smallest, min(sizes, -(-rows // smallest))
+    return [min(smallest * (i + 1), rows) for i in range(min(sizes, -(-rows // smallest)))]
 
 
-def _size_index(left: jax.Array, smallest: int, count: int) -> jax.Array:
+def _size_index(left: jax.Array, sizes: list[int]) -> jax.Array:
     """Index of the size of the chunk that holds `left` rows; the largest, if none does."""
-    return jnp.clip((left + smallest - 1) // smallest - 1, 0, count - 1)
+    return jnp.clip((left + sizes[0] - 1) // sizes[0] - 1, 0, len(sizes) - 1)
 
 
-def _padded(rows: jax.Array, more: int) -> jax.Array:
-    """Rows padded so that the last chunk may reach beyond the end."""
-    return jnp.pad(rows, ((0, more), (0, 0)))
+def _place(at: jax.Array, size: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Where a chunk begins whose first own row is `at`, and the number of each row (size, 1).
+
+    A chunk that would reach beyond the last row begins before `at`.
+    """
+    begin = jnp.minimum(at, rows - size)
+    return begin, begin + jnp.arange(size)[:, None]
 
 
 def _read(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
@@ -149,56 +153,56 @@ def _chunks(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Arra
 def _chunks_forward(
     rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, Residuals]:
-    n = len(rows)
-    smallest, count = _chunk(n, kernel)
-    padded, ends = _padded(rows, smallest), jnp.cumsum(sizes)
+    chunk_sizes, ends = _chunk_sizes(len(rows), kernel), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, out: jax.Array) -> jax.Array:
         weight, own_bias, end = kernel[e], bias[e], ends[e]
 
         def product(size: int, at: jax.Array, out: jax.Array) -> jax.Array:
             # Rows of later experts that the chunk reaches into are overwritten by their own.
-            return _write(out, _read(padded, at, size) @ weight + own_bias[None], at)
+            begin, number = _place(at, size, len(rows))
+            y = _read(rows, begin, size) @ weight + own_bias[None]
+            return _write(out, jnp.where(number < at, _read(out, begin, size), y), begin)
 
-        products = [functools.partial(product, smallest * (i + 1)) for i in range(count)]
+        products = [functools.partial(product, size) for size in chunk_sizes]
 
         def one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             at, out = carry
-            out = jax.lax.switch(_size_index(end - at, smallest, count), products, at, out)
-            return at + smallest * count, out
+            out = jax.lax.switch(_size_index(end - at, chunk_sizes), products, at, out)
+            return at + chunk_sizes[-1], out
 
         start = (end - sizes[e], out)
         return jax.lax.while_loop(lambda carry: carry[0] < end, one, start)[1]
 
-    out = jnp.zeros((n + smallest, kernel.shape[-1]), rows.dtype)
+    out = jnp.zeros((len(rows), kernel.shape[-1]), rows.dtype)
     out = jax.lax.fori_loop(0, len(sizes), expert, out)
-    return out[:n], (rows, kernel, bias, sizes)
+    return out, (rows, kernel, bias, sizes)
 
 
 @jax.jit
 def _chunks_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
     rows, kernel, bias, sizes = residuals
-    n = len(rows)
-    smallest, count = _chunk(n, kernel)
-    padded, grad, ends = _padded(rows, smallest), _padded(grad, smallest), jnp.cumsum(sizes)
+    chunk_sizes, ends = _chunk_sizes(len(rows), kernel), jnp.cumsum(sizes)
 
     def expert(e: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_rows, d_kernel, d_bias = carry
         weight, end = kernel[e], ends[e]
 
         def product(size: int, at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
-            inside = jnp.arange(size)[:, None] < end - at
-            g = jnp.where(inside, _read(grad, at, size), 0)
-            d_rows = _write(d_rows, _contract(g, weight, 1, 1), at)
-            x = _read(padded, at, size)
+            begin, number = _place(at, size, len(rows))
+            g = jnp.where((number >= at) & (number < end), _read(grad, begin, size), 0)
+            own_rows = _contract(g, weight, 1, 1)
+            earlier = _read(d_rows, begin, size)
+            d_rows = _write(d_rows, jnp.where(number < at, earlier, own_rows), begin)
+            x = _read(rows, begin, size)
             d_weight = _contract(x, g, 0, 0, preferred_element_type=jnp.float32)
             return d_rows, d_weight, g.sum(0, dtype=jnp.float32)
 
-        products = [functools.partial(product, smallest * (i + 1)) for i in range(count)]
+        products = [functools.partial(product, size) for size in chunk_sizes]
 
         def one(at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
-            index = _size_index(end - at, smallest, count)
-            return at + smallest * count, *jax.lax.switch(index, products, at, d_rows)
+            index = _size_index(end - at, chunk_sizes)
+            return at + chunk_sizes[-1], *jax.lax.switch(index, products, at, d_rows)
 
         def another(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             at, d_rows, d_weight, d_own_bias = carry
@@ -210,9 +214,8 @@ def _chunks_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
         _, d_rows, d_weight, d_own_bias = jax.lax.while_loop(lambda c: c[0] < end, another, first)
         return d_rows, _write(d_kernel, d_weight[None], e), _write(d_bias, d_own_bias[None], e)
 
-    zeros = (jnp.zeros(padded.shape, rows.dtype), jnp.zeros_like(kernel), jnp.zeros_like(bias))
-    d_rows, d_kernel, d_bias = jax.lax.fori_loop(0, len(sizes), expert, zeros)
-    return d_rows[:n], d_kernel, d_bias, None
+    zeros = (jnp.zeros_like(rows), jnp.zeros_like(kernel), jnp.zeros_like(bias))
+    return *jax.lax.fori_loop(0, len(sizes), expert, zeros), None
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)

@@ -117,7 +117,7 @@ def sample(
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
     p, u = _clamp(p), _clamp(uniform)
     logits = jnp.log(p) - jnp.log1p(-p)
-    return _relaxed(logits, jnp.log(u) - jnp.log1p(-u), temperature, dtype)
+    return _relaxed(logits, jnp.log(u / (1.0 - u)), temperature, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
