@@ -116,8 +116,7 @@ def sample(
     p = jnp.where(inside, jnp.exp(jnp.where(inside, log_kernel, 0.0)), 0.0)
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
     p, u = _clamp(p), _clamp(uniform)
-    logits = jnp.log(p) - jnp.log1p(-p)
-    return _relaxed(logits, jnp.log(u / (1.0 - u)), temperature, dtype)
+    return _relaxed(_logit(p), _logit(u), temperature, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -148,6 +147,11 @@ def _relaxed_backward(
 
 
 _relaxed.defvjp(_relaxed_forward, _relaxed_backward)
+
+
+def _logit(p: jax.Array) -> jax.Array:
+    # A division costs less than a second logarithm; p is clamped.
+    return jnp.log(p / (1.0 - p))
 
 
 def _clamp(p: jax.Array) -> jax.Array:
