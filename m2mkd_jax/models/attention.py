@@ -169,8 +169,6 @@ written_out.defvjp(_forward, _backward)
 def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, float]:
     """Scores (B, H, U, V) in float32, and a factor that whoever reads them multiplies with."""
     scale = q.shape[-1] ** -0.5
-    if q.dtype == jnp.float32:  # 16-bit queries would be rounded once more
-        q, scale = q * scale, 1.0
     scores = _product("bhuc,bhvc->bhuv", _heads_first(q), _heads_first(k))
     if bias is None:
         return scores, scale

@@ -1,11 +1,14 @@
-"""The library's attention, which a GPU uses (here by XLA), equals the one written out."""
+"""Attention: the one written out, and the library's, which a GPU uses (here by XLA)."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals  # public only as a printout
 
-from m2mkd_jax.models import attention
+from m2mkd_jax.models import attention, layers
 from m2mkd_jax.models.nac.attention import attend, library_attention
 from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
 
@@ -21,9 +24,39 @@ def value_and_gradients(attention, *arguments):
 
     def loss(*arguments):
         y = attention(*arguments)
-        return (weight * y).sum(), y
+        return (weight.astype(y.dtype) * y).sum(), y
 
     return jax.grad(loss, argnums=range(len(arguments)), has_aux=True)(*arguments)
+
+
+BIASES = [None, (B, H, U, V), (B, 1, U, V), (1, H, U, V), (1, 1, U, V)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+def test_written_out_is_the_library_s(shape, dtype):
+    """Values and all gradients; some keys are excluded, but never all of a query."""
+    arguments = [normal(i, B, n, H, C) for i, n in enumerate((U, V, V))]
+    if shape is not None:
+        arguments.append(jnp.where(normal(4, *shape) < -1, -jnp.inf, 3 * normal(3, *shape)))
+    narrow = [x.astype(dtype) for x in arguments]
+
+    def library(q, k, v, bias=None):
+        return jax.nn.dot_product_attention(q, k, v, bias=bias)
+
+    expected = value_and_gradients(library, *(x.astype(jnp.float32) for x in narrow))
+    actual = value_and_gradients(attention.written_out, *narrow)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(actual))
+    actual = jax.tree.map(lambda x: x.astype(jnp.float32), actual)
+    assert_trees_close(actual, expected, OUTPUT_TOLERANCE if dtype == jnp.float32 else 2e-2)
+
+
+def test_scores_are_not_kept_for_the_backward_pass():
+    """Nothing as large as the scores of all heads is, under the remat policy of the networks."""
+    arguments = [normal(i, B, 2 * C, H, C) for i in range(3)]
+    run = layers.apply_remat_policy(attention.written_out, "never")
+    kept = saved_residuals(run, *arguments)
+    assert kept and max(math.prod(shape.shape) for shape, _ in kept) == B * 2 * C * H * C
 
 
 @pytest.mark.parametrize("shape", [(U, V), (B, U, V)], ids=["one kernel", "one per image"])

@@ -35,6 +35,31 @@ def test_gelu_of_16_bits_is_rounded_once(dtype):
         assert (error <= half * np.abs(exact) + 2e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm(dtype):
+    """Against float64, of numbers far from zero, where E[x^2] - E[x]^2 has no digits left."""
+    norm = layers.layer_norm(5, 1e-5, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = normal(1, 5), normal(2, 5)
+    x = (normal(0, 3, 4, 5) + 1000.0).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    with jax.numpy_dtype_promotion("strict"):
+        y = norm(x)
+    assert y.dtype == jnp.float32  # of 16-bit numbers with a float32 scale
+    assert_close(y, expected, 1e-4)  # float32's own step at 1000 is 6e-5
+
+
+def test_layer_norm_of_16_bits_is_rounded_once():
+    norm = layers.layer_norm(64, 1e-5, rngs=nnx.Rngs(0))
+    x = normal(0, 8, 64).astype(jnp.bfloat16)
+    expected = norm(x.astype(jnp.float32))
+    for parameter in (norm.scale, norm.bias):
+        parameter.set_value(parameter[...].astype(jnp.bfloat16))
+    assert (norm(x) == expected.astype(jnp.bfloat16)).all()
+
+
 # (H, W) smaller than the kernel, not square, odd; kernels 3 and 7.
 @pytest.mark.parametrize("size", [3, 7])
 @pytest.mark.parametrize("h, w", [(8, 8), (2, 5), (4, 3)])
