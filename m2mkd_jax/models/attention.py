@@ -114,12 +114,12 @@ def written_out(
     """softmax(q k^T / sqrt(C) + bias) v, softmax in float32.
 
     A bias of -inf excludes a key; a query whose keys are all excluded gets zeros, with finite
-    gradients.
+    gradients. There is no forward-mode derivative (`jax.jvp`).
 
     Args:
         q: (B, U, H, C).
         k, v: (B, V, H, C).
-        bias: (B or 1, H or 1, U, V), or None.
+        bias: (B or 1, H or 1, U, V), with U and V in full, or None.
 
     Returns:
         (B, U, H, C).
@@ -139,18 +139,18 @@ def _forward(
     if bias is not None:
         total = jnp.where(total == 0.0, 1.0, total)
     mean = _product("bhuv,bhvc->bhuc", weights.astype(v.dtype), _heads_first(v)) / total
-    # With the logarithm of a row's sum, the backward pass needs neither its sum nor its maximum.
-    log_total = checkpoint_name(highest * scale + jnp.log(total), layers.KEPT)
+    # Two numbers for a row: the logarithm of their product would lose the sum to a large maximum.
+    highest, total = (checkpoint_name(x, layers.KEPT) for x in (highest, total))
     message = checkpoint_name(_heads_last(mean).astype(v.dtype), layers.KEPT)
-    return message, (q, k, v, bias, message, log_total)
+    return message, (q, k, v, bias, message, highest, total)
 
 
 def _backward(
     residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    q, k, v, bias, message, log_total = residuals
+    q, k, v, bias, message, highest, total = residuals
     scores, scale = _scores(q, k, bias)
-    weights = jnp.exp(scores * scale - log_total)
+    weights = jnp.exp((scores - highest) * scale) * (1.0 / total)
     inner = (grad.astype(jnp.float32) * message.astype(jnp.float32)).sum(-1)
     inner = rearrange(inner, "b u h -> b h u 1")
     grad = _heads_first(grad)
@@ -159,7 +159,8 @@ def _backward(
     narrow, root = of_scores.astype(q.dtype), q.shape[-1] ** -0.5
     of_q = _product("bhuv,bhvc->bhuc", narrow, _heads_first(k)) * root
     of_k = _product("bhuv,bhuc->bhvc", narrow, _heads_first(q)) * root
-    of_q, of_k, of_v = (_heads_last(g).astype(q.dtype) for g in (of_q, of_k, of_v))
+    of_inputs = ((of_q, q), (of_k, k), (of_v, v))
+    of_q, of_k, of_v = (_heads_last(g).astype(x.dtype) for g, x in of_inputs)
     return of_q, of_k, of_v, None if bias is None else _summed(of_scores, bias)
 
 
@@ -167,7 +168,7 @@ written_out.defvjp(_forward, _backward)
 
 
 def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, float]:
-    """Scores (B, H, U, V) in float32, and a factor that whoever reads them multiplies with."""
+    """Scores (B, H, U, V) in float32, and the factor that the caller multiplies them by."""
     scale = q.shape[-1] ** -0.5
     scores = _product("bhuc,bhvc->bhuv", _heads_first(q), _heads_first(k))
     if bias is None:

@@ -45,7 +45,7 @@ for_each_image.defvjp(_forward, _backward)
 
 def sum_over_images(x: jax.Array) -> jax.Array:
     """Sum over the leading axis, in float32: (B, ...) -> (...)."""
-    if backend.platform() != "cpu":
+    if backend.platform() != "cpu" or not len(x):
         return x.sum(0)
     wide = x.astype(jnp.float32)
     if len(x) > WRITTEN_OUT:

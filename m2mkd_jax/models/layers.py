@@ -42,7 +42,7 @@ KEPT = "kept"
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, by erf; of 16-bit numbers computed in float32 and rounded once, as torch does.
 
-    jax.nn.gelu takes erfc, for the digits of results below 1e-6: five times as slow on a CPU
+    jax.nn.gelu takes erfc, for the digits of results below 1e-6, which is slow on a CPU
     (benchmarks/RESULTS.md). Of 16-bit numbers it rounds the erfc too, and XLA stores it on a GPU.
     """
     wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
@@ -97,8 +97,9 @@ def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> Linear:
 class LayerNorm(nnx.LayerNorm):
     """Flax's LayerNorm, computed in the order of PyTorch's, and under strict dtype promotion too.
 
-    Flax multiplies 1 / deviation with the scale first, which on a CPU becomes an array as large as
-    x. The mean is subtracted before squaring; E[x^2] - E[x]^2 would lose digits.
+    Flax multiplies 1 / deviation by the scale first, which on a CPU becomes an array as large as x.
+    The mean is subtracted before squaring; E[x^2] - E[x]^2 would lose digits. Of Flax's options it
+    has epsilon alone.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:

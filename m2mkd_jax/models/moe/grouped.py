@@ -123,7 +123,7 @@ def _size_index(left: jax.Array, sizes: list[int]) -> jax.Array:
 
 
 def _place(at: jax.Array, size: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Where a chunk begins whose first own row is `at`, and the number of each row (size, 1).
+    """The first row of the chunk whose own rows start at `at`, and its row numbers (size, 1).
 
     A chunk that would reach beyond the last row begins before `at`.
     """

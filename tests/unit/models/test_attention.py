@@ -51,6 +51,31 @@ def test_written_out_is_the_library_s(shape, dtype):
     assert_trees_close(actual, expected, OUTPUT_TOLERANCE if dtype == jnp.float32 else 2e-2)
 
 
+def test_a_query_whose_keys_all_have_a_large_negative_bias():
+    """All weights are equal then, forward and backward: the bias is no -inf."""
+    q, k, v = (normal(i, B, n, H, C) for i, n in enumerate((U, V, V)))
+    bias = jnp.full((1, 1, U, V), -3e38)
+    weight = normal(9, B, U, H, C)
+    grads = jax.grad(lambda *a: (weight * attention.written_out(*a)).sum(), (0, 2))(q, k, v, bias)
+    assert_close(grads[1], jnp.broadcast_to(weight.sum(1, keepdims=True) / V, v.shape), 1e-6)
+
+
+def test_gradients_have_the_types_of_their_arguments():
+    q, k, v = (normal(i, B, n, H, C) for i, n in enumerate((U, V, V)))
+    narrow = v.astype(jnp.bfloat16)
+    grads = jax.grad(lambda *a: attention.written_out(*a).sum(dtype="float32"), (0, 2))(
+        q, k, narrow
+    )
+    assert [g.dtype for g in grads] == [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, U, V), (0, 1, U, V)])
+def test_no_images(shape):
+    q, k, v = (normal(i, 0, n, H, C) for i, n in enumerate((U, V, V)))
+    grads, y = value_and_gradients(attention.written_out, q, k, v, jnp.ones(shape))
+    assert y.shape == q.shape and grads[3].shape == shape and not grads[3].any()
+
+
 def test_scores_are_not_kept_for_the_backward_pass():
     """Nothing as large as the scores of all heads is, under the remat policy of the networks."""
     arguments = [normal(i, B, 2 * C, H, C) for i in range(3)]
