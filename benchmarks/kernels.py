@@ -21,6 +21,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from benchmarks.kernel_flops import OWN_PRODUCTS, attention_flops, convolution_flops
+
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 # Instructions that name memory and move none.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"} | {
@@ -243,10 +245,7 @@ class Module:
         if instruction.opcode == "fusion":
             return self._fusion_traffic(instruction, sizes)
         if instruction.opcode == "custom-call":
-            results = arrays(instruction.result)
-            if len(results) > 1 and results[-1][0] in ("s8", "u8"):
-                results = results[:-1]  # scratch memory
-            return sum(sizes), sum(array_bytes(*array) for array in results)
+            return sum(sizes), _library_results(instruction)
         if instruction.opcode in _TAKING:
             taken = size(instruction.result)
             return min(taken, sizes[0]) + sum(sizes[1:]), taken
@@ -287,6 +286,8 @@ class Module:
                 read += taken(parameter.name, sizes[number])
         root = next(i for i in body if i.line.lstrip().startswith("ROOT"))
         roots = [by_name[o] for o in root.operands] if root.opcode == "tuple" else [root]
+        if len(roots) > 1 and any(i.opcode == "custom-call" for i in body):
+            roots = roots[:-1] if _is_scratch(roots[-1].result) else roots
         return read, sum(self._written(r, by_name) for r in roots)
 
     @staticmethod
@@ -297,6 +298,8 @@ class Module:
             inner = by_name[inner.operands[0]]
         if inner.opcode in _UPDATING:
             return size(by_name[inner.operands[_UPDATING[inner.opcode]]].result)
+        if inner.opcode == "custom-call":
+            return _library_results(inner)
         return 0 if inner.opcode == "parameter" else size(root.result)
 
     def _kind(self, instruction: Instruction) -> str:
@@ -306,6 +309,8 @@ class Module:
             return "attention"
         if "conv" in target:
             return "convolution"
+        if target.endswith("triton"):
+            return "kernel of models/nac/fused"
         if target:
             return "matrix product" if "cublas" in target else f"custom call {target}"
         if instruction.opcode != "fusion":
@@ -332,9 +337,12 @@ class Module:
         result = (arrays(instruction.result) or [("", ())])[0][1]
         target = instruction.attribute(r'custom_call_target="([^"]*)"')
         if "fmha" in target:
-            return _attention_flops(target, operands)
+            return attention_flops(5 if target.endswith("Backward") else 2, operands)
+        if target.endswith("triton"):
+            products = OWN_PRODUCTS.get(instruction.attribute(r'\bname = "(\w+)"'), 0)
+            return attention_flops(products, operands) if products else 0
         if labels := instruction.attribute(r"dim_labels=([\w>-]+)"):
-            return _convolution_flops(target, labels, operands, result)
+            return convolution_flops(target, labels, operands, result)
         if target:
             axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
         else:
@@ -343,6 +351,19 @@ class Module:
             return 0
         contracted = (operands[0][int(axis)] for axis in re.findall(r"\d+", axes))
         return 2 * math.prod(result) * math.prod(contracted)
+
+
+def _is_scratch(result: str) -> bool:
+    """Whether the last of a library's results, by its type, is its scratch memory."""
+    return result.startswith(("s8", "u8"))
+
+
+def _library_results(call: Instruction) -> int:
+    """Bytes of a library's results, but for its scratch memory."""
+    results = arrays(call.result)
+    if len(results) > 1 and _is_scratch(results[-1][0]):
+        results = results[:-1]
+    return sum(array_bytes(*array) for array in results)
 
 
 _TAKING = {"dynamic-slice", "slice", "gather"}
@@ -359,28 +380,6 @@ _FUSIONS = {
     "transpose": "fusion, transposition",
     "concatenate": "fusion, concatenation",
 }
-
-
-def _attention_flops(target: str, operands: list[tuple[int, ...]]) -> int:
-    """FLOPs of fused attention: queries and keys are (B, N, H, C) both; two products forward.
-
-    Backward there are five: scores again, and gradients of weights, values, queries and keys.
-    """
-    products = 5 if target.endswith("Backward") else 2
-    return products * 2 * math.prod(operands[0]) * operands[1][1]
-
-
-def _convolution_flops(
-    target: str, labels: str, operands: list[tuple[int, ...]], result: tuple[int, ...]
-) -> int:
-    """FLOPs of a convolution; in either direction each output has one product per weight."""
-    weights, output = operands[1], result
-    if target.endswith("BackwardFilter"):
-        weights, output = result, operands[1]
-    elif target.endswith("BackwardInput"):
-        output = operands[0]
-    out_axis = labels.split("_")[1].partition("->")[0].index("o")
-    return 2 * math.prod(output) * math.prod(weights) // weights[out_axis]
 
 
 def _frames(text: str) -> dict[str, tuple[str, str, str]]:

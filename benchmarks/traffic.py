@@ -40,6 +40,7 @@ from benchmarks.cases import CASES, make_config
 from benchmarks.kernels import Kernel, Module
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
 from m2mkd_jax.parallel import backend
+from m2mkd_jax.parallel.mesh import AXES
 from m2mkd_jax.phases.build import build_phase
 
 # Facts of each card in the fields of XLA's GpuTargetConfigProto, and what it was measured to reach.
@@ -70,6 +71,7 @@ GPUS = {
     },
 }
 CUDNN = (9, 10, 0)
+FUSED = ("auto", "always", "never")
 
 
 def target_config(gpu: str) -> str:
@@ -86,11 +88,13 @@ def target_config(gpu: str) -> str:
     )
 
 
-def abstract_step(case: str, batch: int) -> tuple[Callable, tuple]:
+def abstract_step(case: str, batch: int, fused: str) -> tuple[Callable, tuple]:
     """The training step of a case, and the shapes of its arguments."""
     chosen = CASES[case]
     config = make_config(chosen, batch or chosen.accelerator)
     config.precision = "bfloat16"
+    if config.family == "nac":
+        config.nac.fused = fused
     phase = build_phase(config, chosen.job)
     setup = set_up(config, phase, abstract_stages(phase))
     images, size = phase.recipe.batch, phase.data.image_size
@@ -99,6 +103,14 @@ def abstract_step(case: str, batch: int) -> tuple[Callable, tuple]:
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
     return setup.make_step(), (setup.abstract_state, setup.abstract_frozen, data)
+
+
+def _mesh(gpu: str) -> jax.sharding.AbstractMesh:
+    """One device of a kind: by it kernels of our own are generated."""
+    kind, cores = GPUS[gpu]["name"], GPUS[gpu]["limits"]["core_count"]
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.AbstractMesh((1, 1), AXES, axis_types=types, abstract_device=device)
 
 
 def compile_for(gpu: str, function: Callable, arguments: tuple, triton_gemm: bool = False) -> Any:
@@ -118,7 +130,7 @@ def compile_for(gpu: str, function: Callable, arguments: tuple, triton_gemm: boo
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
     )
     capability = ".".join(map(str, GPUS[gpu]["compute_capability"]))
-    with backend.tracing_for("gpu", capability):
+    with backend.tracing_for("gpu", capability), jax.sharding.use_abstract_mesh(_mesh(gpu)):
         lowered = function.lower(*arguments)
     return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": triton_gemm})
 
@@ -186,11 +198,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0, help="FLOP/s of 16-bit products")
     parser.add_argument("--largest", type=int, default=10, help="kernels that are shown")
     parser.add_argument("--triton_gemm", action="store_true", help="XLA's own matrix products too")
+    parser.add_argument("--fused", choices=FUSED, default="auto", help="config.nac.fused")
     parser.add_argument("--hlo", type=Path, help="file for the compiled program")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     began = time.perf_counter()
-    step, arguments = abstract_step(options.case, options.batch)
+    step, arguments = abstract_step(options.case, options.batch, options.fused)
     compiled = compile_for(options.gpu, step, arguments, options.triton_gemm)
     taken = time.perf_counter() - began
     text, facts = compiled.as_text(), GPUS[options.gpu]

@@ -78,6 +78,13 @@ NAC: Keys = {
         "recompute activations of the propagators in the backward pass; auto: if memory is short",
         REMAT,
     ),
+    "fused": Key(
+        "auto",
+        "train propagators by fused kernels on an NVIDIA GPU; auto: where they agree with XLA's on "
+        "the GPU at hand, in one process; they are made for 16-bit numbers, GEGLU, sampled "
+        "kernels, and multiples of 64 mediators and input latents",
+        REMAT,
+    ),
     "stitch_dim": Key(
         0,
         "channels outside a student's stitches; 0: the meta model's width, which it must be",

@@ -38,7 +38,7 @@ _LISTS = {"depths", "moe_pos", "pre_stitch_pos", "post_stitch_pos"}
 ROUTING = ("router", "top_k", "noise", "dispatch", "capacity_factor", "group_images")
 _FIELDS = {"kind", "qkv_bias", "eps", *_INTEGERS, *_LISTS, *ROUTING}
 # What the weights of a patch embedding alone tell, `channels`, is not stated.
-_NAC_FIELDS = {field.name for field in dataclasses.fields(NACSpec)} - {"remat", "channels"}
+_NAC_FIELDS = {field.name for field in dataclasses.fields(NACSpec)} - {"remat", "fused", "channels"}
 _ASSEMBLY_FIELDS = {"student_type", "prior", "prior_options"}  # of a NAC made of students
 _STUDENT_TYPES = ("imagenet", "tinyimnet", "tinynet")
 

@@ -26,7 +26,8 @@ from m2mkd_jax.models.vit_spec import ViTSpec
 
 STATED = "m2mkd_jax"  # name of the entry
 NORMALISATION = "normalisation"  # of its fields
-_NOT_STATED = ("remat", "channels", "image_size", "classes")  # the weights show them, or no matter
+# The weights show them, or they do not matter.
+_NOT_STATED = ("remat", "fused", "channels", "image_size", "classes")
 
 
 def unseen_fields(description: Mapping[str, Any], fresh: bool) -> dict[str, Any]:

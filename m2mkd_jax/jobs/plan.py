@@ -25,7 +25,7 @@ from m2mkd_jax.phases.weight_files import INIT_FIELD, init_path, is_job_name, jo
 
 # Keys by their ends that do not change what a job computes: where data lie, how they are decoded,
 # what is recomputed instead of kept.
-HARMLESS = ("root", "workers", "damaged_share", "remat")
+HARMLESS = ("root", "workers", "damaged_share", "remat", "fused")
 # Keys by their ends that a job's inputs leave out where they have these values.
 NEUTRAL: Mapping[str, Any] = {
     "validation": 0.0,

@@ -96,10 +96,12 @@ def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     """Whether cuDNN's fused attention, forward and backward, takes (B, N, H, C)."""
     n, c = q.shape[1], q.shape[3]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and min(n, k.shape[1]) >= SHORTEST and c % 8 == 0 and c <= 128 and _has_cudnn()
+    return (
+        half and min(n, k.shape[1]) >= SHORTEST and c % 8 == 0 and c <= 128 and has_tensor_cores()
+    )
 
 
-def _has_cudnn() -> bool:
+def has_tensor_cores() -> bool:
     """Whether the device is an NVIDIA GPU from Ampere (compute capability 8) on."""
     if backend.platform() != "gpu":
         return False

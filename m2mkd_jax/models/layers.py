@@ -137,10 +137,14 @@ def drop_path(
     """
     if key is None or rate is None:
         return residual
-    keep = 1.0 - rate
     shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
-    kept = jax.random.uniform(key, shape) < keep
-    return residual * (kept.astype(jnp.float32) / keep).astype(residual.dtype)
+    return residual * drop_path_factors(shape, rate, key).astype(residual.dtype)
+
+
+def drop_path_factors(shape: tuple[int, ...], rate: jax.Array | float, key: jax.Array) -> jax.Array:
+    """What `drop_path` multiplies by: 0, or 1 / the probability of being kept, float32."""
+    keep = 1.0 - rate
+    return (jax.random.uniform(key, shape) < keep).astype(jnp.float32) / keep
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs) -> Any:
@@ -211,6 +215,11 @@ def recomputing() -> Iterator[None]:
         _RECOMPUTING.reset(token)
 
 
+def recomputes(remat: str) -> bool:
+    """Whether everything is recomputed: 'always', or 'auto' inside `recomputing`."""
+    return remat == "always" or (remat == "auto" and _RECOMPUTING.get())
+
+
 def apply_remat_policy(
     body: Callable[..., Any], remat: str, *, looped: bool = True
 ) -> Callable[..., Any]:
@@ -226,7 +235,7 @@ def apply_remat_policy(
         looped: whether it is the body of a `lax.scan`. There forward and backward pass are separate
             loops; elsewhere the compiler would merge what is computed twice, and keep it.
     """
-    if remat == "always" or (remat == "auto" and _RECOMPUTING.get()):
+    if recomputes(remat):
         return jax.checkpoint(body)
     return jax.checkpoint(body, policy=_is_product, prevent_cse=not looped)
 

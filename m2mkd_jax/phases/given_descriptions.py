@@ -18,7 +18,7 @@ from m2mkd_jax.phases.phase import WeightsFrom
 from m2mkd_jax.phases.weight_files import described, read_description, weights_path
 
 # Fields that shapes tell, that weights are adapted to, or that change no number.
-_ELSEWHERE = {"image_size", "classes", "channels", "remat"}
+_ELSEWHERE = {"image_size", "classes", "channels", "remat", "fused"}
 # Those of which another value is a mistake, whatever the weights are used for.
 _HEADS = ("heads", "head_dim")
 

@@ -13,6 +13,7 @@ docs/reference.md#nac, docs/reference.md#nac-iterations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from flax import nnx
 from m2mkd_jax.models import chain, layers
 from m2mkd_jax.models.nac import kernels
 from m2mkd_jax.models.nac.attention import LatentLayer
+from m2mkd_jax.models.nac.fused.choice import is_fused
 from m2mkd_jax.models.nac.latents import Latents, Seeder, jitter
 from m2mkd_jax.models.nac.modulation import ModulatedFFN
 from m2mkd_jax.models.nac.read_in import ReadIn
@@ -35,6 +37,13 @@ Noise = Mapping[str, jax.Array]
 def _split(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
     """`count` keys from one, or as many None from None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def _unstack(tree: Any, count: int) -> list[Any]:
+    """Trees of every entry of the leading axis; their gradients are joined by one copy."""
+    parts, structure = jax.tree.flatten(tree)
+    rows = [[part[0] for part in jnp.split(leaf, count)] for leaf in parts]
+    return [jax.tree.unflatten(structure, row) for row in zip(*rows, strict=True)]
 
 
 class NAC(chain.Stage):
@@ -210,6 +219,9 @@ class NAC(chain.Stage):
             if rates is not None and any(rates):
                 steps["rate"] = jnp.asarray(rates)
 
+        if key is not None and trace is None and is_fused(spec, len(mediators), mediators.dtype):
+            return self._propagate_fused(inputs, mediators, steps)
+
         def step(
             layer: LatentLayer,
             states: jax.Array,
@@ -228,6 +240,55 @@ class NAC(chain.Stage):
             mediators = step(layer, mediators, own, i == 0 or spec.persistent_inputs)
             if trace is not None:
                 trace.append(mediators)
+        return mediators
+
+    def _propagate_fused(
+        self, inputs: jax.Array, mediators: jax.Array, steps: dict[str, jax.Array]
+    ) -> jax.Array:
+        """`propagate` by fused kernels, in training.
+
+        There is no loop: what each iteration keeps would be copied into stacks and back. What does
+        not depend on images is computed for all iterations at once.
+
+        Args:
+            inputs, mediators: as for `propagate`.
+            steps: for every iteration 'key', and 'codes' and 'rate' as far as there are any.
+
+        Returns:
+            (B, U, D).
+        """
+        # Needs Pallas: see fused/choice.py.
+        fused = import_module("m2mkd_jax.models.nac.fused.propagator")
+        spec = self.spec
+        graph, state = nnx.split(self.propagators)
+        codes = self.mediator_codes(0)
+        _, _, signatures = self._senders(inputs, mediators, codes, True)
+        distance = kernels.distance(self.mediator_latents.signatures[...], signatures)
+
+        def shared(params: Any, own: dict[str, jax.Array]) -> Any:
+            layer = nnx.merge(graph, params)
+            keys = jax.random.split(own["key"], 4)
+            _, sender_codes, _ = self._senders(inputs, mediators, own.get("codes", codes), True)
+            weights = fused.weights_of(
+                layer,
+                jitter(own.get("codes", codes), spec.code_noise, keys[1]),
+                jitter(sender_codes, spec.code_noise, keys[2]),
+            )
+            log = self.mean_kernel(distance, layer.attention.bandwidth[...])
+            return weights, kernels.link_logits(log), keys
+
+        def iteration(own: Any, states: jax.Array) -> jax.Array:
+            (weights, logits, keys), rate = own
+            uniform = jax.random.uniform(keys[0], (len(states), *distance.shape))
+            log = kernels.relax(logits, uniform, spec.kernel_temperature, states.dtype)
+            dropped = None if rate is None else keys[3]
+            return fused.propagate(weights, inputs, states, log, spec.heads, rate, dropped)
+
+        if layers.recomputes(spec.remat):
+            iteration = jax.checkpoint(iteration)
+        whole = jax.vmap(shared)(state, steps), steps.get("rate")
+        for own in _unstack(whole, spec.iterations):
+            mediators = iteration(own, mediators)
         return mediators
 
     def _iteration(
@@ -295,13 +356,18 @@ class NAC(chain.Stage):
             (U, V), or (B, U, V) when sampled.
         """
         spec = self.spec
-        log = kernels.log_kernel(
-            distance, bandwidth, spec.truncation, spec.truncation_implementation
-        )
+        log = self.mean_kernel(distance, bandwidth)
         if key is not None and spec.stochastic_kernel:
             uniform = jax.random.uniform(key, (batch, *distance.shape))
             log = kernels.sample(log, uniform, spec.kernel_temperature, dtype)
         return log
+
+    def mean_kernel(self, distance: jax.Array, bandwidth: jax.Array) -> jax.Array:
+        """A propagator's log kernel (U, V) before it is sampled."""
+        spec = self.spec
+        return kernels.log_kernel(
+            distance, bandwidth, spec.truncation, spec.truncation_implementation
+        )
 
     def _senders(
         self, inputs: jax.Array, mediators: jax.Array, codes: jax.Array, with_inputs: bool

@@ -98,9 +98,6 @@ def sample(
 ) -> jax.Array:
     """Log of a relaxed Bernoulli sample per image.
 
-    The probability is exp(log kernel) clipped to [0, 1] with a straight-through gradient, then
-    clamped as torch.distributions does, so that truncated links leak a little in training.
-
     Source: docs/reference.md#nac-kernel.
 
     Args:
@@ -112,11 +109,26 @@ def sample(
     Returns:
         (B, U, V).
     """
+    return relax(link_logits(log_kernel), uniform, temperature, dtype)
+
+
+def link_logits(log_kernel: jax.Array) -> jax.Array:
+    """Log odds of the links' probabilities: (U, V) -> (U, V).
+
+    The probability is exp(log kernel) clipped to [0, 1] with a straight-through gradient, then
+    clamped as torch.distributions does, so that truncated links leak a little in training.
+    """
     inside = ~jnp.isneginf(log_kernel)
     p = jnp.where(inside, jnp.exp(jnp.where(inside, log_kernel, 0.0)), 0.0)
     p = p + jax.lax.stop_gradient(jnp.clip(p, 0.0, 1.0) - p)
-    p, u = _clamp(p), _clamp(uniform)
-    return _relaxed(_logit(p), _logit(u), temperature, dtype)
+    return _logit(_clamp(p))
+
+
+def relax(
+    logits: jax.Array, uniform: jax.Array, temperature: float, dtype: Any = jnp.float32
+) -> jax.Array:
+    """`sample` of links with given log odds (U, V)."""
+    return _relaxed(logits, _logit(_clamp(uniform)), temperature, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -60,6 +60,7 @@ class NACSpec:
     output: str = "pooling"  # or "first_slot" [FirstSlotAsLogits]
     pooling: str = "gumbel"  # or "vanilla" [softmax_type]
     remat: str = "auto"
+    fused: str = "auto"  # propagators in training by models/nac/fused; 'always', 'never'
     channels: int = 3  # of the images
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class NACSpec:
             "truncation_implementation": ("direct", "masked"),
             "output": ("pooling", "first_slot"),
             "pooling": ("gumbel", "vanilla"),
+            "fused": ("auto", "always", "never"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

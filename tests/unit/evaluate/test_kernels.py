@@ -106,6 +106,55 @@ def test_every_kernel_is_counted_by_what_it_moves():
     assert found == EXPECTED
 
 
+def test_kernels_of_our_own_count_their_products():
+    text = (
+        "ENTRY %main (q: bf16[2,64,96], k: bf16[2,128,96]) -> bf16[2,64,96] {\n"
+        "  %q = bf16[2,64,96]{2,1,0} parameter(0)\n"
+        "  %k = bf16[2,128,96]{2,1,0} parameter(1)\n"
+        "  %own = (bf16[2,64,96]{2,1,0}, f32[2,3,64]{2,1,0}) custom-call(%q, %k, %k), "
+        'custom_call_target="__gpu$xla.gpu.triton", '
+        'backend_config={ir = "a(b", name = "attention_forward", num_warps = 4 : i32}\n'
+        "  ROOT %out = bf16[2,64,96]{2,1,0} get-tuple-element(%own), index=0\n"
+        "}\n"
+    )
+    (kernel,) = Module(text).kernels()
+    assert kernel.kind == "kernel of models/nac/fused"
+    assert kernel.read == 2 * 2 * 96 * (64 + 128 + 128)
+    assert kernel.written == 2 * 2 * 64 * 96 + 4 * 2 * 3 * 64
+    assert kernel.flops == 2 * (2 * 2 * 64 * 128 * 96)
+
+
+@pytest.mark.parametrize("tuple_of_parts", [True, False])
+def test_scratch_memory_of_a_library_inside_a_fusion_does_not_count(tuple_of_parts):
+    call = "  %call = (bf16[32,24]{1,0}, s8[4096]{0}) custom-call(%x, %flat), "
+    parts = (
+        "  %y = bf16[32,24]{1,0} get-tuple-element(%call), index=0\n"
+        "  %scratch = s8[4096]{0} get-tuple-element(%call), index=1\n"
+        "  ROOT %both = (bf16[32,24]{1,0}, s8[4096]{0}) tuple(%y, %scratch)\n"
+    )
+    if not tuple_of_parts:
+        call, parts = call.replace("  %call", "  ROOT %call"), ""
+    text = (
+        "%product_of_a_slice (w: bf16[8,16,24], x: bf16[32,16]) -> (bf16[32,24], s8[4096]) {\n"
+        "  %w = bf16[8,16,24]{2,1,0} parameter(0)\n"
+        "  %x = bf16[32,16]{1,0} parameter(1)\n"
+        "  %one = bf16[1,16,24]{2,1,0} slice(%w), slice={[2:3], [0:16], [0:24]}\n"
+        "  %flat = bf16[16,24]{1,0} bitcast(%one)\n"
+        f'{call}custom_call_target="__cublas$lt$matmul"\n{parts}'
+        "}\n\n"
+        "ENTRY %main (w.1: bf16[8,16,24], x.1: bf16[32,16]) -> bf16[32,24] {\n"
+        "  %w.1 = bf16[8,16,24]{2,1,0} parameter(0)\n"
+        "  %x.1 = bf16[32,16]{1,0} parameter(1)\n"
+        "  %fused = (bf16[32,24]{1,0}, s8[4096]{0}) fusion(%w.1, %x.1), kind=kCustom, "
+        "calls=%product_of_a_slice\n"
+        "  ROOT %out = bf16[32,24]{1,0} get-tuple-element(%fused), index=0\n"
+        "}\n"
+    )
+    (kernel,) = Module(text).kernels()
+    assert kernel.kind == "matrix product"
+    assert (kernel.read, kernel.written) == (2 * (16 * 24 + 32 * 16), 2 * 32 * 24)
+
+
 def test_a_kernel_knows_its_line_of_the_package():
     kernels = {kernel.name: kernel for kernel in Module(PROGRAM).kernels()}
     assert kernels["taken"].sources == ("models/nac/attention.py:52",)

@@ -129,7 +129,7 @@ def test_padding_of_odd_lengths_changes_nothing(n):
 def test_cudnn_is_for_gpus_and_16_bit(monkeypatch):
     half, short = jnp.zeros((B, 64, H, C), jnp.bfloat16), jnp.zeros((B, 63, H, C), jnp.bfloat16)
     assert not attention.fits_cudnn(half, half)
-    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "has_tensor_cores", lambda: True)
     assert attention.fits_cudnn(half, half)
     assert not attention.fits_cudnn(half, short) and not attention.fits_cudnn(short, half)
     for other in (half.astype(jnp.float32), half[..., :6], jnp.tile(half, 17)):
