@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from m2mkd_jax.models import chain
 from m2mkd_jax.models.nac.attention import LatentLayer
 from m2mkd_jax.models.nac.fused.propagator import propagate, weights_of
 from m2mkd_jax.models.nac.spec import NACSpec
@@ -56,21 +57,22 @@ def distances(spec: NACSpec, dtype: jnp.dtype) -> dict[str, tuple[float, float]]
 def _propagator(spec: NACSpec) -> Callable[..., Any]:
     """A function of `fused` and `dtype` -> a propagator's result and gradients, in float32."""
     layer = LatentLayer(spec, share_norm=True, residual=True, kernel=True, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(layer)
+    split = chain.split(layer)
     i, u, d = spec.input_latents, spec.mediator_latents, spec.state_dim
     keys = iter(jax.random.split(jax.random.key(0), 64))
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape)
 
-    params = jax.tree.map(lambda p: p + 0.1 * normal(*p.shape), params)
+    params = jax.tree.map(lambda p: p + 0.1 * normal(*p.shape), split.params)
     states = normal(CHECKED, i, d), normal(CHECKED, u, d)
     log_kernel = jax.nn.log_sigmoid(4.0 * normal(CHECKED, u, i + u))
     codes, direction = normal(i + u, spec.code_dim), normal(CHECKED, u, d)
 
     def loss(arguments: Any, fused: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        params, (inputs, mediators), log_kernel = jax.tree.map(lambda a: a.astype(dtype), arguments)
-        layer = nnx.merge(graph, params)
+        params, *rest = arguments
+        (inputs, mediators), log_kernel = jax.tree.map(lambda a: a.astype(dtype), rest)
+        layer = chain.merge(split.graph, chain.cast_compute(params, dtype), {})
         if fused:
             weights = weights_of(layer, codes[i:], codes)
             y = propagate(weights, inputs, mediators, log_kernel, spec.heads)

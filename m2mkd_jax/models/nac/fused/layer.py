@@ -128,7 +128,8 @@ def project_message(x: jax.Array, modulation: jax.Array, weights: jax.Array) -> 
 def _message_forward(
     x: jax.Array, modulation: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    operand = (x.astype(jnp.float32) * modulation.astype(jnp.float32)).astype(x.dtype)
+    wide = x.astype(jnp.float32) * layers.align_rank(modulation, x).astype(jnp.float32)
+    operand = wide.astype(x.dtype)
     return operand @ weights, (x, modulation, weights)
 
 
