@@ -141,6 +141,20 @@ def seconds(kernel: Kernel, bandwidth: float, rate: float) -> tuple[float, float
     return kernel.bytes / bandwidth, kernel.flops / (rate if half else rate / 2)
 
 
+def merged(kernels: list[Kernel]) -> list[Kernel]:
+    """Kernels that do the same in several places of a program, as one that runs so often."""
+    by_work: dict[tuple, Kernel] = {}
+    for kernel in kernels:
+        work = (kernel.kind, kernel.op_name or kernel.name, kernel.shapes)
+        known = by_work.get(work)
+        if known is None:
+            by_work[work] = dataclasses.replace(kernel)
+            continue
+        for field in ("times", "read", "written", "flops"):
+            setattr(known, field, getattr(known, field) + getattr(kernel, field))
+    return list(by_work.values())
+
+
 def summary(kernels: list[Kernel], bandwidth: float, rate: float, largest: int) -> dict:
     """Totals, by kind of kernel, and the largest kernels.
 
@@ -154,7 +168,7 @@ def summary(kernels: list[Kernel], bandwidth: float, rate: float, largest: int) 
     by_kind: Counter[str] = Counter()
     for kernel in kernels:
         by_kind[kernel.kind] += kernel.bytes
-    ordered = sorted(kernels, key=lambda kernel: -kernel.bytes)
+    ordered = sorted(merged(kernels), key=lambda kernel: -kernel.bytes)
     return {
         "read": sum(kernel.read for kernel in kernels),
         "written": sum(kernel.written for kernel in kernels),

@@ -165,7 +165,13 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs
 
 
 def scan_stack(
-    module: nnx.Module, x: Any, inputs: Any, apply: Callable[..., Any], *, remat: str = "never"
+    module: nnx.Module,
+    x: Any,
+    inputs: Any,
+    apply: Callable[..., Any],
+    *,
+    remat: str = "never",
+    short: bool = False,
 ) -> Any:
     """Runs stacked layers one after another: x -> apply(layer_0, x, inputs[0]) -> ...
 
@@ -175,14 +181,17 @@ def scan_stack(
         inputs: pytree with a leading axis L (per-layer rates, keys, codes), or None.
         apply: (layer, x, inputs of that layer) -> x.
         remat: see `apply_remat_policy`.
+        short: there are few layers: accelerators need no loop, in which what is kept for the
+            backward pass would be copied into stacks and back.
     """
     graph, state = nnx.split(module)
+    unroll = short and backend.platform() != "cpu"
 
     def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         state, inputs = layer
         return apply(nnx.merge(graph, all_gather_params(state)), x, inputs), None
 
-    return jax.lax.scan(apply_remat_policy(body, remat), x, (state, inputs))[0]
+    return jax.lax.scan(apply_remat_policy(body, remat), x, (state, inputs), unroll=unroll)[0]
 
 
 def all_gather_params(params: Any) -> Any:

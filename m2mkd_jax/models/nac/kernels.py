@@ -146,6 +146,9 @@ def _relaxed_forward(
     logits: jax.Array, noise: jax.Array, temperature: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     log = checkpoint_name(_relaxed(logits, noise, temperature, dtype), layers.KEPT)
+    if log.dtype.itemsize == 2:
+        # Without this XLA keeps a float32 array beside it, which differs in what is rounded off.
+        log = jax.lax.optimization_barrier(log)
     return log, log
 
 

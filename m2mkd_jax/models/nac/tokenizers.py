@@ -68,7 +68,7 @@ class ConvNeXtStage(nnx.Module):
         x = self.norm(self.downsample(x)) if self.first else self.downsample(self.norm(x))
         if self.blocks is None:
             return x
-        return layers.scan_stack(self.blocks, x, None, lambda block, x, _: block(x))
+        return layers.scan_stack(self.blocks, x, None, lambda block, x, _: block(x), short=True)
 
 
 class Tokenizer(nnx.Module):
