@@ -49,15 +49,17 @@ CASES = {
     "predict_vmoe": Case("vmoe_imnet", "base", "e2e_scratch", 4, 64, predict=True),
 }
 REMAT = ("config", "auto", "always", "never")
+FUSED = ("auto", "always", "never")
 
 
-def make_config(case: Case, batch: int, remat: str = "config") -> ConfigDict:
+def make_config(case: Case, batch: int, remat: str = "config", fused: str = "auto") -> ConfigDict:
     """The config of a case.
 
     Args:
         case: the case.
         batch: images per step.
         remat: for the keys of that name; 'config': what they are.
+        fused: of a NAC, for the key of that name.
     """
     get_config = importlib.import_module(f"configs.{case.config}").get_config
     config = get_config(*[case.argument] if case.argument else [])
@@ -65,6 +67,8 @@ def make_config(case: Case, batch: int, remat: str = "config") -> ConfigDict:
     recipe.batch, recipe.accumulate = batch, 1
     if case.config in ("nac_imnet", "nac_tinyimnet"):
         config.nac.prior, config.nac.options = "none", {}
+    if config.family == "nac":
+        config.nac.fused = fused
     if remat != "config":
         for section in (config.teacher, config[config.family]):
             section.remat = remat

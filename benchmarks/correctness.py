@@ -15,10 +15,12 @@ Exit code 1 if a form fails. --rehearsal: small sizes, for a CPU, which has no f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -27,9 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.dispatch import sizes_of
+from m2mkd_jax.config.networks import nac_spec
 from m2mkd_jax.models import attention as softmax_attention
 from m2mkd_jax.models.moe.grouped import grouped_linear
 from m2mkd_jax.models.nac.attention import attend
+from m2mkd_jax.models.nac.fused import agreement
+from m2mkd_jax.models.nac.fused.choice import takes
 
 HALF = jnp.bfloat16
 FACTOR, ENOUGH = 3.0, 1e-2
@@ -194,6 +199,30 @@ def expert_cases(shape: tuple[int, int, int, int]) -> Iterator[dict]:
             yield result | {"by": "XLA"}
 
 
+def propagator_cases(names: Sequence[str]) -> Iterator[dict]:
+    """A NAC's propagator by fused kernels: its result and the gradients of all its arrays.
+
+    Args:
+        names: of configs.
+    """
+    for name in names:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        spec = nac_spec(config, config.data)
+        if not takes(spec, HALF):
+            spec = dataclasses.replace(spec, input_latents=64, mediator_latents=64, head_dim=32)
+        began = time.monotonic()
+        apart = agreement.distances(spec, jnp.dtype(HALF))
+        yield {
+            "name": f"propagator, {name}",
+            "fused": [d.own / max(d.whole, 1e-30) for d in apart.values()],
+            "rounding": [d.by_xla / max(d.whole, 1e-30) for d in apart.values()],
+            "arrays": list(apart),
+            "good": all(d.is_rounding for d in apart.values()),
+            "seconds": round(time.monotonic() - began, 1),
+            "by": "Triton" if jax.default_backend() == "gpu" else "Triton, interpreted",
+        }
+
+
 def shared_bias(shape: tuple[int, ...]) -> dict:
     """Whether the library takes a bias that all heads share, (B, 1, U, V), and is right."""
     images, u, v, heads, c = shape
@@ -219,6 +248,7 @@ def shared_bias(shape: tuple[int, ...]) -> dict:
 
 
 def cases(rehearsal: bool) -> Iterator[dict]:
+    yield from propagator_cases(["nac_digits"] if rehearsal else ["nac_tinyimnet", "nac_imnet"])
     yield from transformer_cases(SMALL_TRANSFORMER if rehearsal else TRANSFORMER_SHAPES)
     shapes = SMALL_KERNEL if rehearsal else KERNEL_SHAPES
     yield from kernel_cases(shapes)

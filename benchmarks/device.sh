@@ -60,18 +60,20 @@ item() {  # NAME LIMIT COMMAND...: runs a command, unless other items are wanted
   fi
 }
 
-speed() {  # CASE LIMIT FLAG...
-  item "$1" "$2" python3 -m benchmarks.speed "$1" --json="$scratch/$1.json" "${@:3}"
+speed() {  # NAME LIMIT CASE FLAG...
+  item "$1" "$2" python3 -m benchmarks.speed "$3" --json="$scratch/$1.json" "${@:4}"
 }
 
 items() {
   item correctness 90 python3 -m benchmarks.correctness --json="$scratch/correctness.json"
   # With XLA's own matrix products the NACs compile for more than two minutes.
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_triton_gemm=false"
-  speed nac_tinyimnet 150 --peer
-  speed vmoe_imnet 150 --peer --compile
-  speed mt_vit_large 120 --peer --compile
-  speed nac_imnet 150 --peer
+  speed nac_tinyimnet 150 nac_tinyimnet --peer
+  speed nac_tinyimnet_xla 90 nac_tinyimnet --fused=never
+  speed vmoe_imnet 150 vmoe_imnet --peer --compile
+  speed mt_vit_large 120 mt_vit_large --peer --compile
+  speed nac_imnet 150 nac_imnet --peer
+  speed nac_imnet_xla 90 nac_imnet --fused=never
   item attention 60 python3 -m benchmarks.attention
   item dispatch 40 python3 -m benchmarks.dispatch --shape=64,197,8,768 --dtype=bfloat16
   item dispatch_even 40 python3 -m benchmarks.dispatch --shape=64,197,8,768 --dtype=bfloat16 --even
@@ -83,8 +85,8 @@ rehearsal() {
   export JAX_PLATFORMS=cpu
   item correctness 120 python3 -m benchmarks.correctness --rehearsal \
     --json="$scratch/correctness.json"
-  speed nac_digits 120 --peer --steps=1 --rounds=1
-  speed vmoe_digits 120 --peer --steps=1 --rounds=1
+  speed nac_digits 120 nac_digits --peer --steps=1 --rounds=1
+  speed vmoe_digits 120 vmoe_digits --peer --steps=1 --rounds=1
   item dispatch 60 python3 -m benchmarks.dispatch --shape=4,17,4,48 --rounds=1
   item dispatch_even 60 python3 -m benchmarks.dispatch --shape=4,17,4,48 --rounds=1 --even
   item nac_digits_run 60 python3 -m m2mkd_jax.main --config=configs/nac_digits.py \

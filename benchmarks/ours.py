@@ -20,11 +20,11 @@ from m2mkd_jax.train.step import with_fixed
 class Ours:
     """Setup, compiled step and state of a case, on random images that lie on the device."""
 
-    def __init__(self, name: str, batch: int = 0, remat: str = "config"):
+    def __init__(self, name: str, batch: int = 0, remat: str = "config", fused: str = "auto"):
         self.case = CASES[name]
         on_cpu = jax.default_backend() == "cpu"
         self.batch = batch or (self.case.cpu if on_cpu else self.case.accelerator)
-        config = make_config(self.case, self.batch, remat)
+        config = make_config(self.case, self.batch, remat, fused)
         self.setup = fresh_setup(config, self.case.job)
         self.program = self.setup.program
         data, keys = self.setup.phase.data, jax.random.split(jax.random.key(1))

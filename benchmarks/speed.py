@@ -30,32 +30,33 @@ import jax.numpy as jnp
 
 from benchmarks import machine, results_files
 from benchmarks import memory as process_memory
-from benchmarks.cases import CASES, REMAT
+from benchmarks.cases import CASES, FUSED, REMAT
 from benchmarks.ours import Ours
 from benchmarks.peers import rounds
 from m2mkd_jax.parallel.huge_pages import start_again
 
 
-def measure(case: str, batch: int, steps: int, rounds: int, remat: str = "config") -> dict:
+def measure(options: argparse.Namespace) -> dict:
     """All numbers of one case."""
     about = machine.describe()
-    ours = Ours(case, batch, remat)
+    ours = Ours(options.case, options.batch, options.remat, options.fused)
     flops = ours.count_flops()
     ours.compile()
     before = machine.matrix_rate(ours.program.dtype)
     ours.steps(1)
     process_memory.reset_peak_rss()
-    timed = [ours.steps(steps) for _ in range(rounds)]
+    timed = [ours.steps(options.steps) for _ in range(options.rounds)]
     memory = ours.memory()
     rate = max(before, machine.matrix_rate(ours.program.dtype))
     seconds = [wall for wall, _ in timed]
     each = statistics.median(seconds)
     kind = "peak_on_device" if "peak_on_device" in memory else "peak_rss"
     return {
-        "case": case,
+        "case": options.case,
         "job": ours.case.job,
         "batch": ours.batch,
-        "remat": remat,
+        "remat": options.remat,
+        "fused": options.fused,
         "dtype": str(jnp.dtype(ours.program.dtype)),
         "seconds_per_step": each,
         "cpu_seconds_per_step": statistics.median(cpu for _, cpu in timed),
@@ -99,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", choices=REMAT, default="config", help="recompute blocks")
+    parser.add_argument("--fused", choices=FUSED, default="auto", help="config.nac.fused")
     parser.add_argument("--json", default="", help="name or file for the numbers")
     parser.add_argument("--peer", action="store_true", help="alternate with PyTorch")
     parser.add_argument("--compile", action="store_true", help="the peer by torch.compile")
@@ -114,7 +116,7 @@ def main() -> None:
         result = rounds.alternate(options)
         print("\n".join(rounds.lines(result)))
     else:
-        result = measure(options.case, options.batch, options.steps, options.rounds, options.remat)
+        result = measure(options)
         print(line(result))
     if options.json:
         results_files.write(result, options.json)

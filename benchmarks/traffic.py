@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from benchmarks.cases import CASES, make_config
+from benchmarks.cases import CASES, FUSED, make_config
 from benchmarks.kernels import Kernel, Module
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
 from m2mkd_jax.parallel import backend
@@ -71,7 +71,6 @@ GPUS = {
     },
 }
 CUDNN = (9, 10, 0)
-FUSED = ("auto", "always", "never")
 
 
 def target_config(gpu: str) -> str:
@@ -91,10 +90,8 @@ def target_config(gpu: str) -> str:
 def abstract_step(case: str, batch: int, fused: str) -> tuple[Callable, tuple]:
     """The training step of a case, and the shapes of its arguments."""
     chosen = CASES[case]
-    config = make_config(chosen, batch or chosen.accelerator)
+    config = make_config(chosen, batch or chosen.accelerator, fused=fused)
     config.precision = "bfloat16"
-    if config.family == "nac":
-        config.nac.fused = fused
     phase = build_phase(config, chosen.job)
     setup = set_up(config, phase, abstract_stages(phase))
     images, size = phase.recipe.batch, phase.data.image_size

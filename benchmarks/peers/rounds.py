@@ -74,7 +74,8 @@ def alternate(options: argparse.Namespace) -> dict[str, Any]:
     about, common = machine.describe(), {"case": options.case}
     on_cpu = jax.default_backend() == "cpu"
     with tempfile.TemporaryDirectory() as directory:
-        ours = Side("ours", directory=directory, batch=options.batch, remat=options.remat, **common)
+        chosen = {"batch": options.batch, "remat": options.remat, "fused": options.fused}
+        ours = Side("ours", directory=directory, **chosen, **common)
         sides = [ours]
         try:
             ours.ask("export")
@@ -93,6 +94,7 @@ def alternate(options: argparse.Namespace) -> dict[str, Any]:
         **common,
         **facts,
         "remat": options.remat,
+        "fused": options.fused,
         "steps": options.steps,
         "peer": choices,
         "differences": equal,

@@ -22,7 +22,7 @@ class OurSide:
         from benchmarks.ours import Ours  # noqa: PLC0415 (the other side loads no jax)
 
         self.options = options
-        self.ours = Ours(options["case"], options["batch"], options["remat"])
+        self.ours = Ours(options["case"], *(options[k] for k in ("batch", "remat", "fused")))
 
     def export(self) -> dict:
         """Writes the job for the peer."""

@@ -101,7 +101,12 @@ def equations_of(jaxpr: core.Jaxpr) -> int:
 
 
 def _times(eqn: Any) -> int:
-    """How often the jaxprs in an equation run: the rounds of a scan, the devices of a shard_map."""
+    """How often the jaxprs in an equation run.
+
+    The rounds of a scan, the devices of a shard_map, the programs of a kernel.
+    """
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(eqn.params["grid_mapping"].grid)
     if eqn.primitive.name == "scan":
         return int(eqn.params["length"])
     if eqn.primitive.name == "shard_map":  # its shapes are those of one device

@@ -54,3 +54,28 @@ def sum_over_images(x: jax.Array) -> jax.Array:
     else:
         total = functools.reduce(jnp.add, list(wide))
     return total.astype(x.dtype)
+
+
+@jax.custom_vjp
+def add_to_images(x: jax.Array, shared: jax.Array) -> jax.Array:
+    """x (B, ...) + shared (1, ...).
+
+    On accelerators the gradient of what is shared is a product with ones: for a sum over images XLA
+    lays out all that is computed around it with the images innermost, and transposes it back.
+    """
+    return x + shared
+
+
+def _add_forward(x: jax.Array, shared: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x + shared, shared
+
+
+def _add_backward(shared: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if backend.platform() == "cpu" or not len(grad):
+        return grad, grad.sum(0, keepdims=True).astype(shared.dtype)
+    ones, rows = jnp.ones((1, len(grad)), grad.dtype), grad.reshape(len(grad), -1)
+    total = jnp.dot(ones, rows, preferred_element_type=jnp.float32)
+    return grad, total.reshape(shared.shape).astype(shared.dtype)
+
+
+add_to_images.defvjp(_add_forward, _add_backward)

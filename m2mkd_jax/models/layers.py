@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
@@ -34,6 +36,9 @@ torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 _RECOMPUTING: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputing", default=False)
+
+# Most layers that are compiled one by one.
+FEW = 8
 
 # Name of what is kept for the backward pass besides products (jax.ad_checkpoint).
 KEPT = "kept"
@@ -105,14 +110,60 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> (..., C); of 16-bit numbers computed in float32 and rounded once."""
         scale, bias = self.scale[...], self.bias[...]
+        if backend.platform() != "cpu":
+            return _normalise(x, scale, bias, self.epsilon)
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(x, scale, bias)
-        wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
+        wide = _widened(x)
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
         scale, bias = (align_rank(a.astype(y.dtype), y) for a in (scale, bias))
         return (y * scale + bias).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm on accelerators, whose mean and deviation of every row are kept.
+
+    Its derivative as XLA finds it computes both again, and reads and writes more arrays.
+    """
+    return _normalise_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalise_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    wide = _widened(x)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    mean, inverse = (checkpoint_name(a, KEPT) for a in (mean, inverse))
+    y = (wide - mean) * inverse
+    y = y * align_rank(_widened(scale), y) + align_rank(_widened(bias), y)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(x, scale, bias)
+    return y.astype(dtype), (x, scale, bias, mean, inverse)
+
+
+def _normalise_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, bias, mean, inverse = saved
+    grad, normal = _widened(grad), (_widened(x) - mean) * inverse
+    of_normal = grad * align_rank(_widened(scale), grad)
+    along = (of_normal * normal).mean(-1, keepdims=True)
+    of_x = (of_normal - of_normal.mean(-1, keepdims=True) - normal * along) * inverse
+    rows = tuple(range(x.ndim - 1))
+    of_scale, of_bias = (grad * normal).sum(rows), grad.sum(rows)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
 
 
 def layer_norm(c: int, epsilon: float, *, rngs: nnx.Rngs) -> LayerNorm:
@@ -181,11 +232,12 @@ def scan_stack(
         inputs: pytree with a leading axis L (per-layer rates, keys, codes), or None.
         apply: (layer, x, inputs of that layer) -> x.
         remat: see `apply_remat_policy`.
-        short: there are few layers: accelerators need no loop, in which what is kept for the
-            backward pass would be copied into stacks and back.
+        short: few layers (`FEW`) are no loop on accelerators, where what is kept for the backward
+            pass would be copied into stacks and back.
     """
     graph, state = nnx.split(module)
-    unroll = short and backend.platform() != "cpu"
+    count = len(jax.tree.leaves(state)[0])
+    unroll = short and count <= FEW and backend.platform() != "cpu"
 
     def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         state, inputs = layer

@@ -21,7 +21,7 @@ from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import attention, chain, layers
+from m2mkd_jax.models import attention, batching, chain, layers
 from m2mkd_jax.models.vit_spec import ViTSpec
 
 
@@ -116,7 +116,8 @@ class ViTStage(chain.Stage):
         """Images (B, H, W, C) -> tokens (B, T, D)."""
         patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
         cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.width))
-        return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
+        tokens = jnp.concatenate([cls.astype(patches.dtype), patches], 1)
+        return batching.add_to_images(tokens, self.pos_embed[...])
 
     def features(self, tokens: jax.Array) -> jax.Array:
         """Tokens (B, T, D) -> normalised class token (B, D), the head's input."""
@@ -143,6 +144,7 @@ class ViTStage(chain.Stage):
                 inputs,
                 lambda block, x, inputs: block(x, *(inputs or ())),
                 remat=self.spec.remat,
+                short=True,
             )
         if self.last:
             x = self.head(self.features(x)).astype(jnp.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +18,51 @@ from m2mkd_jax.models.nac.attention import LatentLayer
 from m2mkd_jax.models.nac.fused.propagator import propagate, weights_of
 from m2mkd_jax.models.nac.spec import NACSpec
 
-# Images of the check, and how much farther than XLA's 16-bit results the kernels' may be from
-# float32's: as a multiple, and as a share of the norm.
-CHECKED = 8
-MULTIPLE, SHARE = 4.0, 0.01
+CHECKED = 8  # images
 
 
-def distances(spec: NACSpec, dtype: jnp.dtype) -> dict[str, tuple[float, float]]:
-    """How far a propagator's result and gradients by the kernels are from float32's.
+class Distance(NamedTuple):
+    """Norms of the differences between an array in 16 bits and the same in float32.
+
+    Attributes:
+        own: of the fused kernels'.
+        by_xla: of XLA's.
+        whole: norm of the array.
+    """
+
+    own: float
+    by_xla: float
+    whole: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the kernels are about as near as XLA; NaN is not."""
+        return self.own <= 4.0 * self.by_xla + 0.01 * self.whole
+
+
+def distances(spec: NACSpec, dtype: jnp.dtype) -> dict[str, Distance]:
+    """How far a propagator's result and gradients in 16 bits are from float32's.
+
+    Single numbers are left out: a sum of rounding errors of both signs tells nothing.
 
     Args:
         spec: of the NAC.
         dtype: a 16-bit type.
 
     Returns:
-        By name of an array: the norm of the difference, and what is allowed.
+        By name of an array.
     """
     compute = _propagator(spec)
-    exact, plain, own = (
-        compute(fused=fused, dtype=kind)
-        for fused, kind in ((False, jnp.float32), (False, dtype), (True, dtype))
-    )
-    result = {}
-    for (path, want), a, b in zip(
-        jax.tree_util.tree_leaves_with_path(exact),
-        jax.tree.leaves(plain),
-        jax.tree.leaves(own),
-        strict=True,
+    exact = compute(fused=False, dtype=jnp.float32)
+    rounded = (compute(fused=fused, dtype=dtype) for fused in (True, False))
+    found = {}
+    for (path, whole), *both in zip(
+        jax.tree_util.tree_leaves_with_path(exact), *map(jax.tree.leaves, rounded), strict=True
     ):
-        if want.size == 1:  # a sum of rounding errors of both signs tells nothing
-            continue
-        by_xla, by_kernels = (float(jnp.linalg.norm((x - want).ravel())) for x in (a, b))
-        allowed = MULTIPLE * by_xla + SHARE * float(jnp.linalg.norm(want.ravel()))
-        result[jax.tree_util.keystr(path)] = by_kernels, allowed
-    return result
+        if whole.size > 1:
+            norms = (jnp.linalg.norm(a.ravel()) for a in (*(b - whole for b in both), whole))
+            found[jax.tree_util.keystr(path)] = Distance(*map(float, norms))
+    return found
 
 
 def _propagator(spec: NACSpec) -> Callable[..., Any]:

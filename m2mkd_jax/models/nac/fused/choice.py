@@ -98,5 +98,5 @@ def _trouble(spec: NACSpec, dtype: jnp.dtype) -> str:
     except Exception as error:  # of jax, compiler or driver, which have no common type
         lines = str(error).splitlines() or [""]
         return f"which fail on this device: {type(error).__name__}: {lines[0][:200]}"
-    wrong = [name for name, (own, allowed) in apart.items() if not own <= allowed]
+    wrong = [name for name, distance in apart.items() if not distance.is_rounding]
     return f"which give other numbers on this device: {', '.join(wrong[:4])}" if wrong else ""

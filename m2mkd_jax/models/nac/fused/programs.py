@@ -25,8 +25,8 @@ from jax.experimental.pallas import triton
 from m2mkd_jax.models.nac.fused.choice import LATENTS, chunk
 from m2mkd_jax.parallel import backend
 
-# Programs that fill a large GPU: 132 multiprocessors, 5 programs each.
-PROGRAMS = 660
+# Programs that fill a large GPU: 8 for each of 132 multiprocessors.
+PROGRAMS = 1056
 
 Chunks = list[jax.Array]
 
