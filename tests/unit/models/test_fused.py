@@ -305,16 +305,47 @@ def test_chunks_are_powers_of_two():
     assert list(Rows(384, 0).chunks) == [0, 1, 2]
 
 
-def test_flops_are_counted_by_the_kernels_names():
-    q, k = jnp.zeros((1, 64, 16)), jnp.zeros((1, 64, 16))
+def attention_and_back(b: int, u: int, v: int, heads: int, c: int):
+    """A function of attention and its backward pass, and shapes for it."""
 
     def both(q, k, log):
-        return jax.vjp(lambda *a: layer.attend(*a, 1), q, k, k, log)[1](q)
+        return jax.vjp(lambda *a: layer.attend(*a, heads), q, k, k, log)[1](q)
 
-    text = str(jax.make_jaxpr(both)(q, k, jnp.zeros((1, 64, 64))))
+    sizes = (b, u, heads * c), (b, v, heads * c), (b, u, v)
+    return both, [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+
+
+def test_flops_are_counted_by_the_kernels_names():
+    both, shapes = attention_and_back(1, 64, 64, 1, 16)
+    text = str(jax.make_jaxpr(both)(*shapes))
     assert all(f"name={name}" in text for name in OWN_PRODUCTS)
 
 
-def test_flops_are_counted_of_all_programs():
-    q, k, log = jnp.zeros((B, U, 48)), jnp.zeros((B, V, 48)), jnp.zeros((B, U, V))
-    assert count_flops(lambda *a: layer.attend(*a, 3), q, k, k, log) == 2 * (2 * B * U * V * 48)
+def test_flops_of_the_traced_program_are_of_all_programs_of_a_kernel():
+    b, u, v, heads, c = 3, 128, 192, 2, 16
+    both, shapes = attention_and_back(b, u, v, heads, c)
+    products = sum(OWN_PRODUCTS.values())
+    assert count_flops(both, *shapes) == products * 2 * b * u * v * heads * c
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "c", "stages"),
+    [
+        ("9.0", 6, 64, 2),
+        ("9.0", 8, 64, 2),
+        ("9.0", 8, 128, 1),
+        ("9.0", 16, 64, 1),
+        ("10.0", 8, 64, 2),
+        ("8.0", 6, 64, 2),
+        ("8.0", 8, 64, 1),
+        ("8.6", 6, 64, 1),
+        ("8.9", 3, 64, 2),
+        ("12.0", 6, 64, 1),
+    ],
+)
+def test_the_kernels_fit_into_shared_memory(capability, heads, c, stages):
+    both, shapes = attention_and_back(1, 64, 64, heads, c)
+    with backend.tracing_for("gpu", capability):
+        text = str(jax.make_jaxpr(both)(*shapes))
+    assert text.count("num_stages=2") == 1 + stages
+    assert text.count("num_stages=1") == 2 - stages

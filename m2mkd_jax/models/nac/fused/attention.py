@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from m2mkd_jax.models.nac.fused.choice import TILE
 from m2mkd_jax.models.nac.fused.programs import call, once
+from m2mkd_jax.parallel import backend
 
 # Receivers of a tile where a program holds the queries' gradients of all heads, for the sum over
 # heads that is the kernel's gradient.
@@ -159,8 +160,28 @@ def _backward_receivers(
     )
     grid = (u // NARROW, b)
     arguments = (q, k, v, log_kernel, log_sum, grad, message)
-    name = "attention_backward_receivers"
-    return tuple(call(attention_backward_receivers, name, grid, shapes, *arguments, warps=8))
+    name, stages = "attention_backward_receivers", _stages(heads, c)
+    kernel = attention_backward_receivers
+    return tuple(call(kernel, name, grid, shapes, *arguments, warps=8, stages=stages))
+
+
+def _stages(heads: int, channels: int) -> int:
+    """Stages of the loop of `_backward_receivers`: two where shared memory has room for them.
+
+    With two, Triton holds keys and values (TILE, C), queries and gradients (NARROW, C) in 16 bits
+    and a number of each row for every head, and a tile of weights in 32 bits. One stage holds a
+    head at a time.
+    """
+    of_head = 2 * channels * (2 * TILE + 2 * NARROW) + 4 * NARROW
+    return 2 if heads * of_head + 4 * NARROW * TILE <= _shared_memory() else 1
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that a program may take on the GPU that is traced for."""
+    capability = backend.compute_capability()
+    if capability in ("8.0", "8.7"):
+        return 163 << 10
+    return 227 << 10 if capability.partition(".")[0] in ("9", "10", "11") else 99 << 10
 
 
 def _backward_senders(

@@ -32,21 +32,22 @@ Chunks = list[jax.Array]
 
 
 def once(function: Callable[..., Any], *, static: Sequence[str] = ()) -> Callable[..., Any]:
-    """Traces a function once for shapes and platform, however many propagators call it.
+    """Traces a function once for shapes and device, however many propagators call it.
 
     Args:
         function: of arrays, and of keywords that are static.
         static: names of those.
     """
 
-    @functools.partial(jax.jit, static_argnames=("platform", *static))
-    def traced(*arguments: Any, platform: str, **options: Any) -> Any:
-        del platform  # tells apart what is traced for different platforms
+    @functools.partial(jax.jit, static_argnames=("device", *static))
+    def traced(*arguments: Any, device: tuple[str, str], **options: Any) -> Any:
+        del device  # tells apart what is traced for different ones
         return function(*arguments, **options)
 
     @functools.wraps(function)
     def called(*arguments: Any, **options: Any) -> Any:
-        return traced(*arguments, platform=backend.platform(), **options)
+        device = backend.platform(), backend.compute_capability()
+        return traced(*arguments, device=device, **options)
 
     return called
 
