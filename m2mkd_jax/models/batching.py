@@ -74,7 +74,8 @@ def _add_backward(shared: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Ar
     if backend.platform() == "cpu" or not len(grad):
         return grad, grad.sum(0, keepdims=True).astype(shared.dtype)
     ones, rows = jnp.ones((1, len(grad)), grad.dtype), grad.reshape(len(grad), -1)
-    total = jnp.dot(ones, rows, preferred_element_type=jnp.float32)
+    highest = jax.lax.Precision.HIGHEST  # or an NVIDIA GPU rounds float32 to 11 bits first
+    total = jnp.dot(ones, rows, precision=highest, preferred_element_type=jnp.float32)
     return grad, total.reshape(shared.shape).astype(shared.dtype)
 
 

@@ -30,3 +30,20 @@ def test_gradient_of_what_all_images_share():
     expected = jax.grad(lambda x: jnp.sin(jnp.broadcast_to(x, (4, 3)) * y).sum())(x[0])
     actual = jax.grad(lambda x: jnp.sin(batching.for_each_image(x, 4) * y).sum())(x[0])
     assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [0, 1, 300])
+def test_what_is_added_to_all_images(batch, dtype, platform):
+    rng = np.random.default_rng(batch)
+    x, weight = (jnp.asarray(rng.normal(size=(batch, 3, 4)), dtype) for _ in range(2))
+    shared = jnp.asarray(rng.normal(size=(1, 3, 4)), dtype)
+    with backend.tracing_for(platform):
+        y, pull = jax.vjp(lambda *a: batching.add_to_images(*a), x, shared)
+        of_x, of_shared = jax.jit(pull)(weight)
+    assert (y == x + shared).all() and (of_x == weight).all()
+    expected = np.asarray(weight, np.float64).sum(0, keepdims=True)
+    step = 2.0**-8 if dtype == "bfloat16" else 1e-6
+    assert of_shared.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(np.asarray(of_shared, np.float64), expected, rtol=step, atol=1e-5)

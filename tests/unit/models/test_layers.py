@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from m2mkd_jax.models import chain, depthwise, layers
+from m2mkd_jax.parallel import backend
 from tests.random_params import random_params
 from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
 
@@ -35,8 +36,9 @@ def test_gelu_of_16_bits_is_rounded_once(dtype):
         assert (error <= half * np.abs(exact) + 2e-6).all()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layer_norm(dtype):
+def test_layer_norm(dtype, platform):
     """Against float64, of numbers far from zero, where E[x^2] - E[x]^2 has no digits left."""
     norm = layers.layer_norm(5, 1e-5, rngs=nnx.Rngs(0))
     norm.scale[...], norm.bias[...] = normal(1, 5), normal(2, 5)
@@ -45,19 +47,35 @@ def test_layer_norm(dtype):
     centred = wide - wide.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
     expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), backend.tracing_for(platform):
         y = norm(x)
     assert y.dtype == jnp.float32  # of 16-bit numbers with a float32 scale
     assert_close(y, expected, 1e-4)  # float32's own step at 1000 is 6e-5
 
 
-def test_layer_norm_of_16_bits_is_rounded_once():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_layer_norm_of_16_bits_is_rounded_once(platform):
     norm = layers.layer_norm(64, 1e-5, rngs=nnx.Rngs(0))
     x = normal(0, 8, 64).astype(jnp.bfloat16)
     expected = norm(x.astype(jnp.float32))
     for parameter in (norm.scale, norm.bias):
         parameter.set_value(parameter[...].astype(jnp.bfloat16))
-    assert (norm(x) == expected.astype(jnp.bfloat16)).all()
+    with backend.tracing_for(platform):
+        assert (norm(x) == expected.astype(jnp.bfloat16)).all()
+
+
+def test_layer_norm_of_an_accelerator_has_the_gradients_of_a_cpu():
+    norm = layers.layer_norm(12, 1e-5, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(norm)
+    state = jax.tree.map(lambda a: a + 0.3 * normal(3, *a.shape), state)
+    x, weight = normal(0, 2, 3, 12) + 5.0, normal(1, 2, 3, 12)
+
+    def gradient(platform):
+        with backend.tracing_for(platform):
+            loss = lambda state, x: (nnx.merge(graph, state)(x) * weight).sum()
+            return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
+
+    assert_trees_close(gradient("gpu"), gradient("cpu"), 1e-5)
 
 
 # (H, W) smaller than the kernel, not square, odd; kernels 3 and 7.
