@@ -136,43 +136,10 @@ def add_and_modulate_backward(
     b, u, d = total.shape
     blocks, parts = grid(b, u)
 
-    def add_and_modulate_backward(*refs: Any) -> None:
-        (
-            total, y, gamma, bias, keep, scale, shift, m, of_total, of_x, x, of_states, of_y, of_m,
-            of_gamma, of_bias, of_scale, of_shift,
-        ) = refs  # fmt: skip
-        rows = Rows(d, pl.program_id(0) * LATENTS)
-        gammas, biases = rows.shared(gamma), rows.shared(bias)
-        scales, shifts, factors = rows.shared(scale), rows.shared(shift), rows.read(m)
-
-        def one(image: Any, sums: Any) -> Any:
-            sum_m, sum_gamma, sum_bias, sum_scale, sum_shift = sums
-            normal, inverse = normalise(rows.read(total, image), epsilon)
-            modulated, grad = add(mul(normal, scales), shifts), rows.read(of_x, image)
-            rows.write(x, mul(modulated, factors), image)
-            of_norm = mul(grad, factors)
-            back = normalise_backward(mul(of_norm, scales), normal, inverse)
-            of_sum = add(rows.read(of_total, image), back)
-            rows.write(of_states, of_sum, image)
-            kept = [part * keep[image] for part in of_sum]
-            of_branch = mul(kept, gammas)
-            rows.write(of_y, of_branch, image)
-            return (
-                add(sum_m, mul(grad, modulated)),
-                add(sum_gamma, mul(kept, add(rows.read(y, image), biases))),
-                add(sum_bias, of_branch),
-                add(sum_scale, mul(of_norm, normal)),
-                add(sum_shift, of_norm),
-            )
-
-        sums = walk(b // parts, one, (rows.zeros(),) * 5)
-        rows.write(of_m, sums[0], pl.program_id(1))
-        for ref, part in zip((of_gamma, of_bias, of_scale, of_shift), sums[1:], strict=True):
-            write_channels(ref, rows, part)
-
+    kernel = functools.partial(_add_and_modulate_backward, images=b // parts, epsilon=epsilon)
     shapes = [like(total)] * 3 + [sums_like(parts, u, d)] + [sums_like(blocks, parts, d)] * 4
     x, of_states, of_y, of_m, *sums = call(
-        add_and_modulate_backward,
+        kernel,
         "add_and_modulate_backward",
         (blocks, parts),
         shapes,
@@ -185,6 +152,40 @@ def add_and_modulate_backward(
     )
     of_gamma, of_bias, *of_norm = (part.sum((0, 1)) for part in sums)
     return x, of_states, of_y, (of_gamma, of_bias), Norm(*of_norm), of_m.sum(0)
+
+
+def _add_and_modulate_backward(*refs: Any, images: int, epsilon: float) -> None:
+    """Kernel of `add_and_modulate_backward`; `images` of a group."""
+    total, y, gamma, bias, keep, scale, shift, m, of_total, of_x = refs[:10]
+    x, of_states, of_y, of_m, of_gamma, of_bias, of_scale, of_shift = refs[10:]
+    rows = Rows(total.shape[-1], pl.program_id(0) * LATENTS)
+    gammas, biases = rows.shared(gamma), rows.shared(bias)
+    scales, shifts, factors = rows.shared(scale), rows.shared(shift), rows.read(m)
+
+    def one(image: Any, sums: Any) -> Any:
+        sum_m, sum_gamma, sum_bias, sum_scale, sum_shift = sums
+        normal, inverse = normalise(rows.read(total, image), epsilon)
+        modulated, grad = add(mul(normal, scales), shifts), rows.read(of_x, image)
+        rows.write(x, mul(modulated, factors), image)
+        of_norm = mul(grad, factors)
+        back = normalise_backward(mul(of_norm, scales), normal, inverse)
+        of_sum = add(rows.read(of_total, image), back)
+        rows.write(of_states, of_sum, image)
+        kept = [part * keep[image] for part in of_sum]
+        of_branch = mul(kept, gammas)
+        rows.write(of_y, of_branch, image)
+        return (
+            add(sum_m, mul(grad, modulated)),
+            add(sum_gamma, mul(kept, add(rows.read(y, image), biases))),
+            add(sum_bias, of_branch),
+            add(sum_scale, mul(of_norm, normal)),
+            add(sum_shift, of_norm),
+        )
+
+    sums = walk(images, one, (rows.zeros(),) * 5)
+    rows.write(of_m, sums[0], pl.program_id(1))
+    for ref, part in zip((of_gamma, of_bias, of_scale, of_shift), sums[1:], strict=True):
+        write_channels(ref, rows, part)
 
 
 @once

@@ -134,49 +134,11 @@ def modulate_senders_backward(
     v = i + u
     blocks, parts = grid(b, v)
 
-    def norm_and_modulate_backward(*refs: Any) -> None:
-        (
-            inputs, mediators, scale, bias, mq, mk, mv, gq, gk, gv, residual, xq, xk, xv,
-            of_inputs, of_mediators, of_mq, of_mk, of_mv, of_scale, of_bias,
-        ) = refs  # fmt: skip
-        own = _Split(i, d)
-        scales, biases = own.senders.shared(scale), own.senders.shared(bias)
-        q, k, v = own.mediators.read(mq), own.senders.read(mk), own.senders.read(mv)
-
-        def one(image: Any, sums: Any) -> Any:
-            sum_q, sum_k, sum_v, sum_scale, sum_bias = sums
-            normal, inverse = normalise(own.read(inputs, mediators, image), epsilon)
-            x = add(mul(normal, scales), biases)
-            own.mediators.write(xq, mul(x, q), image, mask=own.is_mediator)
-            own.senders.write(xk, mul(x, k), image)
-            own.senders.write(xv, mul(x, v), image)
-            grad_q = own.mediators.read(gq, image, mask=own.is_mediator)
-            grad_k, grad_v = own.senders.read(gk, image), own.senders.read(gv, image)
-            grad = add(mul(grad_q, q), add(mul(grad_k, k), mul(grad_v, v)))
-            of_x = normalise_backward(mul(grad, scales), normal, inverse)
-            own.inputs.write(of_inputs, of_x, image, mask=own.is_input)
-            of_x = add(of_x, own.mediators.read(residual, image, mask=own.is_mediator))
-            own.mediators.write(of_mediators, of_x, image, mask=own.is_mediator)
-            return (
-                add(sum_q, mul(grad_q, x)),
-                add(sum_k, mul(grad_k, x)),
-                add(sum_v, mul(grad_v, x)),
-                add(sum_scale, mul(grad, normal)),
-                add(sum_bias, grad),
-            )
-
-        group, zeros = pl.program_id(1), own.senders.zeros()
-        sums = walk(b // parts, one, (zeros,) * 5)
-        own.mediators.write(of_mq, sums[0], group, mask=own.is_mediator)
-        own.senders.write(of_mk, sums[1], group)
-        own.senders.write(of_mv, sums[2], group)
-        write_channels(of_scale, own.senders, sums[3])
-        write_channels(of_bias, own.senders, sums[4])
-
+    kernel = functools.partial(_norm_and_modulate_backward, images=b // parts, epsilon=epsilon)
     shapes = [like(inputs, b, n, d) for n in (u, v, v, i, u)]
     shapes += [sums_like(parts, n, d) for n in (u, v, v)] + [sums_like(blocks, parts, d)] * 2
     xq, xk, xv, of_inputs, of_mediators, *sums = call(
-        norm_and_modulate_backward,
+        kernel,
         "norm_and_modulate_backward",
         (blocks, parts),
         shapes,
@@ -190,3 +152,43 @@ def modulate_senders_backward(
     of_modulations = tuple(part.sum(0) for part in sums[:3])
     of_norm = Norm(*(part.sum((0, 1)) for part in sums[3:]))
     return (xq, xk, xv), of_inputs, of_mediators, of_norm, of_modulations
+
+
+def _norm_and_modulate_backward(*refs: Any, images: int, epsilon: float) -> None:
+    """Kernel of `modulate_senders_backward`; `images` of a group."""
+    inputs, mediators, scale, bias, mq, mk, mv, gq, gk, gv, residual = refs[:11]
+    xq, xk, xv, of_inputs, of_mediators, of_mq, of_mk, of_mv, of_scale, of_bias = refs[11:]
+    _, i, d = inputs.shape
+    own = _Split(i, d)
+    scales, biases = own.senders.shared(scale), own.senders.shared(bias)
+    q, k, v = own.mediators.read(mq), own.senders.read(mk), own.senders.read(mv)
+
+    def one(image: Any, sums: Any) -> Any:
+        sum_q, sum_k, sum_v, sum_scale, sum_bias = sums
+        normal, inverse = normalise(own.read(inputs, mediators, image), epsilon)
+        x = add(mul(normal, scales), biases)
+        own.mediators.write(xq, mul(x, q), image, mask=own.is_mediator)
+        own.senders.write(xk, mul(x, k), image)
+        own.senders.write(xv, mul(x, v), image)
+        grad_q = own.mediators.read(gq, image, mask=own.is_mediator)
+        grad_k, grad_v = own.senders.read(gk, image), own.senders.read(gv, image)
+        grad = add(mul(grad_q, q), add(mul(grad_k, k), mul(grad_v, v)))
+        of_x = normalise_backward(mul(grad, scales), normal, inverse)
+        own.inputs.write(of_inputs, of_x, image, mask=own.is_input)
+        of_x = add(of_x, own.mediators.read(residual, image, mask=own.is_mediator))
+        own.mediators.write(of_mediators, of_x, image, mask=own.is_mediator)
+        return (
+            add(sum_q, mul(grad_q, x)),
+            add(sum_k, mul(grad_k, x)),
+            add(sum_v, mul(grad_v, x)),
+            add(sum_scale, mul(grad, normal)),
+            add(sum_bias, grad),
+        )
+
+    group, zeros = pl.program_id(1), own.senders.zeros()
+    sums = walk(images, one, (zeros,) * 5)
+    own.mediators.write(of_mq, sums[0], group, mask=own.is_mediator)
+    own.senders.write(of_mk, sums[1], group)
+    own.senders.write(of_mv, sums[2], group)
+    write_channels(of_scale, own.senders, sums[3])
+    write_channels(of_bias, own.senders, sums[4])
