@@ -74,8 +74,10 @@ def _add_backward(shared: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Ar
     if backend.platform() == "cpu" or not len(grad):
         return grad, grad.sum(0, keepdims=True).astype(shared.dtype)
     ones, rows = jnp.ones((1, len(grad)), grad.dtype), grad.reshape(len(grad), -1)
-    highest = jax.lax.Precision.HIGHEST  # or an NVIDIA GPU rounds float32 to 11 bits first
-    total = jnp.dot(ones, rows, precision=highest, preferred_element_type=jnp.float32)
+    # By default an NVIDIA GPU rounds float32 to 11 bits first. 16-bit numbers asked for more
+    # precision than that would be summed by XLA after all.
+    precision = jax.lax.Precision.HIGHEST if grad.dtype.itemsize == 4 else None
+    total = jnp.dot(ones, rows, precision=precision, preferred_element_type=jnp.float32)
     return grad, total.reshape(shared.shape).astype(shared.dtype)
 
 

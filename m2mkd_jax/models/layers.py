@@ -294,7 +294,8 @@ def apply_remat_policy(
         body: the function to differentiate.
         remat: recompute everything: 'always', 'never', or 'auto', inside `recomputing` only.
         looped: whether it is the body of a `lax.scan`. There forward and backward pass are separate
-            loops; elsewhere the compiler would merge what is computed twice, and keep it.
+            loops; elsewhere the compiler would merge what is computed twice, and keep it (as it may
+            in an unrolled one).
     """
     if recomputes(remat):
         return jax.checkpoint(body)

@@ -33,6 +33,8 @@ WIDEST = 512
 # Narrowest chunk of channels for which a kernel is worth its launch.
 NARROWEST = 32
 HEAD_DIMS = (16, 32, 64, 128)
+# Of the heads together: with more a program of attention's backward pass runs out of registers.
+MOST_HEADS, MOST_CHANNELS = 16, 1024
 
 
 def chunk(channels: int) -> int:
@@ -52,6 +54,8 @@ def takes(spec: NACSpec, dtype: Any) -> bool:
         and u % TILE == 0
         and spec.input_latents % TILE == 0
         and spec.head_dim in HEAD_DIMS
+        and spec.heads <= MOST_HEADS
+        and spec.inner_dim <= MOST_CHANNELS
         and all(chunk(n) >= NARROWEST for n in (spec.state_dim, spec.inner_dim, spec.hidden_dim))
     )
 
@@ -86,7 +90,10 @@ def agrees(spec: NACSpec, dtype: jnp.dtype) -> bool:
     with ThreadPoolExecutor(1) as thread:
         trouble = thread.submit(_trouble, spec, dtype).result()
     if trouble:
-        say(f"nac: propagators without fused kernels, {trouble} (config.nac.fused = 'never')")
+        say(
+            f"nac: propagators without fused kernels, {trouble}; "
+            "config.nac.fused='never' skips the check"
+        )
     return not trouble
 
 
