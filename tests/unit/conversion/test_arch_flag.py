@@ -56,7 +56,7 @@ def test_the_originals_yaml_of_a_nac():
             found = tuple(fields[name]) if isinstance(value, tuple) else fields[name]
             assert found == value, name
     # Whatever acts on the numbers is said.
-    assert NAC_SPEC.__dict__.keys() - fields.keys() == {"remat", "channels"}
+    assert NAC_SPEC.__dict__.keys() - fields.keys() == {"remat", "fused", "channels"}
     assert (fields["prior"], fields["prior_options"]) == ("barabasi-albert", {"m": 2})
 
 
