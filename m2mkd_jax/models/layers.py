@@ -237,7 +237,7 @@ def scan_stack(
     """
     graph, state = nnx.split(module)
     count = len(jax.tree.leaves(state)[0])
-    unroll = short and count <= FEW and backend.platform() != "cpu"
+    unroll = short and count <= FEW and backend.platform() in ("gpu", "tpu")
 
     def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         state, inputs = layer

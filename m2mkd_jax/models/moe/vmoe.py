@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import nnx
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models import chain, layers
+from m2mkd_jax.models import batching, chain, layers
 from m2mkd_jax.models.moe import assembly
 from m2mkd_jax.models.moe.assembly import assemble, upcycle
 from m2mkd_jax.models.moe.blocks import Block
@@ -127,7 +127,8 @@ class VMoEStage(chain.Stage):
         """Images (B, H, W, C) -> tokens (B, T, D)."""
         patches = rearrange(self.patch_embed(images), "b h w d -> b (h w) d")
         cls = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.spec.vit.width))
-        return jnp.concatenate([cls.astype(patches.dtype), patches], 1) + self.pos_embed[...]
+        tokens = jnp.concatenate([cls.astype(patches.dtype), patches], 1)
+        return batching.add_to_images(tokens, self.pos_embed[...])
 
     def features(self, tokens: jax.Array) -> jax.Array:
         """Tokens (B, T, D) -> normalised class token (B, D), the head's input."""

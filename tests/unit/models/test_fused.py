@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kernel_flops import OWN_PRODUCTS
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.models import attention as plain
 from m2mkd_jax.models import chain, layers
@@ -284,6 +285,12 @@ def test_kernels_that_do_not_are_left_out(damage, said, on_a_gpu, monkeypatch, c
     assert said in out and "config.nac.fused='never'" in out and out.count("\n") == 1
     assert not choice.is_fused(FITTING, 4, jnp.bfloat16)
     assert capsys.readouterr().out == ""
+
+
+def test_always_needs_triton(on_a_gpu, monkeypatch):
+    no_triton(monkeypatch)
+    with pytest.raises(UserError, match="has no Triton for Pallas"):
+        choice.is_fused(dataclasses.replace(FITTING, fused="always"), 4, jnp.bfloat16)
 
 
 def test_processes_do_not_choose_by_themselves(on_a_gpu, monkeypatch):

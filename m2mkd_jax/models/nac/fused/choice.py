@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.errors import UserError
 from m2mkd_jax.models.attention import has_tensor_cores
 from m2mkd_jax.models.nac.spec import NACSpec
 from m2mkd_jax.parallel import backend
@@ -67,17 +68,33 @@ def is_fused(spec: NACSpec, batch: int, dtype: Any) -> bool:
         spec: of the NAC.
         batch: B, on all devices of the mesh.
         dtype: of the states.
+
+    Raises:
+        UserError: 'always', and jax has no Triton.
     """
     if spec.fused == "never" or not has_tensor_cores() or not takes(spec, dtype):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and batch % mesh.size:
         return False
+    if spec.fused == "always":
+        _require_triton()
+        return True
     # There is nothing to check on where programs are compiled for a GPU that is not there.
-    if spec.fused == "always" or backend.platform() != jax.default_backend():
+    if backend.platform() != jax.default_backend():
         return True
     # Processes that came to different results would wait for each other for ever.
     return jax.process_count() == 1 and agrees(spec, jnp.dtype(dtype))
+
+
+def _require_triton() -> None:
+    try:
+        import_module("jax.experimental.pallas.triton")
+    except ImportError as error:
+        raise UserError(
+            f"config.nac.fused='always': jax {jax.__version__} has no Triton for Pallas ({error}); "
+            "use 'auto' or 'never'"
+        ) from None
 
 
 @functools.cache
