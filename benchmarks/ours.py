@@ -14,6 +14,7 @@ from benchmarks import memory as process_memory
 from benchmarks.cases import CASES, make_config
 from m2mkd_jax.evaluate.flops import count_flops
 from m2mkd_jax.jobs.setup import fresh_setup
+from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.step import with_fixed
 
 
@@ -81,7 +82,7 @@ class Ours:
         a user's process does not.
         """
         if self.case.predict:
-            return jax.jit(self.program.logits).lower(*self.arguments, self.images).compile()
+            return backend.jit(self.program.logits).lower(*self.arguments, self.images).compile()
         return self.step.lower(self.state, self.setup.frozen, self.data).compile()
 
     def steps(self, count: int) -> tuple[float, float]:

@@ -36,7 +36,7 @@ from m2mkd_jax.jobs.setup import Setup, abstract_stages, compute_dtype, set_up
 from m2mkd_jax.jobs.time_left import detection_flops
 from m2mkd_jax.jobs.units import binary_size, si
 from m2mkd_jax.models import chain
-from m2mkd_jax.parallel import partition
+from m2mkd_jax.parallel import backend, partition
 from m2mkd_jax.parallel.mesh import AXES, mesh_shape, with_mesh
 from m2mkd_jax.parallel.process import say
 from m2mkd_jax.phases.detection import DetectionPhase
@@ -163,9 +163,10 @@ def job_costs(config: ConfigDict, phase: Phase, mesh: AbstractMesh) -> Costs:
     """What a step of a phase takes on the devices of a mesh, counted without computing it."""
     setup = set_up(config, phase, abstract_stages(phase))
     group, x = _group_images(phase, mesh)
-    if isinstance(phase, DetectionPhase):
-        return detector_costs(phase, setup, len(x), group, _held(config, mesh))
-    return count_costs(setup, x, group, _held(config, mesh))
+    with backend.counting():
+        if isinstance(phase, DetectionPhase):
+            return detector_costs(phase, setup, len(x), group, _held(config, mesh))
+        return count_costs(setup, x, group, _held(config, mesh))
 
 
 def _group_images(phase: Phase, mesh: AbstractMesh) -> tuple[AbstractMesh, jax.ShapeDtypeStruct]:

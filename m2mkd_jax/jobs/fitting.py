@@ -15,7 +15,7 @@ import psutil
 
 from m2mkd_jax.evaluate.flops import flops_of
 from m2mkd_jax.models import layers
-from m2mkd_jax.parallel import backend
+from m2mkd_jax.parallel import backend, memory
 from m2mkd_jax.parallel.process import from_main, say
 from m2mkd_jax.train.step import Programs, Step
 
@@ -45,8 +45,10 @@ class FittingStep:
         self.needed = self.flops = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self._checked and not self.fits(*arguments):
-            self._recompute(arguments)
+        if not self._checked:
+            if not self.fits(*arguments):
+                self._recompute(arguments)
+            memory.give_back()  # what the compiler needed: the step's arrays come on top of it
         return self._step(*arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:

@@ -14,10 +14,11 @@ from m2mkd_jax.jobs.dry_run import describe_costs, dry_run, job_costs, planned_m
 from m2mkd_jax.jobs.plan import Plan
 from m2mkd_jax.jobs.setup import abstract_stages, set_up
 from m2mkd_jax.jobs.units import si
-from m2mkd_jax.parallel import process
+from m2mkd_jax.models.nac import circuit
+from m2mkd_jax.parallel import backend, process
 from m2mkd_jax.parallel.mesh import make_mesh
 from m2mkd_jax.phases.build import build_phase
-from tests.e2e import tiny_vmoe
+from tests.e2e import tiny, tiny_vmoe
 from tests.e2e.command import ROOT
 
 
@@ -84,6 +85,15 @@ def test_kept_targets_are_counted_once_and_not_in_every_step(job):
     assert f"{si(kept.targets)} for each kept view, once" in describe_costs(kept)
     config.distillation.keep_targets = False
     assert job_costs(config, build_phase(config, job), mesh) == every
+
+
+def test_counting_checks_no_kernels_on_the_device(monkeypatch):
+    named = []
+    monkeypatch.setattr(circuit, "is_fused", lambda *_: named.append(backend.is_named()) or False)
+    config = tiny.get_config()
+    job_costs(config, build_phase(config, "e2e_scratch"), planned_mesh(config))
+    assert named and all(named)
+    assert not backend.is_named()
 
 
 def test_it_refuses_what_could_not_run_there(capsys, tmp_path):

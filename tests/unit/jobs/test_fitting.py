@@ -123,3 +123,25 @@ def test_what_fails_in_a_thread_is_raised_by_the_first_call():
     step.compile_ahead(jnp.zeros(2))
     with pytest.raises(MemoryError, match="no room"):
         step(jnp.zeros(2))
+
+
+def test_what_compiling_freed_goes_back_before_the_first_step(monkeypatch):
+    events = []
+    monkeypatch.setattr(fitting.memory, "give_back", lambda: events.append("given back"))
+
+    class Step:
+        def begin(self, x):
+            traced = jax.jit(jnp.sin).trace(x)
+            done = Future()
+            done.set_result(traced.lower().compile())
+            events.append("compiled")
+            return Programs([traced], [done])
+
+        def __call__(self, x):
+            events.append("step")
+            return x
+
+    step = fitting.FittingStep("pt", lambda loss: Step(), None)
+    for _ in range(2):
+        step(jnp.zeros(2))
+    assert events == ["compiled", "given back", "step", "step"]

@@ -42,8 +42,31 @@ def test_a_function_compiled_with_options_can_be_called_inside_another(monkeypat
 
 
 def test_options_that_the_compiler_does_not_know_are_told_apart():
-    assert backend.is_option("xla_cpu_use_fusion_emitters")
-    assert not backend.is_option("xla_cpu_use_no_such_thing")
+    assert backend.is_option("xla_cpu_use_fusion_emitters", False)
+    assert not backend.is_option("xla_cpu_use_no_such_thing", False)
+    assert not backend.is_option("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_NO_SUCH_THING")
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_program_with_large_arguments_plans_for_less_memory(monkeypatch, abstract):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def branches(arguments):
+        x, key = arguments["x"], arguments["key"]
+        wide = [jnp.sort(jnp.tanh(x + i), 1) for i in range(8)]  # which may all be there at once
+        return sum(a.sum(0) for a in wide) + jax.random.normal(key, x.shape[:1])
+
+    x = jnp.linspace(-1, 1, 256 * 256).reshape(256, 256)
+    arguments = {"x": x, "key": jax.random.key(0), "steps": 3}
+    given = jax.eval_shape(lambda a: a, arguments) if abstract else arguments
+    small = backend.jit(branches)
+    small_plan = small.lower(given).compile().memory_analysis().temp_size_in_bytes
+    monkeypatch.setattr(backend, "LARGE", x.nbytes)
+    large = backend.jit(branches)
+    large_plan = large.lower(given).compile().memory_analysis().temp_size_in_bytes
+    assert large_plan <= small_plan / 2
+    assert_close(large(arguments), small(arguments), 1e-6)
+    assert_close(jax.jit(lambda a: large(a) * 2)(arguments), 2 * small(arguments), 1e-6)
 
 
 def test_a_program_that_runs_once_gives_the_same_numbers(monkeypatch):

@@ -1,6 +1,9 @@
 """A device without memory left is told in one line that says what to set."""
 
+import platform
+
 import jax
+import psutil
 import pytest
 
 from m2mkd_jax.main import command as main
@@ -45,3 +48,15 @@ def test_other_errors_are_none_of_it():
     full = "RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"
     assert not memory.exhausted(ValueError(full))
     assert not memory.exhausted(KeyError("out of memory"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do it themselves")
+def test_freed_memory_goes_back_to_the_system():
+    size = 64 * 1024  # less than what glibc takes from the system by itself
+    blocks = [bytearray(b"x") * size for _ in range(2000)]
+    last = blocks.pop()  # keeps the heap from shrinking at its end
+    held = psutil.Process().memory_info().rss
+    del blocks
+    memory.give_back()
+    assert psutil.Process().memory_info().rss < held - 1500 * size
+    assert len(last) == size
