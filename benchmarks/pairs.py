@@ -31,6 +31,7 @@ from m2mkd_jax.jobs.joint import JointSetup, joint_setup
 from m2mkd_jax.jobs.kept_targets import keep_targets
 from m2mkd_jax.jobs.run import Run, image_source
 from m2mkd_jax.jobs.setup import abstract_stages
+from m2mkd_jax.parallel.huge_pages import start_again
 from m2mkd_jax.parallel.mesh import make_mesh, put_batch
 from m2mkd_jax.phases.build import build_phase
 from m2mkd_jax.phases.families import students
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="time steps on kept targets too")
     parser.add_argument("--flops", action="store_true", help="count, for networks of any size")
     arguments = parser.parse_args()
+    start_again()  # with huge pages, as m2mkd does
     name, *argument = arguments.config.split(":", 1)
     config = read_config(find_config(name), argument)
     if arguments.batch:
