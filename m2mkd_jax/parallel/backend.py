@@ -110,8 +110,8 @@ class CompiledFunction:
 
 def _bytes(tree: Any) -> int:
     """Of all arrays in a tree, or of all arrays that its shapes stand for."""
-    leaves = jax.tree.leaves(tree)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if hasattr(leaf, "dtype"))
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -> Any:

@@ -69,6 +69,16 @@ def test_a_program_with_large_arguments_plans_for_less_memory(monkeypatch, abstr
     assert_close(jax.jit(lambda a: large(a) * 2)(arguments), 2 * small(arguments), 1e-6)
 
 
+def test_other_arguments_than_arrays_have_no_size(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    class Static:
+        dtype = "float32"
+
+    scaled = backend.jit(lambda static, x, y: x * y, static_argnums=0)
+    assert scaled(Static(), 2, np.float32(3)) == 6
+
+
 def test_a_program_that_runs_once_gives_the_same_numbers(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
