@@ -75,11 +75,11 @@ def alternate(options: argparse.Namespace) -> dict[str, Any]:
     on_cpu = jax.default_backend() == "cpu"
     with tempfile.TemporaryDirectory() as directory:
         chosen = {"batch": options.batch, "remat": options.remat, "fused": options.fused}
-        # A process of its own: its program would stay in the memory that is measured.
+        # A process of its own: what it traces and compiles would stay in the memory measured.
         exporting = Side("ours", directory=directory, **chosen, **common)
         sides = [exporting]
         try:
-            exporting.ask("export")
+            exported = exporting.ask("export")
             exporting.close()
             ours = Side("ours", directory=directory, **chosen, **common)
             sides = [ours]
@@ -87,7 +87,7 @@ def alternate(options: argparse.Namespace) -> dict[str, Any]:
             peer = Side("peer", directory=directory, cpu=on_cpu, **choices)
             sides.append(peer)
             equal = peer.ask("check")
-            facts = ours.ask("prepare") | peer.ask("prepare")
+            facts = exported | ours.ask("prepare") | peer.ask("prepare")
             seconds = timed_rounds(sides, options.steps, options.rounds)
             memory = {side.name: side.ask("memory") for side in sides}
         finally:
