@@ -40,14 +40,15 @@ class FittingStep:
     def __init__(self, job: str, make: Callable[[Callable], Step], loss: Callable):
         self._job, self._make, self._loss = job, make, loss
         self._step = make(loss)
-        self._checked = False
+        self._checked = self._started = False
         self._begun: Programs | None = None
         self.needed = self.flops = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self._checked:
-            if not self.fits(*arguments):
-                self._recompute(arguments)
+        if not self._checked and not self.fits(*arguments):
+            self._recompute(arguments)
+        if not self._started:
+            self._started = True
             memory.give_back()  # what the compiler needed: the step's arrays come on top of it
         return self._step(*arguments)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 ANY = "any"  # a platform: see tracing_for
 _LEVEL = "xla_backend_optimization_level"
@@ -58,7 +60,10 @@ def is_named() -> bool:
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Traces what is traced inside for the device at hand, as programs that never run."""
+    """Traces what is traced inside for the device at hand, as programs that never run.
+
+    As with `tracing_for`, jax keeps what it has traced: of functions that live longer than this.
+    """
     with tracing_for(platform(), compute_capability()):
         yield
 
@@ -102,16 +107,21 @@ class CompiledFunction:
         """The program; whether it is large, the first arguments decide."""
         if self._compiled is None:
             options = dict(self._options)
-            if _bytes(arguments) >= LARGE and is_option(_SCHEDULER, _LEAST_MEMORY):
+            large = _bytes(arguments) >= LARGE and not _is_flag(_SCHEDULER)
+            if large and is_option(_SCHEDULER, _LEAST_MEMORY):
                 options[_SCHEDULER] = _LEAST_MEMORY
             self._compiled = self._compile(compiler_options=options)
         return self._compiled
 
 
 def _bytes(tree: Any) -> int:
-    """Of all arrays in a tree, or of all arrays that its shapes stand for."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+    """Of all arrays in a tree, or that its shapes stand for; a size that is not known counts 1."""
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, kinds)]
+    return sum(
+        math.prod(n for n in array.shape if isinstance(n, int)) * array.dtype.itemsize
+        for array in arrays
+    )
 
 
 def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -> Any:
@@ -119,22 +129,28 @@ def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -
 
     On a CPU the higher of LLVM's optimisation levels take 20 to 40% longer to compile a training
     step and make it no faster (benchmarks/RESULTS.md): products are a library's, and level 1 also
-    vectorises loops. A level in $XLA_FLAGS stays. Programs whose arguments have `LARGE` bytes or
-    more run their kernels in the order that needs least memory: that saves up to a third of a
-    step's temporary arrays and 1 to 10% of its time, as every kernel keeps all cores busy; small
-    ones take up to 12% longer then, as fewer run side by side.
+    vectorises loops. Programs whose arguments have `LARGE` bytes or more run their kernels in the
+    order that needs least memory: that saves up to a third of a step's temporary arrays and up to
+    10% of its time, as every kernel keeps all cores busy; small ones take up to 12% longer then,
+    as fewer run side by side. A level or an order in $XLA_FLAGS stays.
 
     Args:
         function: to compile.
         once: it runs once, and compiling it takes longer than running it.
         arguments: of `jax.jit`.
     """
-    if platform() != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+    if platform() != "cpu":
         return jax.jit(function, **arguments)
-    options: dict[str, Any] = {_LEVEL: 0 if once else 1}
-    if once and is_option(_EMITTERS, False):
-        options[_EMITTERS] = False
+    options: dict[str, Any] = {}
+    if not _is_flag(_LEVEL):
+        options[_LEVEL] = 0 if once else 1
+        if once and is_option(_EMITTERS, False):
+            options[_EMITTERS] = False
     return CompiledFunction(function, options, **arguments)
+
+
+def _is_flag(name: str) -> bool:
+    return name in os.environ.get("XLA_FLAGS", "")
 
 
 @functools.cache

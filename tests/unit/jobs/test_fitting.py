@@ -125,7 +125,8 @@ def test_what_fails_in_a_thread_is_raised_by_the_first_call():
         step(jnp.zeros(2))
 
 
-def test_what_compiling_freed_goes_back_before_the_first_step(monkeypatch):
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_compiling_freed_goes_back_before_the_first_step(monkeypatch, asked):
     events = []
     monkeypatch.setattr(fitting.memory, "give_back", lambda: events.append("given back"))
 
@@ -142,6 +143,8 @@ def test_what_compiling_freed_goes_back_before_the_first_step(monkeypatch):
             return x
 
     step = fitting.FittingStep("pt", lambda loss: Step(), None)
+    if asked:  # as rounds of jobs do
+        assert step.fits(jnp.zeros(2))
     for _ in range(2):
         step(jnp.zeros(2))
     assert events == ["compiled", "given back", "step", "step"]

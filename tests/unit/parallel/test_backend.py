@@ -37,8 +37,6 @@ def test_a_function_compiled_with_options_can_be_called_inside_another(monkeypat
     np.testing.assert_array_equal(double.lower(x).compile()(x), 2 * x)
     assert jax.eval_shape(double, x).shape == (3,)
     assert jax.grad(lambda x: double(x).sum())(x).tolist() == [2.0, 2.0, 2.0]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
-    assert not isinstance(backend.jit(lambda x: x), backend.CompiledFunction)
 
 
 def test_options_that_the_compiler_does_not_know_are_told_apart():
@@ -47,26 +45,45 @@ def test_options_that_the_compiler_does_not_know_are_told_apart():
     assert not backend.is_option("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_NO_SUCH_THING")
 
 
+def branches(arguments):
+    x, key = arguments["x"], arguments["key"]
+    wide = [jnp.sort(jnp.tanh(x + i), 1) for i in range(8)]  # which may all be there at once
+    return sum(a.sum(0) for a in wide) + jax.random.normal(key, x.shape[:1])
+
+
+X = np.linspace(-1, 1, 256 * 256, dtype=np.float32).reshape(256, 256)
+
+
+def planned(function, arguments):
+    return function.lower(arguments).compile().memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("abstract", [False, True])
-def test_a_program_with_large_arguments_plans_for_less_memory(monkeypatch, abstract):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-
-    def branches(arguments):
-        x, key = arguments["x"], arguments["key"]
-        wide = [jnp.sort(jnp.tanh(x + i), 1) for i in range(8)]  # which may all be there at once
-        return sum(a.sum(0) for a in wide) + jax.random.normal(key, x.shape[:1])
-
-    x = jnp.linspace(-1, 1, 256 * 256).reshape(256, 256)
-    arguments = {"x": x, "key": jax.random.key(0), "steps": 3}
+@pytest.mark.parametrize("flag", ["", "--xla_backend_optimization_level=1"])
+def test_a_program_with_large_arguments_plans_for_less_memory(monkeypatch, abstract, flag):
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    arguments = {"x": X, "key": jax.random.key(0), "steps": 3}
     given = jax.eval_shape(lambda a: a, arguments) if abstract else arguments
     small = backend.jit(branches)
-    small_plan = small.lower(given).compile().memory_analysis().temp_size_in_bytes
-    monkeypatch.setattr(backend, "LARGE", x.nbytes)
+    small_plan = planned(small, given)
+    monkeypatch.setattr(backend, "LARGE", X.nbytes)
     large = backend.jit(branches)
-    large_plan = large.lower(given).compile().memory_analysis().temp_size_in_bytes
-    assert large_plan <= small_plan / 2
+    assert planned(large, given) <= small_plan / 2
     assert_close(large(arguments), small(arguments), 1e-6)
     assert_close(jax.jit(lambda a: large(a) * 2)(arguments), 2 * small(arguments), 1e-6)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT")
+    assert planned(backend.jit(branches), given) == small_plan
+
+
+def test_a_level_of_optimisation_in_the_environment_stays(monkeypatch):
+    levels = []
+    monkeypatch.setattr(
+        backend, "CompiledFunction", lambda _, options, **__: levels.append(options)
+    )
+    for flags in ("", "--xla_backend_optimization_level=3"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        backend.jit(lambda x: x)
+    assert levels == [{"xla_backend_optimization_level": 1}, {}]
 
 
 def test_other_arguments_than_arrays_have_no_size(monkeypatch):
@@ -75,8 +92,17 @@ def test_other_arguments_than_arrays_have_no_size(monkeypatch):
     class Static:
         dtype = "float32"
 
-    scaled = backend.jit(lambda static, x, y: x * y, static_argnums=0)
-    assert scaled(Static(), 2, np.float32(3)) == 6
+    for static in (Static(), jnp.dtype("int32"), np.float32, jax.make_mesh((1,), ("a",))):
+        scaled = backend.jit(lambda _, x, y: x * y, static_argnums=0)
+        assert scaled(static, 2, np.float32(3)) == 6
+
+
+def test_an_unknown_size_is_no_large_one(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    doubled = backend.jit(lambda x: 2 * x)
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: doubled(x) + 1))(shape)
+    np.testing.assert_array_equal(exported.call(jnp.ones((5, 3))), np.full((5, 3), 3.0))
 
 
 def test_a_program_that_runs_once_gives_the_same_numbers(monkeypatch):
