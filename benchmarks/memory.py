@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
+
+from m2mkd_jax.parallel.memory import give_back
 
 
 def reset_peak_rss() -> None:
     """Lets `peak_rss` count from now on; on Linux only, elsewhere it counts from the start."""
+    give_back()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:

@@ -122,7 +122,7 @@ def in_two_programs(params: Any) -> bool:
     """
     if not backend.is_one_cpu():
         return False
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) <= SMALL
+    return backend.array_bytes(params) <= SMALL
 
 
 def device_memory() -> int:

@@ -107,14 +107,14 @@ class CompiledFunction:
         """The program; whether it is large, the first arguments decide."""
         if self._compiled is None:
             options = dict(self._options)
-            large = _bytes(arguments) >= LARGE and not _is_flag(_SCHEDULER)
+            large = array_bytes(arguments) >= LARGE and not _is_flag(_SCHEDULER)
             if large and is_option(_SCHEDULER, _LEAST_MEMORY):
                 options[_SCHEDULER] = _LEAST_MEMORY
             self._compiled = self._compile(compiler_options=options)
         return self._compiled
 
 
-def _bytes(tree: Any) -> int:
+def array_bytes(tree: Any) -> int:
     """Of all arrays in a tree, or that its shapes stand for; a size that is not known counts 1."""
     kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, kinds)]
