@@ -22,7 +22,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     Those of all devices together.
 
     A multiply-add counts as two. XLA's own analysis counts the body of a loop once. Loops whose
-    length depends on data count once here too, except those of models/moe/grouped.py.
+    length depends on data count once here too, except those of grouped.LOOP_FLOPS.
 
     Args:
         function: a traceable function.

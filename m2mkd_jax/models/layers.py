@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
+from m2mkd_jax.models import gradients_in_place
 from m2mkd_jax.parallel import backend
 
 Initialiser = Callable[..., jax.Array]
@@ -219,31 +220,47 @@ def scan_stack(
     module: nnx.Module,
     x: Any,
     inputs: Any,
-    apply: Callable[..., Any],
+    apply: Callable[..., tuple[Any, Any]],
     *,
     remat: str = "never",
     short: bool = False,
-) -> Any:
-    """Runs stacked layers one after another: x -> apply(layer_0, x, inputs[0]) -> ...
+    uncopied: Callable[[Sequence[Any]], bool] | None = None,
+) -> tuple[Any, Any]:
+    """Runs stacked layers one after another: x, _ = apply(layer_0, x, inputs[0]) and so on.
 
     Args:
         module: made by `stack`.
         x: what flows from layer to layer (any pytree).
         inputs: pytree with a leading axis L (per-layer rates, keys, codes), or None.
-        apply: (layer, x, inputs of that layer) -> x.
+        apply: (layer, x, inputs of that layer) -> (x, output).
         remat: see `apply_remat_policy`.
         short: few layers (`FEW`) are no loop on accelerators, where what is kept for the backward
             pass would be copied into stacks and back.
+        uncopied: of the names on a parameter's path: whether a CPU leaves it in its stack, where
+            `apply` takes it as a `gradients_in_place.LayerArray`.
+
+    Returns:
+        x after the last layer, and the layers' outputs with a leading axis L.
     """
     graph, state = nnx.split(module)
-    count = len(jax.tree.leaves(state)[0])
-    unroll = short and count <= FEW and backend.platform() in ("gpu", "tpu")
+    params = nnx.to_pure_dict(state)
+    count = len(jax.tree.leaves(params)[0])
 
-    def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
-        state, inputs = layer
-        return apply(nnx.merge(graph, all_gather_params(state)), x, inputs), None
+    def layer(x: Any, params: dict, inputs: Any) -> tuple[Any, Any]:
+        own = nnx.State(all_gather_params(params))
+        return apply(nnx.merge(graph, own), x, inputs)
 
-    return jax.lax.scan(apply_remat_policy(body, remat), x, (state, inputs), unroll=unroll)[0]
+    policy = functools.partial(apply_remat_policy, remat=remat, looped=count > 1)
+    # Not where memory is counted: what is not needed is left out when a program is compiled.
+    if uncopied and count > 1 and backend.is_one_cpu() and not backend.is_named():
+        return gradients_in_place.scan(layer, x, params, inputs, uncopied, policy)
+    step = policy(lambda x, own: layer(x, *own))
+    if count > 1:
+        unroll = short and count <= FEW and backend.platform() in ("gpu", "tpu")
+        return jax.lax.scan(step, x, (params, inputs), unroll=unroll)
+    # A single layer needs no loop, and may change the shape of x, which is not allowed in one.
+    x, output = step(x, jax.tree.map(lambda a: a[0], (params, inputs)))
+    return x, jax.tree.map(lambda a: a[None], output)
 
 
 def all_gather_params(params: Any) -> Any:

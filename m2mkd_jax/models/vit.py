@@ -138,11 +138,11 @@ class ViTStage(chain.Stage):
             inputs = None
             if train and key is not None and rates is not None and any(rates):
                 inputs = (jnp.asarray(rates), jax.random.split(key, self.depth))
-            x = layers.scan_stack(
+            x, _ = layers.scan_stack(
                 self.blocks,
                 x,
                 inputs,
-                lambda block, x, inputs: block(x, *(inputs or ())),
+                lambda block, x, inputs: (block(x, *(inputs or ())), None),
                 remat=self.spec.remat,
                 short=True,
             )

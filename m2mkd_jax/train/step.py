@@ -12,6 +12,7 @@ many of them a job survives.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from m2mkd_jax.models import gradients_in_place
 from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.batch import prepared
+from m2mkd_jax.train.gradient_buffers import GradientBuffers, by_name
 from m2mkd_jax.train.optimizer import ema_update, global_norm
 from m2mkd_jax.train.trained_parts import without_frozen
+
+# parameters -> a context in which a loss is traced: what its gradients are written into.
+Into = Callable[[Any], contextlib.AbstractContextManager]
+
+
+def _anywhere(params: Any) -> contextlib.AbstractContextManager:
+    del params
+    return contextlib.nullcontext()
 
 
 def initial_state(
@@ -86,8 +97,9 @@ def make_step(
 
     joint_gradient, joint_update = _parts(joint_loss, {"": (optimizer, recipe)}, data)
 
-    def gradient(state: dict, *arguments: Any) -> tuple[dict, dict]:
-        grads, metrics = joint_gradient({"": state}, *arguments)
+    def gradient(state: dict, *arguments: Any, into: Into = _anywhere) -> tuple[dict, dict]:
+        own = lambda params: into(params[""])
+        grads, metrics = joint_gradient({"": state}, *arguments, into=own)
         return grads[""], metrics[""]
 
     def update(state: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
@@ -139,10 +151,12 @@ class Step:
     """A compiled step with its seed: (state, frozen, batch) -> (state, metrics).
 
     The seed's key is an argument of the program: jobs that differ in nothing else find the same one
-    in the cache of compiled programs.
+    in the cache of compiled programs. So are the arrays that its largest gradients are written into
+    on a CPU (train/gradient_buffers.py), which it keeps from call to call.
 
     Args:
-        gradient: (state, frozen, batch, data of a key) -> (gradient, metrics).
+        gradient: (state, frozen, batch, data of a key, into) -> (gradient, metrics); `into` of the
+            parameters is a context in which the loss is traced.
         update: (state, gradient, metrics) -> (state, metrics).
         params: of a state, or of its shardings.
         seed: of all randomness.
@@ -152,23 +166,47 @@ class Step:
     def __init__(
         self, gradient: Callable, update: Callable, params: Callable, seed: int, out_shardings: Any
     ):
-        def step(state: dict, *arguments: Any) -> tuple[dict, dict]:
-            return update(state, *gradient(state, *arguments))
+        self._params, self.buffers, self._traced = params, GradientBuffers(), False
 
-        self._params = params
-        self._whole = backend.jit(step, donate_argnums=0, out_shardings=out_shardings)
+        def step(state: dict, buffers: dict, *arguments: Any) -> tuple[dict, dict, dict]:
+            used: set[str] = set()
+
+            def into(params: Any) -> contextlib.AbstractContextManager:
+                return gradients_in_place.buffers(by_name(params), buffers, used)
+
+            grads, metrics = gradient(state, *arguments, into=into)
+            if buffers:
+                self.buffers.used = used
+            kept = {name: grad for name, grad in by_name(grads).items() if name in used}
+            return *update(state, grads, metrics), kept
+
+        places = None if out_shardings is None else (*out_shardings, None)
+        self._whole = backend.jit(step, donate_argnums=(0, 1), out_shardings=places)
         self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
 
-    def __call__(self, *arguments: Any) -> tuple[dict, dict]:
-        return self._whole(*arguments, self._key)
+    def __call__(self, state: dict, *arguments: Any) -> tuple[dict, dict]:
+        if isinstance(jax.tree.leaves(state)[0], jax.core.Tracer):  # inside another program
+            return self._whole(state, {}, *arguments, self._key)[:2]
+        if not self._traced:
+            self.trace(state, *arguments)
+        buffers = self.buffers.take(self._params(state))
+        state, metrics, buffers = self._whole(state, buffers, *arguments, self._key)
+        self.buffers.arrays = buffers
+        return state, metrics
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
         """As `jax.jit`'s."""
-        return self._whole.trace(*arguments, self._key)
+        self._traced = True
+        traced = self._trace(*arguments)
+        return traced if self.buffers.settle() else self._trace(*arguments)
+
+    def _trace(self, state: dict, *arguments: Any) -> jax.stages.Traced:
+        buffers = self.buffers.shapes(self._params(state))
+        return self._whole.trace(state, buffers, *arguments, self._key)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""
-        return self._whole.lower(*arguments, self._key)
+        return self.trace(*arguments).lower()
 
     def begin(self, *arguments: Any) -> Programs:
         """Traces the programs of a call, and compiles them in threads; jax keeps them for calls.
@@ -225,11 +263,14 @@ def _parts(
     """Gradient and update of `make_joint_step`, before they are compiled; see `Step`."""
     _, mixing_recipe = next(iter(jobs.values()))
 
-    def of_trained(params: dict, *arguments: Any) -> tuple[jax.Array, dict]:
-        own = {job: without_frozen(params[job], recipe) for job, (_, recipe) in jobs.items()}
-        return loss(own, *arguments)
+    def gradient(
+        states: dict, frozen: dict, batch: dict, key: jax.Array, into: Into = _anywhere
+    ) -> tuple[dict, dict]:
+        def of_trained(params: dict, *arguments: Any) -> tuple[jax.Array, dict]:
+            own = {job: without_frozen(params[job], recipe) for job, (_, recipe) in jobs.items()}
+            with into(params):
+                return loss(own, *arguments)
 
-    def gradient(states: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
         first = next(iter(states.values()))
         loss_key, prepare_keys = step_keys(jax.random.wrap_key_data(key), first["step"])
         # A skipped step is no part of an update; each job has skipped its own.

@@ -16,9 +16,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.moe import grouped
 
-# (rows, layer) -> rows, where layer is {"kernel": (E, C, D), "bias": (E, D)}.
-Linear = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+# (rows, layer) -> rows, where layer is {"kernel": (E, C, D), "bias": (E, D)}; the kernel may be a
+# gradients_in_place.LayerArray.
+Linear = Callable[[jax.Array, dict[str, Any]], jax.Array]
 
 
 def expert_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -37,8 +39,8 @@ class ExpertLinear(nnx.Module):
         self.kernel = nnx.Param(expert_init(rngs.params(), (experts, c, d)))
         self.bias = nnx.Param(jnp.zeros((experts, d)))
 
-    def weights(self) -> dict[str, jax.Array]:
-        """Kernel and bias as plain arrays."""
+    def weights(self) -> dict[str, Any]:
+        """Kernel and bias as plain arrays; the kernel in its stack where `reads_in_stack`."""
         return {"kernel": self.kernel[...], "bias": self.bias[...]}
 
 
@@ -49,12 +51,23 @@ class Experts(nnx.Module):
         self.fc1 = ExpertLinear(experts, width, 4 * width, rngs=rngs)
         self.fc2 = ExpertLinear(experts, 4 * width, width, rngs=rngs)
 
-    def weights(self) -> dict[str, dict[str, jax.Array]]:
-        """Both layers' kernels and biases as plain arrays."""
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """Both layers' kernels and biases, see `ExpertLinear.weights`."""
         return {"fc1": self.fc1.weights(), "fc2": self.fc2.weights()}
 
 
-def mlp(weights: dict[str, dict[str, jax.Array]], rows: jax.Array, linear: Linear) -> jax.Array:
+def reads_in_stack(names: Sequence[Any]) -> bool:
+    """Whether a block's parameter is not copied out of the stack of blocks: experts' kernels.
+
+    Where they are read one at a time, see `grouped.grouped_linear`.
+
+    Args:
+        names: on the parameter's path.
+    """
+    return "experts" in names and names[-1] == "kernel" and grouped.default_method() == "chunks"
+
+
+def mlp(weights: dict[str, dict[str, Any]], rows: jax.Array, linear: Linear) -> jax.Array:
     """Applies each row's own expert to it.
 
     Args:

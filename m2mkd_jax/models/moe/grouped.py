@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from m2mkd_jax.models.gradients_in_place import LayerArray, array_of
+from m2mkd_jax.models.moe.chunks import chunked_linear
 from m2mkd_jax.parallel import backend
 
 METHODS = ("ragged", "chunks", "batched")
 MOST_TILES = 4  # per expert; on an H100 tiles half as large and twice as large took longer
 SMALLEST_TILE = 16
-# Sizes that a chunk may have; the largest holds twice an expert's even share of the rows. Each is
-# compiled apart, which for small layers costs more than padding.
-CHUNK_SIZES, FEW_SIZES = 12, 3
-SMALL_LAYER = 1 << 18  # weights of an expert's layer
 
 
 def grouped_linear(
     rows: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | LayerArray,
     bias: jax.Array,
     sizes: jax.Array,
     method: str | None = None,
@@ -40,14 +38,14 @@ def grouped_linear(
                     row with every expert, and on an H100 it takes 3.6 times as long as 'batched'
                     (benchmarks/RESULTS.md)
         chunks      for a CPU: a loop over experts. An expert's rows are one product of the smallest
-                    of a dozen sizes that holds them; more than the largest holds take several
+                    of 25 sizes that holds them; more than the largest holds take several
         batched     for a GPU: rows are padded to tiles of one expert each for one batched product,
                     without a loop. A dispatch that keeps its rows in tiles from layer to layer
                     calls `tile_linear` itself
 
     Args:
         rows: (N, C), sorted by expert.
-        kernel: (E, C, D).
+        kernel: (E, C, D); 'chunks' reads that of a layer in its stack.
         bias: (E, D).
         sizes: (E,), rows per expert; they sum to N.
         method: one of METHODS; None chooses by backend.
@@ -57,7 +55,8 @@ def grouped_linear(
     """
     method = method or default_method()
     if method == "chunks":
-        return _chunks(rows, kernel, bias, sizes)
+        return chunked_linear(rows, kernel, bias, sizes)
+    kernel = array_of(kernel)
     if method == "batched":
         own = tiles(sizes, len(rows))
         x = jnp.take(rows, own.source, axis=0, mode="fill", fill_value=0)
@@ -94,9 +93,7 @@ def _count(size: jax.Array, tile: int) -> jax.Array:
     return (size + tile - 1) // tile
 
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-BatchedResiduals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-Gradients = tuple[jax.Array, jax.Array, jax.Array, None]
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 # The number of rows with padding is known only at run time, and padding is not useful work. So
 # evaluate/flops.py counts these functions by their FLOPs per row and weight. The rows are those of
@@ -107,118 +104,6 @@ LOOP_FLOPS = {
     "_batched_forward": 2,
     "_batched_backward": 4,
 }
-
-
-def _chunk_sizes(rows: int, kernel: jax.Array) -> list[int]:
-    """The sizes that a chunk may have: multiples of the smallest, at most all rows."""
-    experts, c, d = kernel.shape
-    sizes = FEW_SIZES if c * d < SMALL_LAYER else CHUNK_SIZES
-    smallest = -(-2 * rows // (experts * sizes * 16)) * 16 or 16
-    return [min(smallest * (i + 1), rows) for i in range(min(sizes, -(-rows // smallest)))]
-
-
-def _size_index(left: jax.Array, sizes: list[int]) -> jax.Array:
-    """Index of the size of the chunk that holds `left` rows; the largest, if none does."""
-    return jnp.clip((left + sizes[0] - 1) // sizes[0] - 1, 0, len(sizes) - 1)
-
-
-def _place(at: jax.Array, size: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The first row of the chunk whose own rows start at `at`, and its row numbers (size, 1).
-
-    A chunk that would reach beyond the last row begins before `at`.
-    """
-    begin = jnp.minimum(at, rows - size)
-    return begin, begin + jnp.arange(size)[:, None]
-
-
-def _read(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(rows, at, size)
-
-
-def _write(rows: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(rows, values.astype(rows.dtype), at, 0)
-
-
-def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, **options: Any) -> jax.Array:
-    """Product of two matrices over an axis of each, without transposing a copy."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), **options)
-
-
-@jax.custom_vjp
-def _chunks(rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _chunks_forward(rows, kernel, bias, sizes)[0]
-
-
-@jax.jit
-def _chunks_forward(
-    rows: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, Residuals]:
-    chunk_sizes, ends = _chunk_sizes(len(rows), kernel), jnp.cumsum(sizes)
-
-    def expert(e: jax.Array, out: jax.Array) -> jax.Array:
-        weight, own_bias, end = kernel[e], bias[e], ends[e]
-
-        def product(size: int, at: jax.Array, out: jax.Array) -> jax.Array:
-            # Rows of later experts that the chunk reaches into are overwritten by their own.
-            begin, number = _place(at, size, len(rows))
-            y = _read(rows, begin, size) @ weight + own_bias[None]
-            return _write(out, jnp.where(number < at, _read(out, begin, size), y), begin)
-
-        products = [functools.partial(product, size) for size in chunk_sizes]
-
-        def one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            at, out = carry
-            out = jax.lax.switch(_size_index(end - at, chunk_sizes), products, at, out)
-            return at + chunk_sizes[-1], out
-
-        start = (end - sizes[e], out)
-        return jax.lax.while_loop(lambda carry: carry[0] < end, one, start)[1]
-
-    out = jnp.zeros((len(rows), kernel.shape[-1]), rows.dtype)
-    out = jax.lax.fori_loop(0, len(sizes), expert, out)
-    return out, (rows, kernel, bias, sizes)
-
-
-@jax.jit
-def _chunks_backward(residuals: Residuals, grad: jax.Array) -> Gradients:
-    rows, kernel, bias, sizes = residuals
-    chunk_sizes, ends = _chunk_sizes(len(rows), kernel), jnp.cumsum(sizes)
-
-    def expert(e: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        d_rows, d_kernel, d_bias = carry
-        weight, end = kernel[e], ends[e]
-
-        def product(size: int, at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
-            begin, number = _place(at, size, len(rows))
-            g = jnp.where((number >= at) & (number < end), _read(grad, begin, size), 0)
-            own_rows = _contract(g, weight, 1, 1)
-            earlier = _read(d_rows, begin, size)
-            d_rows = _write(d_rows, jnp.where(number < at, earlier, own_rows), begin)
-            x = _read(rows, begin, size)
-            d_weight = _contract(x, g, 0, 0, preferred_element_type=jnp.float32)
-            return d_rows, d_weight, g.sum(0, dtype=jnp.float32)
-
-        products = [functools.partial(product, size) for size in chunk_sizes]
-
-        def one(at: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, ...]:
-            index = _size_index(end - at, chunk_sizes)
-            return at + chunk_sizes[-1], *jax.lax.switch(index, products, at, d_rows)
-
-        def another(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            at, d_rows, d_weight, d_own_bias = carry
-            at, d_rows, more_weight, more_bias = one(at, d_rows)
-            return at, d_rows, d_weight + more_weight, d_own_bias + more_bias
-
-        # The first chunk, mostly the only one, adds to nothing.
-        first = one(end - sizes[e], d_rows)
-        _, d_rows, d_weight, d_own_bias = jax.lax.while_loop(lambda c: c[0] < end, another, first)
-        return d_rows, _write(d_kernel, d_weight[None], e), _write(d_bias, d_own_bias[None], e)
-
-    zeros = (jnp.zeros_like(rows), jnp.zeros_like(kernel), jnp.zeros_like(bias))
-    return *jax.lax.fori_loop(0, len(sizes), expert, zeros), None
-
-
-_chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
 class Tiles(NamedTuple):
@@ -369,12 +254,12 @@ _gradients = _if_even(_gradients_by_expert, _gradients_by_tile)
 
 def _batched_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, owner: jax.Array, even: jax.Array
-) -> tuple[jax.Array, BatchedResiduals]:
+) -> tuple[jax.Array, Residuals]:
     y = _product(even, owner, x, kernel)
     return y + bias[owner, None], (x, kernel, bias, owner, even)
 
 
-def _batched_backward(residuals: BatchedResiduals, grad: jax.Array) -> tuple[Any, ...]:
+def _batched_backward(residuals: Residuals, grad: jax.Array) -> tuple[Any, ...]:
     x, kernel, bias, owner, even = residuals
     d_x, d_kernel = _gradients(even, owner, grad, x, kernel)
     # No product: XLA would merge it with the others by copying all parts into one array.

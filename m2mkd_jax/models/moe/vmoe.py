@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from flax import nnx
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import batching, chain, layers
-from m2mkd_jax.models.moe import assembly
+from m2mkd_jax.models.moe import assembly, experts
 from m2mkd_jax.models.moe.assembly import assemble, upcycle
 from m2mkd_jax.models.moe.blocks import Block
 from m2mkd_jax.models.moe.spec import BlockKind, VMoESpec, segments, student_spec
@@ -79,19 +78,14 @@ class Segment(nnx.Module):
         Returns:
             Tokens (B, T, D or X), and the blocks' auxiliary outputs with a leading axis L.
         """
-        graph, state = nnx.split(self.blocks)
-
-        def body(x: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            state, rate, key = layer
-            return nnx.merge(graph, layers.all_gather_params(state))(x, rate, key)
-
-        step = layers.apply_remat_policy(body, self.remat, looped=self.count > 1)
-        layer = (state, rates, keys)
-        if self.count > 1:
-            return jax.lax.scan(step, x, layer)
-        # A single block needs no loop, and with one stitch cannot be in one: the width changes.
-        x, aux = step(x, jax.tree.map(lambda a: a[0], layer))
-        return x, jax.tree.map(lambda a: a[None], aux)
+        return layers.scan_stack(
+            self.blocks,
+            x,
+            (rates, keys),
+            lambda block, x, inputs: block(x, *inputs),
+            remat=self.remat,
+            uncopied=experts.reads_in_stack,
+        )
 
 
 class VMoEStage(chain.Stage):

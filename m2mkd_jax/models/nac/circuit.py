@@ -231,7 +231,8 @@ class NAC(chain.Stage):
             return self._iteration(layer, inputs, states, own, with_inputs)
 
         if trace is None and spec.persistent_inputs and not spec.share_propagators:
-            return layers.scan_stack(self.propagators, mediators, steps, step, remat=spec.remat)
+            apply = lambda layer, states, own: (step(layer, states, own), None)
+            return layers.scan_stack(self.propagators, mediators, steps, apply, remat=spec.remat)[0]
         graph, state = nnx.split(self.propagators)
         for i in range(spec.iterations):
             index = 0 if spec.share_propagators else i

@@ -68,7 +68,8 @@ class ConvNeXtStage(nnx.Module):
         x = self.norm(self.downsample(x)) if self.first else self.downsample(self.norm(x))
         if self.blocks is None:
             return x
-        return layers.scan_stack(self.blocks, x, None, lambda block, x, _: block(x), short=True)
+        apply = lambda block, x, _: (block(x), None)
+        return layers.scan_stack(self.blocks, x, None, apply, short=True)[0]
 
 
 class Tokenizer(nnx.Module):

@@ -170,8 +170,8 @@ def stacked():
 def scanned(graph, remat):
     def f(params, x, shifts):
         module = chain.merge(graph, params, {})
-        apply = lambda layer, x, shift: layer(x, shift)
-        return layers.scan_stack(module, x, shifts, apply, remat=remat)
+        apply = lambda layer, x, shift: (layer(x, shift), None)
+        return layers.scan_stack(module, x, shifts, apply, remat=remat)[0]
 
     return f
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.errors import UserError
-from m2mkd_jax.models.moe import dispatch, experts, router
+from m2mkd_jax.models.moe import chunks, dispatch, experts, router
 from m2mkd_jax.models.moe import grouped as grouped_layers
 from m2mkd_jax.models.moe.grouped import METHODS, grouped_linear
 from m2mkd_jax.models.moe.router import ExpertChoice, TokenChoice
@@ -205,7 +205,7 @@ SIZES = [
 @pytest.mark.parametrize(("sizes", "c"), [*((sizes, 5) for sizes in SIZES), (SIZES[-2], 6)])
 def test_grouped_linear_is_each_experts_own(sizes, c, monkeypatch):
     if c == 6:  # as in large layers
-        monkeypatch.setattr(grouped_layers, "SMALL_LAYER", 0)
+        monkeypatch.setattr(chunks, "SMALL_LAYER", 0)
     draw, n, e = np.random.default_rng(0), sum(sizes), len(sizes)
     rows, kernel, bias, pull = (
         jnp.asarray(draw.normal(size=shape), jnp.float32)
