@@ -77,15 +77,16 @@ def array_of(value: LayerArray | jax.Array) -> jax.Array:
     return value.copied() if isinstance(value, LayerArray) else value
 
 
-def scan(
+def over_layers(
     body: Callable[[Any, dict, Any], tuple[Any, Any]],
     x: Any,
     params: dict,
     inputs: Any,
     uncopied: Callable[[Sequence[Any]], bool],
     transform: Callable[[Callable], Callable],
+    loop: Callable[..., tuple[Any, Any]] = jax.lax.scan,
 ) -> tuple[Any, Any]:
-    """As `jax.lax.scan` over layers: (x, parameters of a layer, its inputs) -> (x, output).
+    """Runs layers one after another: (x, parameters of a layer, its inputs) -> (x, output).
 
     Args:
         body: computes a layer.
@@ -94,6 +95,7 @@ def scan(
         inputs: a tree of arrays (L, ...), or None.
         uncopied: of the names on a parameter's path: whether `body` takes it as a `LayerArray`.
         transform: of a function with a carry, as `jax.lax.scan` takes it: for rematerialisation.
+        loop: (function with a carry, carry, inputs) -> (carry, outputs), such as `jax.lax.scan`.
 
     Returns:
         x after the last layer, and the outputs with a leading axis L.
@@ -117,8 +119,7 @@ def scan(
         return (x, [array.carried for array in arrays]), output
 
     numbers = jnp.arange(len(leaves[0][1]), dtype=jnp.int32)
-    layers = (numbers, others, inputs)
-    (x, carried), outputs = jax.lax.scan(transform(step), (x, stacks), layers)
+    (x, carried), outputs = loop(transform(step), (x, stacks), (numbers, others, inputs))
     return _last(x, carried, [_buffer(stack) for stack in stacks]), outputs
 
 
@@ -128,7 +129,8 @@ def buffers(
 ) -> Iterator[None]:
     """While a loss is traced: the arrays that gradients of uncopied parameters are written into.
 
-    What is in them does not matter. A parameter takes its array if it comes to `scan` as it is.
+    What is in them does not matter. A parameter takes its array if it comes to `over_layers` as
+    it is.
 
     Args:
         parameters: by name.

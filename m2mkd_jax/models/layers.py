@@ -251,15 +251,17 @@ def scan_stack(
         return apply(nnx.merge(graph, own), x, inputs)
 
     policy = functools.partial(apply_remat_policy, remat=remat, looped=count > 1)
+    unroll = short and count <= FEW and backend.platform() in ("gpu", "tpu")
+    loop = functools.partial(jax.lax.scan, unroll=unroll) if count > 1 else _only_layer
     # Not where memory is counted: what is not needed is left out when a program is compiled.
-    if uncopied and count > 1 and backend.is_one_cpu() and not backend.is_named():
-        return gradients_in_place.scan(layer, x, params, inputs, uncopied, policy)
-    step = policy(lambda x, own: layer(x, *own))
-    if count > 1:
-        unroll = short and count <= FEW and backend.platform() in ("gpu", "tpu")
-        return jax.lax.scan(step, x, (params, inputs), unroll=unroll)
-    # A single layer needs no loop, and may change the shape of x, which is not allowed in one.
-    x, output = step(x, jax.tree.map(lambda a: a[0], (params, inputs)))
+    if uncopied and backend.is_one_cpu() and not backend.is_named():
+        return gradients_in_place.over_layers(layer, x, params, inputs, uncopied, policy, loop)
+    return loop(policy(lambda x, own: layer(x, *own)), x, (params, inputs))
+
+
+def _only_layer(step: Callable[..., tuple[Any, Any]], x: Any, inputs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` over one layer, which may change the shape of x."""
+    x, output = step(x, jax.tree.map(lambda a: a[0], inputs))
     return x, jax.tree.map(lambda a: a[None], output)
 
 

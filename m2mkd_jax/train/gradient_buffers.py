@@ -70,8 +70,5 @@ class GradientBuffers:
 def _candidates(params: Any) -> set[str]:
     if not backend.is_one_cpu():
         return set()
-    return {
-        _name(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if leaf.shape[:1] > (1,) and experts.reads_in_stack(tree_paths.names(path))
-    }
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {_name(path) for path in paths if experts.reads_in_stack(tree_paths.names(path))}

@@ -44,7 +44,7 @@ def run(uncopied, remat, params, x, shifts):
     if not uncopied:
         return jax.lax.scan(policy(lambda x, own: layer(x, *own)), x, (params, shifts))
     stays = lambda names: "/".join(names) in uncopied
-    return gradients_in_place.scan(layer, x, params, shifts, stays, policy)
+    return gradients_in_place.over_layers(layer, x, params, shifts, stays, policy)
 
 
 def gradient(uncopied, remat="never", params=PARAMS, x=X, buffers=None, used=None):
@@ -145,7 +145,7 @@ def test_no_stack_of_zeros_and_no_copy_of_one():
         with gradients_in_place.buffers({"kernel": kernel}, {"kernel": buffer}, set()):
             stays = lambda names: True
             params = {"kernel": kernel}
-            y = gradients_in_place.scan(body, x, params, None, stays, lambda body: body)[0]
+            y = gradients_in_place.over_layers(body, x, params, None, stays, lambda body: body)[0]
         return y.sum()
 
     step = backend.jit(jax.grad(loss), donate_argnums=1)
