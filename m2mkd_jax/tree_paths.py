@@ -28,3 +28,12 @@ def is_stacked(names: Sequence[Any]) -> bool:
         names: the keys of its path (see `names`).
     """
     return any(a in STACKED and not is_index(b) for a, b in itertools.pairwise(names))
+
+
+def is_experts_kernel(names: Sequence[Any]) -> bool:
+    """Whether a leaf holds the kernels of a layer of experts.
+
+    Args:
+        names: the keys of its path (see `names`).
+    """
+    return "experts" in names and names[-1] == "kernel"

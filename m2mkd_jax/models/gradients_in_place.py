@@ -8,28 +8,21 @@ reads one after the other, all of that happens twice, and takes a fifth of a ste
 (benchmarks/RESULTS.md). Here a stack is read as a constant, and carried through the loop beside
 what flows from layer to layer, unchanged. So the gradient of what is carried is one array that
 passes through all layers in the backward pass, and each writes its own part of it. It may start as
-any array, such as that of the step before (`buffers`).
+any array, such as that of the step before (parallel/gradient_buffers.py).
 
 The same numbers as by `jax.lax.scan`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from m2mkd_jax import tree_paths
-
-# By the id of a parameter: the parameter, the array for its gradient, and its name.
-_Buffers = dict[int, tuple[jax.Array, jax.Array, str]]
-_BUFFERS: contextvars.ContextVar[tuple[_Buffers, set[str]] | None] = contextvars.ContextVar(
-    "buffers", default=None
-)
+from m2mkd_jax.parallel import gradient_buffers
 
 
 class LayerArray:
@@ -120,39 +113,7 @@ def over_layers(
 
     numbers = jnp.arange(len(leaves[0][1]), dtype=jnp.int32)
     (x, carried), outputs = loop(transform(step), (x, stacks), (numbers, others, inputs))
-    return _last(x, carried, [_buffer(stack) for stack in stacks]), outputs
-
-
-@contextlib.contextmanager
-def buffers(
-    parameters: dict[str, jax.Array], arrays: dict[str, jax.Array], used: set[str]
-) -> Iterator[None]:
-    """While a loss is traced: the arrays that gradients of uncopied parameters are written into.
-
-    What is in them does not matter. A parameter takes its array if it comes to `over_layers` as
-    it is.
-
-    Args:
-        parameters: by name.
-        arrays: by name, each with shape and type of its parameter.
-        used: gets the names of those that are used.
-    """
-    known = {id(parameters[name]): (parameters[name], arrays[name], name) for name in arrays}
-    token = _BUFFERS.set((known, used))
-    try:
-        yield
-    finally:
-        _BUFFERS.reset(token)
-
-
-def _buffer(parameter: jax.Array) -> jax.Array:
-    """Where a parameter's gradient is written: its buffer, once, or zeros."""
-    known, used = _BUFFERS.get() or ({}, set())
-    if id(parameter) not in known:
-        return jnp.zeros_like(parameter)
-    _, array, name = known.pop(id(parameter))
-    used.add(name)
-    return array
+    return _last(x, carried, [gradient_buffers.buffer_of(stack) for stack in stacks]), outputs
 
 
 @jax.custom_vjp

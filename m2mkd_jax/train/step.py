@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from m2mkd_jax.models import gradients_in_place
 from m2mkd_jax.parallel import backend
+from m2mkd_jax.parallel.gradient_buffers import GradientBuffers, by_name, writing_into
 from m2mkd_jax.train.batch import prepared
-from m2mkd_jax.train.gradient_buffers import GradientBuffers, by_name
 from m2mkd_jax.train.optimizer import ema_update, global_norm
 from m2mkd_jax.train.trained_parts import without_frozen
 
@@ -152,7 +151,7 @@ class Step:
 
     The seed's key is an argument of the program: jobs that differ in nothing else find the same one
     in the cache of compiled programs. So are the arrays that its largest gradients are written into
-    on a CPU (train/gradient_buffers.py), which it keeps from call to call.
+    on a CPU (parallel/gradient_buffers.py), which it keeps from call to call.
 
     Args:
         gradient: (state, frozen, batch, data of a key, into) -> (gradient, metrics); `into` of the
@@ -172,7 +171,7 @@ class Step:
             used: set[str] = set()
 
             def into(params: Any) -> contextlib.AbstractContextManager:
-                return gradients_in_place.buffers(by_name(params), buffers, used)
+                return writing_into(by_name(params), buffers, used)
 
             grads, metrics = gradient(state, *arguments, into=into)
             if buffers:

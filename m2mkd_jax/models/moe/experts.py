@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from m2mkd_jax import tree_paths
 from m2mkd_jax.models import layers
 from m2mkd_jax.models.moe import grouped
 
@@ -64,7 +65,7 @@ def reads_in_stack(names: Sequence[Any]) -> bool:
     Args:
         names: on the parameter's path.
     """
-    return "experts" in names and names[-1] == "kernel" and grouped.default_method() == "chunks"
+    return tree_paths.is_experts_kernel(names) and grouped.default_method() == "chunks"
 
 
 def mlp(weights: dict[str, dict[str, Any]], rows: jax.Array, linear: Linear) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 from m2mkd_jax.models import gradients_in_place, layers
 from m2mkd_jax.models.gradients_in_place import LayerArray, array_of
 from m2mkd_jax.models.moe.grouped import grouped_linear
-from m2mkd_jax.parallel import backend
+from m2mkd_jax.parallel import backend, gradient_buffers
 
 LAYERS, EXPERTS, WIDTH, ROWS = 3, 4, 6, 40
 SIZES = jnp.asarray([13, 0, 26, 1])
@@ -54,7 +54,7 @@ def gradient(uncopied, remat="never", params=PARAMS, x=X, buffers=None, used=Non
         named = {
             f"{outer}/{inner}": leaf for outer, own in params.items() for inner, leaf in own.items()
         }
-        with gradients_in_place.buffers(named, buffers or {}, set() if used is None else used):
+        with gradient_buffers.writing_into(named, buffers or {}, set() if used is None else used):
             y, outputs = run(uncopied, remat, params, x, shifts)
         return (y**2).sum() + outputs[1], outputs
 
@@ -100,7 +100,7 @@ def test_a_parameter_that_is_not_taken_as_it_is_uses_no_buffer():
     buffers = {"experts/kernel": jnp.full(kernel.shape, jnp.nan)}
 
     def loss(kernel):
-        with gradients_in_place.buffers({"experts/kernel": kernel}, buffers, used):
+        with gradient_buffers.writing_into({"experts/kernel": kernel}, buffers, used):
             params = PARAMS | {"experts": {"kernel": 2 * kernel}}
             return run(UNCOPIED, "never", params, X, SHIFTS)[0].sum()
 
@@ -111,7 +111,7 @@ def test_a_parameter_that_is_not_taken_as_it_is_uses_no_buffer():
 def test_a_stack_that_two_loops_read_gets_both_gradients():
     def loss(params, uncopied, buffers):
         named = {"experts/kernel": params["experts"]["kernel"]}
-        with gradients_in_place.buffers(named, buffers, set()):
+        with gradient_buffers.writing_into(named, buffers, set()):
             once = run(uncopied, "never", params, X, SHIFTS)[0]
             return run(uncopied, "never", params, once, SHIFTS)[0].sum()
 
@@ -142,7 +142,7 @@ def test_no_stack_of_zeros_and_no_copy_of_one():
             y = grouped_linear(x, params["kernel"], jnp.zeros((EXPERTS, 64)), SIZES)
             return jnp.tanh(y), None
 
-        with gradients_in_place.buffers({"kernel": kernel}, {"kernel": buffer}, set()):
+        with gradient_buffers.writing_into({"kernel": kernel}, {"kernel": buffer}, set()):
             stays = lambda names: True
             params = {"kernel": kernel}
             y = gradients_in_place.over_layers(body, x, params, None, stays, lambda body: body)[0]

@@ -8,14 +8,54 @@ of it when it is first touched: for these gradients that takes up to a tenth of 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from m2mkd_jax import tree_paths
-from m2mkd_jax.models.moe import experts
 from m2mkd_jax.parallel import backend
+
+# By the id of a parameter: the parameter, the array for its gradient, and its name.
+_Buffers = dict[int, tuple[jax.Array, jax.Array, str]]
+_BUFFERS: contextvars.ContextVar[tuple[_Buffers, set[str]] | None] = contextvars.ContextVar(
+    "buffers", default=None
+)
+
+
+@contextlib.contextmanager
+def writing_into(
+    parameters: dict[str, jax.Array], arrays: dict[str, jax.Array], used: set[str]
+) -> Iterator[None]:
+    """While a loss is traced: the arrays that gradients are written into.
+
+    What is in them does not matter. A parameter takes its array if it comes to a loop over layers
+    as it is.
+
+    Args:
+        parameters: by name.
+        arrays: by name, each with shape and type of its parameter.
+        used: gets the names of those that are used.
+    """
+    known = {id(parameters[name]): (parameters[name], arrays[name], name) for name in arrays}
+    token = _BUFFERS.set((known, used))
+    try:
+        yield
+    finally:
+        _BUFFERS.reset(token)
+
+
+def buffer_of(parameter: jax.Array) -> jax.Array:
+    """Where a parameter's gradient is written: its array, once, or zeros."""
+    known, used = _BUFFERS.get() or ({}, set())
+    if id(parameter) not in known:
+        return jnp.zeros_like(parameter)
+    _, array, name = known.pop(id(parameter))
+    used.add(name)
+    return array
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -71,4 +111,4 @@ def _candidates(params: Any) -> set[str]:
     if not backend.is_one_cpu():
         return set()
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return {_name(path) for path in paths if experts.reads_in_stack(tree_paths.names(path))}
+    return {_name(path) for path in paths if tree_paths.is_experts_kernel(tree_paths.names(path))}
