@@ -10,7 +10,7 @@ what flows from layer to layer, unchanged. So the gradient of what is carried is
 passes through all layers in the backward pass, and each writes its own part of it. It may start as
 any array, such as that of the step before (parallel/gradient_buffers.py).
 
-The same numbers as by `jax.lax.scan`.
+The same numbers as by `jax.lax.scan`; of first derivatives alone, as the constant has none.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class LayerArray:
         """The result of a function that reads the layer's array in the stack; once only.
 
         Args:
-            function: (stack, carried, layer) -> (result, carried). Its gradient of what is carried
-                is the one that it gets, with the layer's part written.
+            function: (stack, carried, layer) -> (result, carried), a `jax.custom_vjp`. Its gradient
+                of what is carried is the one that it gets, with the layer's part written; it
+                returns `as_mapped` of what is carried.
         """
         assert not self.is_read, "a second gradient would be written over the first"
         self.is_read = True
@@ -63,11 +64,6 @@ class LayerArray:
     def copied(self) -> jax.Array:
         """The layer's array by itself."""
         return self.read(_copied)
-
-
-def array_of(value: LayerArray | jax.Array) -> jax.Array:
-    """An array as it is, a layer's copied out of its stack."""
-    return value.copied() if isinstance(value, LayerArray) else value
 
 
 def over_layers(
@@ -116,9 +112,31 @@ def over_layers(
     return _last(x, carried, [gradient_buffers.buffer_of(stack) for stack in stacks]), outputs
 
 
+@jax.custom_batching.custom_vmap
+def as_mapped(carried: jax.Array, *others: jax.Array) -> jax.Array:
+    """`carried`, mapped by `jax.vmap` if any of the other arrays is.
+
+    Of an array that is not mapped jax sums the gradients over what is: with the parts of other
+    layers, which are in each of them.
+    """
+    del others
+    return carried
+
+
+@as_mapped.def_vmap
+def _as_mapped(
+    count: int, mapped: list[bool], carried: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, bool]:
+    del others
+    if not mapped[0]:
+        carried = jnp.broadcast_to(carried[None], (count, *carried.shape))
+    return carried, True
+
+
 @jax.custom_vjp
 def _copied(stack: jax.Array, carried: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), carried
+    array = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return array, as_mapped(carried, stack, layer)
 
 
 def _copied_forward(
@@ -145,8 +163,7 @@ def _last(x: Any, carried: list[jax.Array], empty: list[jax.Array]) -> Any:
 
 
 def _last_forward(x: Any, carried: list, empty: list) -> tuple[Any, list]:
-    del carried
-    return x, empty
+    return x, [as_mapped(array, own) for array, own in zip(empty, carried, strict=True)]
 
 
 def _last_backward(empty: list, grad: Any) -> tuple[Any, list, None]:

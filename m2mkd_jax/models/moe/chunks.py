@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models.gradients_in_place import LayerArray
+from m2mkd_jax.models.gradients_in_place import LayerArray, as_mapped
 
 # Sizes that a chunk may have; the largest holds twice an expert's even share of the rows. Each is
 # compiled apart, which for small layers costs more than padding.
@@ -94,8 +94,8 @@ def chunked_linear(
 
     if isinstance(kernel, LayerArray):
         return kernel.read(product)
-    stack = kernel[None]
-    return product(jax.lax.stop_gradient(stack), stack, jnp.int32(0))[0]
+    # The kernel itself: so there are second derivatives too, for which the first one reads it.
+    return product(kernel[None], kernel[None], jnp.int32(0))[0]
 
 
 @jax.custom_vjp
@@ -111,13 +111,13 @@ def _chunks(
 
     Args:
         rows: (N, C).
-        stack: kernels of all layers (L, E, C, D), which get no gradient here.
+        stack: kernels of all layers (L, E, C, D), which get no first derivative here.
         bias: (E, D).
         sizes: (E,).
         layer: index of the layer.
         carried: the stack, which gets it.
     """
-    return _chunks_forward(rows, stack, bias, sizes, layer), carried
+    return _chunks_vjp(rows, stack, bias, sizes, layer, carried)[0]
 
 
 def _chunks_vjp(
@@ -129,7 +129,7 @@ def _chunks_vjp(
     carried: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     residuals = (rows, stack, bias, sizes, layer)
-    return (_chunks_forward(*residuals), carried), residuals
+    return (_chunks_forward(*residuals), as_mapped(carried, *residuals)), residuals
 
 
 def _chunks_pullback(residuals: Residuals, grads: tuple[jax.Array, jax.Array]) -> Gradients:

@@ -37,7 +37,6 @@ from jax.sharding import PartitionSpec
 
 from m2mkd_jax.errors import UserError
 from m2mkd_jax.models import layers
-from m2mkd_jax.models.gradients_in_place import array_of
 from m2mkd_jax.models.moe.grouped import (
     default_method,
     grouped_linear,
@@ -276,9 +275,8 @@ def on_experts(rows: jax.Array, weights: Any, apply: Apply) -> jax.Array:
     # The change of sharding is an all-to-all.
     rows = _moved(_constrain(_constrain(rows, by_group), by_expert))
 
-    def linear(rows: jax.Array, layer: dict[str, Any]) -> jax.Array:
-        kernel = array_of(layer["kernel"])
-        return jnp.einsum("egcd,edf->egcf", rows, kernel) + layer["bias"][:, None, None]
+    def linear(rows: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
+        return jnp.einsum("egcd,edf->egcf", rows, layer["kernel"]) + layer["bias"][:, None, None]
 
     rows = jnp.swapaxes(apply(weights, jnp.swapaxes(rows, 0, 1), linear), 0, 1)
     return _moved(_constrain(_constrain(rows, by_expert), by_group))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from m2mkd_jax.models.gradients_in_place import LayerArray, array_of
+from m2mkd_jax.models.gradients_in_place import LayerArray
 from m2mkd_jax.models.moe.chunks import chunked_linear
 from m2mkd_jax.parallel import backend
 
@@ -56,7 +56,7 @@ def grouped_linear(
     method = method or default_method()
     if method == "chunks":
         return chunked_linear(rows, kernel, bias, sizes)
-    kernel = array_of(kernel)
+    assert not isinstance(kernel, LayerArray)
     if method == "batched":
         own = tiles(sizes, len(rows))
         x = jnp.take(rows, own.source, axis=0, mode="fill", fill_value=0)

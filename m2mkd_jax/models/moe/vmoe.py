@@ -57,10 +57,16 @@ class Segment(nnx.Module):
         attention: Callable[..., Attention] = Attention,
         rngs: nnx.Rngs,
     ):
-        self.count, self.remat = count, spec.vit.remat
+        self.count, self.remat, self.spec = count, spec.vit.remat, spec
         self.blocks = layers.stack(
             lambda rngs: Block(spec, kind, attention=attention, rngs=rngs), count, rngs=rngs
         )
+
+    def sorts_rows(self, training: bool) -> bool:
+        """Whether rows are sorted by expert: not with capacity or expert choice (`blocks.MoE`)."""
+        spec = self.spec
+        dropless = spec.dispatch == "dropless" or not training
+        return dropless and spec.router != "expert_choice"
 
     def __call__(
         self,
@@ -84,7 +90,7 @@ class Segment(nnx.Module):
             (rates, keys),
             lambda block, x, inputs: block(x, *inputs),
             remat=self.remat,
-            uncopied=experts.reads_in_stack,
+            uncopied=experts.reads_in_stack if self.sorts_rows(keys is not None) else None,
         )
 
 

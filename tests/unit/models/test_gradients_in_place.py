@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from m2mkd_jax.models import gradients_in_place, layers
-from m2mkd_jax.models.gradients_in_place import LayerArray, array_of
+from m2mkd_jax.models.gradients_in_place import LayerArray
 from m2mkd_jax.models.moe.grouped import grouped_linear
 from m2mkd_jax.parallel import backend, gradient_buffers
+from tests.support import GRADIENT_TOLERANCE, assert_close, assert_trees_close
 
 LAYERS, EXPERTS, WIDTH, ROWS = 3, 4, 6, 40
 SIZES = jnp.asarray([13, 0, 26, 1])
@@ -34,7 +35,9 @@ def layer(x, params, shift):
     """Experts by the loop over chunks, a linear map that is copied out, a bias that always is."""
     bias = jnp.zeros((EXPERTS, WIDTH)) + params["plain"]["bias"][None]
     y = grouped_linear(x, params["experts"]["kernel"], bias, SIZES)
-    y = jnp.tanh(y) @ array_of(params["plain"]["kernel"]) + shift[None]
+    kernel = params["plain"]["kernel"]
+    kernel = kernel.copied() if isinstance(kernel, LayerArray) else kernel
+    y = jnp.tanh(y) @ kernel + shift[None]
     return x + y, y.sum()
 
 
@@ -82,6 +85,44 @@ def test_under_vmap():
     )
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapped", ["x", "shifts"])
+def test_under_vmap_with_shared_parameters(mapped):
+    """Each example's gradient is in the sum once, whatever layers come after."""
+    xs, many = normal(6, 3, ROWS, WIDTH), normal(7, 3, LAYERS, WIDTH)
+    axes = (0, None) if mapped == "x" else (None, 0)
+    pairs = [(xs[i], SHIFTS) if mapped == "x" else (X, many[i]) for i in range(3)]
+
+    def loss(params, x, shifts):
+        y, outputs = run(UNCOPIED, "never", params, x, shifts)
+        return (y**2).sum() + outputs[1]
+
+    def of_all(params):
+        whole = (xs, SHIFTS) if mapped == "x" else (X, many)
+        return jax.vmap(lambda x, shifts: loss(params, x, shifts), axes)(*whole).sum()
+
+    expected = [jax.jit(jax.grad(loss))(PARAMS, *pair) for pair in pairs]
+    found = jax.jit(jax.grad(of_all))(PARAMS)
+    assert_trees_close(found, jax.tree.map(lambda *a: sum(a), *expected), GRADIENT_TOLERANCE)
+    each = jax.vmap(jax.grad(loss), (None, *axes))
+    found = jax.jit(each)(PARAMS, *((xs, SHIFTS) if mapped == "x" else (X, many)))
+    assert_trees_close(found, jax.tree.map(lambda *a: jnp.stack(a), *expected), GRADIENT_TOLERANCE)
+
+
+def test_a_kernel_by_itself_has_second_derivatives():
+    kernel, direction = normal(8, EXPERTS, WIDTH, WIDTH), normal(9, EXPERTS, WIDTH, WIDTH)
+    owner, bias = jnp.repeat(jnp.arange(EXPERTS), SIZES), jnp.zeros((EXPERTS, WIDTH))
+
+    def loss(linear, kernel):
+        return (linear(jnp.tanh(linear(X, kernel)), kernel) ** 2).sum()
+
+    def product(linear):
+        gradient = jax.grad(functools.partial(loss, linear))
+        return jax.jit(lambda k, d: jax.jvp(gradient, (k,), (d,))[1])(kernel, direction)
+
+    found = product(lambda x, k: grouped_linear(x, k, bias, SIZES, "chunks"))
+    assert_close(found, product(lambda x, k: jnp.einsum("nc,ncd->nd", x, k[owner])), 1e-4)
 
 
 def test_what_is_in_a_buffer_does_not_matter():

@@ -1,6 +1,9 @@
 """The arrays of a step's largest gradients: of a small V-MoE, which keeps those of its experts."""
 
+import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from m2mkd_jax.parallel import backend
 from m2mkd_jax.train.optimizer import make_optimizer
 from m2mkd_jax.train.step import initial_state, make_joint_step, make_step
 from tests.random_params import random_params
-from tests.support import OUTPUT_TOLERANCE, assert_trees_close
+from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
 
 SPEC = vmoe.VMoESpec(vit.ViTSpec(8, 4, 8, 2, 5), (0, 1, 3), experts=2)
 BATCH = 6
@@ -154,3 +157,42 @@ def test_a_step_inside_another_program_keeps_nothing():
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     state, _ = step(state, {}, next(batches(1)))
     assert set(step.buffers.arrays) == KERNELS
+
+
+def test_a_state_that_is_constant_in_another_program():
+    step, state = make()
+    batch = next(batches(1))
+    inside = jax.jit(lambda batch: step(state, {}, batch)[1]["loss"])(batch)
+    state, metrics = step(state, {}, batch)
+    assert_close(inside, metrics["loss"], OUTPUT_TOLERANCE)
+    again, _ = make()
+    again(jax.tree.map(jnp.array, state), {}, batch)
+    jax.eval_shape(lambda batch: again(state, {}, batch), batch)
+    again(state, {}, batch)  # no array of the other program is left in it
+
+
+def test_the_arrays_go_with_the_step():
+    """At once, without a collection of garbage."""
+    step, state = make()
+    step(state, {}, next(batches(1)))
+    kept = [weakref.ref(array) for array in step.buffers.arrays.values()]
+    assert len(kept) == len(KERNELS)
+    gc.disable()
+    try:
+        del step
+        assert not any(array() is not None for array in kept)
+    finally:
+        gc.enable()
+
+
+def test_only_sorted_rows_are_read_in_their_stacks():
+    """Others have second derivatives, which a constant stack would not show."""
+    for dispatch, router, expected in (
+        ("dropless", "published", True),
+        ("capacity", "published", False),
+        ("dropless", "expert_choice", False),
+    ):
+        spec = dataclasses.replace(SPEC, dispatch=dispatch, router=router)
+        build = functools.partial(vmoe.build_stage, spec, 0, (4,))
+        stage = chain.merge(chain.abstract(lambda rngs, b=build: b(rngs=rngs)).graph, PARAMS, {})
+        assert stage.segment_0.sorts_rows(training=True) == expected
