@@ -260,7 +260,14 @@ def scan_stack(
 
 
 def _only_layer(step: Callable[..., tuple[Any, Any]], x: Any, inputs: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` over one layer, which may change the shape of x."""
+    """`jax.lax.scan` over one layer, which may change the shape of x.
+
+    Raises:
+        ValueError: there are inputs for more layers.
+    """
+    lengths = {len(leaf) for leaf in jax.tree.leaves(inputs)}
+    if lengths != {1}:
+        raise ValueError(f"one layer has inputs with leading axes of {sorted(lengths)}")
     x, output = step(x, jax.tree.map(lambda a: a[0], inputs))
     return x, jax.tree.map(lambda a: a[None], output)
 

@@ -195,6 +195,14 @@ def test_scanned_layers_equal_a_loop(stacked, remat):
     assert_trees_close(run(scanned(graph, remat)), run(looped), OUTPUT_TOLERANCE)
 
 
+@pytest.mark.parametrize("layers_of_it", [1, LAYERS])
+def test_inputs_of_other_layers_are_refused(stacked, layers_of_it):
+    graph, params = stacked
+    params = jax.tree.map(lambda a: a[:layers_of_it], params)
+    with pytest.raises(ValueError):
+        scanned(graph, "never")(params, normal(1, BATCH, WIDTH), normal(2, LAYERS + 1, WIDTH))
+
+
 def test_remat_recomputes(stacked):
     """The rematerialised loop keeps less: a checkpoint is really there."""
     graph, params = stacked
