@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         tokens = x.reshape(groups, -1, x.shape[-1])
         routing, aux = self.router(tokens, key)
         arguments = (tokens, routing, self.experts.weights(), experts.mlp)
-        if spec.dispatch == "dropless" or not training:
+        if spec.is_dropless(training):
             y, dropped = dispatch.dropless(*arguments)
         else:
             slots = spec.router_spec().capacity(tokens.shape[1])

@@ -98,16 +98,15 @@ def chunked_linear(
     return product(kernel[None], kernel[None], jnp.int32(0))[0]
 
 
-@jax.custom_vjp
-def _chunks(
+def _chunks_vjp(
     rows: jax.Array,
     stack: jax.Array,
     bias: jax.Array,
     sizes: jax.Array,
     layer: jax.Array,
     carried: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The rows' results, and `carried` as it is; see gradients_in_place.py.
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    """The rows' results and `carried`, see gradients_in_place.py; and what the gradient needs.
 
     Args:
         rows: (N, C).
@@ -117,17 +116,6 @@ def _chunks(
         layer: index of the layer.
         carried: the stack, which gets it.
     """
-    return _chunks_vjp(rows, stack, bias, sizes, layer, carried)[0]
-
-
-def _chunks_vjp(
-    rows: jax.Array,
-    stack: jax.Array,
-    bias: jax.Array,
-    sizes: jax.Array,
-    layer: jax.Array,
-    carried: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     residuals = (rows, stack, bias, sizes, layer)
     return (_chunks_forward(*residuals), as_mapped(carried, *residuals)), residuals
 
@@ -224,4 +212,5 @@ def _chunks_backward(
     return jax.lax.fori_loop(0, len(sizes), expert, start)
 
 
+_chunks = jax.custom_vjp(lambda *arguments: _chunks_vjp(*arguments)[0])
 _chunks.defvjp(_chunks_vjp, _chunks_pullback)

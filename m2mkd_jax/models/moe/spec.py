@@ -112,6 +112,14 @@ class VMoESpec:
         shared = self.dispatch == "capacity" or self.router == "expert_choice"
         return self.group_images if shared else 0
 
+    def is_dropless(self, training: bool) -> bool:
+        """Whether every choice of a token is served."""
+        return self.dispatch == "dropless" or not training
+
+    def sorts_rows(self, training: bool) -> bool:
+        """Whether each expert has as many rows as chose it, sorted by expert, on one device."""
+        return self.is_dropless(training) and self.router != "expert_choice"
+
     def router_spec(self) -> RouterSpec:
         """Hyperparameters of every block's router."""
         return RouterSpec(self.router, self.experts, self.top_k, self.noise, self.capacity_factor)

@@ -62,12 +62,6 @@ class Segment(nnx.Module):
             lambda rngs: Block(spec, kind, attention=attention, rngs=rngs), count, rngs=rngs
         )
 
-    def sorts_rows(self, training: bool) -> bool:
-        """Whether rows are sorted by expert: not with capacity or expert choice (`blocks.MoE`)."""
-        spec = self.spec
-        dropless = spec.dispatch == "dropless" or not training
-        return dropless and spec.router != "expert_choice"
-
     def __call__(
         self,
         x: jax.Array,
@@ -90,7 +84,7 @@ class Segment(nnx.Module):
             (rates, keys),
             lambda block, x, inputs: block(x, *inputs),
             remat=self.remat,
-            uncopied=experts.reads_in_stack if self.sorts_rows(keys is not None) else None,
+            uncopied=experts.reads_in_stack if self.spec.sorts_rows(keys is not None) else None,
         )
 
 

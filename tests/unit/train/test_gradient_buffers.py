@@ -193,6 +193,5 @@ def test_only_sorted_rows_are_read_in_their_stacks():
         ("dropless", "expert_choice", False),
     ):
         spec = dataclasses.replace(SPEC, dispatch=dispatch, router=router)
-        build = functools.partial(vmoe.build_stage, spec, 0, (4,))
-        stage = chain.merge(chain.abstract(lambda rngs, b=build: b(rngs=rngs)).graph, PARAMS, {})
-        assert stage.segment_0.sorts_rows(training=True) == expected
+        assert spec.sorts_rows(training=True) == expected
+        assert spec.sorts_rows(training=False) == (router == "published")
