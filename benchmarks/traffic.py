@@ -13,14 +13,14 @@ takes about
 at a share of the card's nominal bandwidth (--share) and the matrix rate that benchmarks/speed.py
 measures there (--rate, of 16-bit products; others count as half as fast). Launches, random numbers
 and exponentials are not in it. The compiler times libraries' kernels on the GPU itself, which it
-cannot do here, and matrix products of its own take too long to compile on a GPU for a NAC, so that
-they are off (--triton_gemm: on): single kernels may differ there.
+cannot do here: single kernels may differ there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -110,26 +110,26 @@ def _mesh(gpu: str) -> jax.sharding.AbstractMesh:
     return jax.sharding.AbstractMesh((1, 1), AXES, axis_types=types, abstract_device=device)
 
 
-def compile_for(gpu: str, function: Callable, arguments: tuple, triton_gemm: bool = False) -> Any:
+def compile_for(gpu: str, make: Callable[[], tuple[Any, tuple]]) -> Any:
     """A jitted function, compiled for a GPU that is not there.
 
     Args:
         gpu: of GPUS.
-        function: made by `jax.jit`.
-        arguments: shapes.
-        triton_gemm: let XLA generate matrix products of its own.
+        make: -> the function, made by `backend.jit` or `jax.jit`, and shapes of its arguments.
     """
     topology = topologies.get_topology_desc(
         gpu, platform="cuda", target_config=target_config(gpu), topology="1x1x1"
     )
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
-    )
     capability = ".".join(map(str, GPUS[gpu]["compute_capability"]))
-    with backend.tracing_for("gpu", capability), jax.sharding.use_abstract_mesh(_mesh(gpu)):
-        lowered = function.lower(*arguments)
-    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": triton_gemm})
+    with backend.tracing_for("gpu", capability):
+        function, arguments = make()
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
+        )
+        with jax.sharding.use_abstract_mesh(_mesh(gpu)):
+            lowered = function.lower(*arguments)
+    return lowered.compile()
 
 
 def seconds(kernel: Kernel, bandwidth: float, rate: float) -> tuple[float, float]:
@@ -208,14 +208,13 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.9, help="of the bandwidth that is reached")
     parser.add_argument("--rate", type=float, default=0.0, help="FLOP/s of 16-bit products")
     parser.add_argument("--largest", type=int, default=10, help="kernels that are shown")
-    parser.add_argument("--triton_gemm", action="store_true", help="XLA's own matrix products too")
     parser.add_argument("--fused", choices=FUSED, default="auto", help="config.nac.fused")
     parser.add_argument("--hlo", type=Path, help="file for the compiled program")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     began = time.perf_counter()
-    step, arguments = abstract_step(options.case, options.batch, options.fused)
-    compiled = compile_for(options.gpu, step, arguments, options.triton_gemm)
+    make = functools.partial(abstract_step, options.case, options.batch, options.fused)
+    compiled = compile_for(options.gpu, make)
     taken = time.perf_counter() - began
     text, facts = compiled.as_text(), GPUS[options.gpu]
     bandwidth = options.share * facts["limits"]["memory_bandwidth"]
@@ -225,7 +224,7 @@ def main() -> None:
     result = {
         "case": options.case,
         "gpu": options.gpu,
-        "batch": arguments[2]["image"].shape[0],
+        "batch": options.batch or CASES[options.case].accelerator,
         "jax": jax.__version__,
         "bandwidth": bandwidth,
         "rate": rate,

@@ -77,11 +77,11 @@ def draw(
     on = jax.random.bernoulli(on_key, recipe.mix_prob if mixup or cutmix else 0.0)
     use_cutmix = on & jax.random.bernoulli(kind_key, share)
     lam = jnp.ones(())
-    if mixup:
-        lam = jax.random.beta(mixup_key, mixup, mixup)
-    if cutmix:
-        lam = jnp.where(use_cutmix, jax.random.beta(cutmix_key, cutmix, cutmix), lam)
-    lam = jnp.where(on, lam, 1.0)
+    if mixup or cutmix:
+        # One draw for both: it is three loops, for whose ends a GPU makes its host wait.
+        alpha = jnp.where(use_cutmix, cutmix or 1.0, mixup or 1.0)
+        beta_key = jnp.where(use_cutmix, cutmix_key, mixup_key)
+        lam = jnp.where(on, jax.random.beta(beta_key, alpha, alpha), 1.0)
     height, width = image_shape[-3:-1]
     centre = jax.random.randint(centre_key, (2,), 0, jnp.asarray([height, width]))
     box = cut_box(lam, centre, image_shape)

@@ -28,7 +28,8 @@ _NOT_HIDDEN = ("patch_embed", "head", "to_logits", "depthwise", "router")
 # The share of AdamW's update that Muon's is scaled to (Liu et al. 2025, arXiv 2502.16982, eq. 4).
 _MUON_RMS = 0.2
 EMBEDDINGS = ("pos_embed", "cls_token")
-_SMALL = 2**14  # entries of an array that is copied sooner than a kernel starts
+# Entries of an array that is copied sooner than a kernel starts: on a CPU, on others.
+_SMALL = (2**14, 2**17)
 
 
 def decay_mask(params: Any, rule: str) -> Any:
@@ -236,17 +237,18 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def global_norm(tree: Any) -> jax.Array:
     """The square root of the sum of all squares, as `optax.tree.norm`.
 
-    On a CPU small arrays are summed as one: XLA compiles two kernels for each sum, of which a NAC
-    has more than a hundred.
+    On one device small arrays are summed as one: XLA compiles a kernel or two for each sum, and a
+    NAC has more than a hundred.
 
     Args:
         tree: of arrays.
     """
     leaves = jax.tree.leaves(tree)
-    if not backend.is_one_cpu():
+    if jax.device_count() > 1:
         return optax.tree.norm(leaves)
-    small = [leaf for leaf in leaves if leaf.size <= _SMALL]
-    parts = [leaf for leaf in leaves if leaf.size > _SMALL]
+    limit = _SMALL[backend.platform() != "cpu"]
+    small = [leaf for leaf in leaves if leaf.size <= limit]
+    parts = [leaf for leaf in leaves if leaf.size > limit]
     if small:
         parts.append(jnp.concatenate([leaf.ravel() for leaf in small]))
     return optax.tree.norm(parts)

@@ -276,19 +276,20 @@ class NAC(chain.Stage):
                 jitter(sender_codes, spec.code_noise, keys[2]),
             )
             log = self.mean_kernel(distance, layer.attention.bandwidth[...])
-            return weights, kernels.link_logits(log), keys
+            keep = None
+            if "rate" in own:
+                keep = fused.keep_factors(len(mediators), own["rate"], keys[3])
+            return weights, kernels.link_logits(log), keys[0], keep
 
         def iteration(own: Any, states: jax.Array) -> jax.Array:
-            (weights, logits, keys), rate = own
-            uniform = jax.random.uniform(keys[0], (len(states), *distance.shape))
+            weights, logits, key, keep = own
+            uniform = jax.random.uniform(key, (len(states), *distance.shape))
             log = kernels.relax(logits, uniform, spec.kernel_temperature, states.dtype)
-            dropped = None if rate is None else keys[3]
-            return fused.propagate(weights, inputs, states, log, spec.heads, rate, dropped)
+            return fused.propagate(weights, inputs, states, log, spec.heads, keep)
 
         if layers.recomputes(spec.remat):
             iteration = jax.checkpoint(iteration)
-        whole = jax.vmap(shared)(state, steps), steps.get("rate")
-        for own in _unstack(whole, spec.iterations):
+        for own in _unstack(jax.vmap(shared)(state, steps), spec.iterations):
             mediators = iteration(own, mediators)
         return mediators
 

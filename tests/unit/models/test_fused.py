@@ -171,7 +171,8 @@ def test_a_network(options, monkeypatch):
     for tree in (own[1], expected[1]):
         for part in ("propagators", "read_out"):
             tree[part]["attention"]["key"].pop("bias", None)
-    assert_trees_close(own[1], expected[1], 1e-4)
+    # The gradient of a gain is a sum of thousands of terms of either sign.
+    assert_trees_close(own[1], expected[1], 5e-4)
 
 
 @pytest.fixture

@@ -86,6 +86,17 @@ def test_a_level_of_optimisation_in_the_environment_stays(monkeypatch):
     assert levels == [{"xla_backend_optimization_level": 1}, {}]
 
 
+def test_a_gpu_program_goes_without_kernels_that_take_long_to_generate(monkeypatch):
+    found = []
+    monkeypatch.setattr(backend, "CompiledFunction", lambda _, options, **__: found.append(options))
+    for flags in ("", "--xla_gpu_enable_triton_gemm=true"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        with backend.tracing_for("gpu", "9.0"):
+            backend.jit(lambda x: x)
+    softmax = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
+    assert found == [softmax | {"xla_gpu_enable_triton_gemm": False}, softmax]
+
+
 def test_other_arguments_than_arrays_have_no_size(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 

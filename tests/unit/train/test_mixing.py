@@ -64,6 +64,16 @@ def test_one_kind_only(changes, cutmix_share):
     assert (lam < 1).mean() > 0.9
 
 
+def test_each_kind_is_drawn_as_it_would_be_alone():
+    lam, use_cutmix, box = draws(recipe(cutmix=0.3))
+    of_mixup, _, _ = draws(recipe(cutmix=0.0))
+    of_cutmix, _, boxes = draws(recipe(mixup=0.0, cutmix=0.3))
+    alone = np.where(use_cutmix, of_cutmix, of_mixup)
+    # The last digit of lam may move a border by a pixel.
+    assert np.isclose(lam, alone, atol=1e-6).mean() > 0.99
+    assert np.equal(box, boxes)[use_cutmix].mean() > 0.99
+
+
 def test_mix_prob():
     lam, use_cutmix, _ = draws(recipe(mix_prob=0.25))
     near(((lam < 1) | use_cutmix).mean(), 0.25, 0.45)

@@ -95,8 +95,7 @@ def propagate(
     mediators: jax.Array,
     log_kernel: jax.Array,
     heads: int,
-    rate: jax.Array | float | None = None,
-    key: jax.Array | None = None,
+    keep: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """A propagator whose senders are the input latents and the mediators.
 
@@ -108,13 +107,13 @@ def propagate(
         mediators: states (B, U, D).
         log_kernel: sampled, (B, U, V).
         heads: of the attention.
-        rate, key: of drop-path; None for no drop-path.
+        keep: drop-path, made by `keep_factors`; None for no drop-path.
 
     Returns:
         New states of the mediators (B, U, D).
     """
-    keys = (None, None) if key is None else jax.random.split(key)
-    keep = tuple(_factors(len(mediators), rate, k) for k in keys)
+    if keep is None:
+        keep = (jnp.ones((len(mediators),), jnp.float32),) * 2
     compute = functools.partial(_propagate, heads=heads)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
@@ -151,8 +150,17 @@ def _propagate(images: tuple[jax.Array, ...], w: Weights, heads: int) -> jax.Arr
     return layer.add(states, y, Residual(w.ffn_gamma, w.fc2.shift, ffn_keep))
 
 
-def _factors(batch: int, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
-    """What each image's residual branch is multiplied by, (B,) float32."""
-    if rate is None or key is None:
-        return jnp.ones((batch,), jnp.float32)
-    return layers.drop_path_factors((batch, 1, 1), rate, key)[:, 0, 0]
+def keep_factors(
+    batch: int, rate: jax.Array | float, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Drop-path's factors (B,) of each image, float32: of attention and of the feed-forward network.
+
+    Args:
+        batch: B.
+        rate: probability that an image's branch is dropped.
+        key: of both draws.
+    """
+    factors = [
+        layers.drop_path_factors((batch, 1, 1), rate, k)[:, 0, 0] for k in jax.random.split(key)
+    ]
+    return factors[0], factors[1]
