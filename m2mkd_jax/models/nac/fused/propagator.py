@@ -153,7 +153,7 @@ def _propagate(images: tuple[jax.Array, ...], w: Weights, heads: int) -> jax.Arr
 def keep_factors(
     batch: int, rate: jax.Array | float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Drop-path's factors (B,) of each image, float32: of attention and of the feed-forward network.
+    """Factors (B,) of drop-path, float32: of the attention and of the feed-forward network.
 
     Args:
         batch: B.
