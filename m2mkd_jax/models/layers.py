@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from m2mkd_jax import tree_paths
 from m2mkd_jax.models import gradients_in_place
+from m2mkd_jax.models.products import product
 from m2mkd_jax.parallel import backend
 
 Initialiser = Callable[..., jax.Array]
@@ -78,21 +79,22 @@ def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     from a transposed copy of the output's, at a half to a quarter of the speed
     (benchmarks/RESULTS.md).
     """
-    return _on_rows(lambda rows: rows @ kernel, x)
+    if backend.platform() != "cpu":
+        return x @ kernel
+    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Linear):
     """Flax's Linear, its product as that of `row_product`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _on_rows(super().__call__, x)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, dot_general=_row_dot_general)
 
 
-def _on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    if backend.platform() != "cpu":
-        return function(x)
-    y = function(x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+def _row_dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` as Flax's Linear calls it, without options of its own."""
+    assert not any(options.values()), options
+    return row_product(x, kernel)
 
 
 def torch_linear(c: int, d: int, *, rngs: nnx.Rngs) -> Linear:

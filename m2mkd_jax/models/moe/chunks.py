@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from m2mkd_jax.models.gradients_in_place import LayerArray, as_mapped
+from m2mkd_jax.models.products import transposed_product
 
 # Sizes that a chunk may have; the largest holds twice an expert's even share of the rows. Each is
 # compiled apart, which for small layers costs more than padding.
@@ -77,11 +78,6 @@ def _write_block(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
     """Writes a block's rows from `at` on; behind an expert's own others overwrite them."""
     begin, number = _place(at, len(block), len(rows))
     return _write(rows, jnp.where(number < at, _read(rows, begin, len(block)), block), begin)
-
-
-def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, **options: Any) -> jax.Array:
-    """Product of two matrices over an axis of each, without transposing a copy."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), **options)
 
 
 def chunked_linear(
@@ -184,9 +180,9 @@ def _chunks_backward(
         def product(size: int, at: jax.Array) -> tuple[jax.Array, ...]:
             begin, number = _place(at, size, len(rows))
             g = jnp.where((number >= at) & (number < end), _read(grad, begin, size), 0)
-            own_rows = _contract(g, weight, 1, 1).astype(rows.dtype)
+            own_rows = (g @ weight.T).astype(rows.dtype)
             x = _read(rows, begin, size)
-            d_weight = _contract(x, g, 0, 0, preferred_element_type=jnp.float32)
+            d_weight = transposed_product(x, g, preferred_element_type=jnp.float32)
             block = _block(own_rows, begin, at, chunk_sizes[-1], len(rows))
             return block, d_weight, g.sum(0, dtype=jnp.float32)
 

@@ -1,0 +1,50 @@
+"""Matrix products whose gradients are as fast as they themselves on a CPU.
+
+Axes: N rows, C channels in, D channels out.
+
+XLA hands a product over to a CPU's fastest kernels if it sums over the last axis of its first
+operand. The gradient of weights, x^T g, sums over the first axis of both, and another kernel takes
+up to twice as long for it (benchmarks/RESULTS.md): here it is a product with a transposed copy of
+x, which the barrier keeps the compiler from folding back into the product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m2mkd_jax.parallel import backend
+
+
+def transposed_product(x: jax.Array, g: jax.Array, **options: Any) -> jax.Array:
+    """x^T g: (..., N, C), (..., N, D) -> (..., C, D); options of `jnp.matmul`."""
+    return jnp.matmul(jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2)), g, **options)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel: (N, C), (C, D) -> (N, D).
+
+    On a CPU that is the only device there is no forward-mode derivative (`jax.jvp`) of float32.
+    """
+    if backend.is_one_cpu() and x.dtype == kernel.dtype == jnp.float32:
+        return _product(x, kernel)
+    return x @ kernel
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    return grad @ kernel.T, transposed_product(x, grad)
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,62 @@
+"""Products whose gradients are products with transposed copies on a CPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m2mkd_jax.models import layers
+from m2mkd_jax.parallel import backend
+from tests.support import assert_close
+
+RNG = np.random.RandomState(0)
+X, KERNEL = (RNG.randn(*shape).astype(np.float32) for shape in ((3, 5, 8), (8, 6)))
+
+
+def loss(product):
+    return lambda x, kernel: jnp.sin(product(x, kernel)).sum()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_gradients_are_those_of_a_plain_product(devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    found = jax.value_and_grad(loss(layers.row_product), (0, 1))(X, KERNEL)
+    expected = jax.value_and_grad(loss(jnp.matmul), (0, 1))(X, KERNEL)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), found, expected)
+
+
+def test_second_derivatives_and_mapped_products():
+    def of_gradient(product):
+        gradient = jax.grad(loss(product), 1)
+        return jax.vmap(jax.grad(lambda x, k: jnp.square(gradient(x, k)).sum(), 1), (0, None))
+
+    assert_close(
+        of_gradient(layers.row_product)(X, KERNEL), of_gradient(jnp.matmul)(X, KERNEL), 2e-6
+    )
+
+
+def test_a_gradient_sums_over_the_last_axis_of_its_first_operand():
+    gradient = backend.jit(jax.grad(loss(layers.row_product), 1))
+    text = gradient.lower(X, KERNEL).compile().as_text()
+    sums = re.findall(r"lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}", text)
+    assert sums and set(sums) == {("1", "0")}, sums
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_linear_layer_is_flax_s(use_bias):
+    own = layers.Linear(8, 6, use_bias=use_bias, rngs=nnx.Rngs(0))
+    flax = nnx.Linear(8, 6, use_bias=use_bias, rngs=nnx.Rngs(0))
+    assert_close(own(X), flax(X), 1e-6)
+    found, expected = (nnx.grad(lambda layer: jnp.sin(layer(X)).sum())(m) for m in (own, flax))
+    jax.tree.map(
+        lambda a, b: assert_close(a, b, 1e-6), nnx.to_pure_dict(found), nnx.to_pure_dict(expected)
+    )
+
+
+def test_sixteen_bit_products_stay_as_they_are():
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (X, KERNEL)]
+    assert layers.row_product(*half).dtype == jnp.bfloat16
+    assert jax.jvp(layers.row_product, half, half)[0].dtype == jnp.bfloat16
