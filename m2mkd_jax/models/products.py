@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from m2mkd_jax.parallel import backend
 
@@ -38,13 +39,21 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+Saved = tuple[jax.Array | None, jax.Array | None]
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(x: Any, kernel: Any) -> tuple[jax.Array, Saved]:
+    """The product, and what the gradients that are wanted need; weights may be frozen."""
+    saved = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return x.value @ kernel.value, saved
+
+
+def _backward(saved: Saved, grad: Any) -> Saved:
+    if isinstance(grad, SymbolicZero):
+        return None, None
     x, kernel = saved
-    return grad @ kernel.T, transposed_product(x, grad)
+    of_x = None if kernel is None else grad @ kernel.T
+    return of_x, None if x is None else transposed_product(x, grad)
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)

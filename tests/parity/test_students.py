@@ -176,7 +176,9 @@ def test_distillation_loss_and_gradients(name, case):
         if prefix and prefix + key in io:
             assert_close(value, io[prefix + key], GRADIENT_TOLERANCE, key)
         norm = float(jnp.linalg.norm(value.ravel()))
-        assert abs(norm - norms[key]) <= GRADIENT_TOLERANCE * max(norms[key], 1e-6 * total), key
+        # A gain's gradient is a sum of terms of either sign, which rounds as the largest of them:
+        # on processors without AVX-512 by 1.6e-9 of the whole gradient.
+        assert abs(norm - norms[key]) <= max(GRADIENT_TOLERANCE * norms[key], 3e-9 * total), key
 
 
 def test_assembly():

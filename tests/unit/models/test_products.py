@@ -45,6 +45,20 @@ def test_a_gradient_sums_over_the_last_axis_of_its_first_operand():
     assert sums and set(sums) == {("1", "0")}, sums
 
 
+def test_frozen_weights_get_no_gradient():
+    x = X[0]
+    of_x, of_kernel, both = (
+        str(jax.make_jaxpr(jax.grad(loss(layers.row_product), numbers))(x, KERNEL))
+        for numbers in (0, 1, (0, 1))
+    )
+    assert [text.count("dot_general[") for text in (of_x, of_kernel, both)] == [2, 2, 3]
+    nothing = jax.grad(lambda x, k: x.sum() + 0 * jnp.round(layers.row_product(x, k)).sum(), (0, 1))
+    assert [leaf.tolist() for leaf in nothing(x, KERNEL)] == [
+        np.ones_like(x).tolist(),
+        np.zeros_like(KERNEL).tolist(),
+    ]
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_a_linear_layer_is_flax_s(use_bias):
     own = layers.Linear(8, 6, use_bias=use_bias, rngs=nnx.Rngs(0))
