@@ -37,7 +37,8 @@ test: .venv-test/stamp
 	@failed=; $(MAKE) --no-print-directory lint || failed=" lint"; \
 	for lane in $(LANES); do \
 	  echo "== tests/$$lane"; \
-	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/$$lane \
+	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    tests/$$lane \
 	    || failed="$$failed tests/$$lane"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi

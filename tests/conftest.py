@@ -13,6 +13,11 @@ import pytest
 DEVICES = 8
 NO_SKIPS = ("tests/parity", "tests/multidevice")
 
+# Files that take longest: begun first, so that no worker is left with one at the end of a lane.
+LONGEST = (
+    "tests/multidevice/test_processes.py",
+)
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No silent promotion of types or ranks; processes that tests start inherit it.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -33,6 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if metadata.version("jax").startswith("0.10."):
             flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in LONGEST)
 
 
 def _only(config: pytest.Config, *lanes: str) -> bool:

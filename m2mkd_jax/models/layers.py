@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -81,7 +82,8 @@ def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if backend.platform() != "cpu":
         return x @ kernel
-    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would refuse C = 0
+    return product(rows, kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Linear):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 from m2mkd_jax.parallel import backend
 
@@ -27,11 +28,18 @@ def transposed_product(x: jax.Array, g: jax.Array, **options: Any) -> jax.Array:
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel: (N, C), (C, D) -> (N, D).
 
-    On a CPU that is the only device there is no forward-mode derivative (`jax.jvp`) of float32.
+    On a CPU that is the only device there is no forward-mode derivative (`jax.jvp`) of float32,
+    but in `jax.shard_map` and on meshes with explicit axes.
     """
-    if backend.is_one_cpu() and x.dtype == kernel.dtype == jnp.float32:
+    alike = x.dtype == kernel.dtype == jnp.float32
+    if backend.is_one_cpu() and alike and not (_has_placed_axes(x) or _has_placed_axes(kernel)):
         return _product(x, kernel)
     return x @ kernel
+
+
+def _has_placed_axes(a: jax.Array) -> bool:
+    """Whether the type of `a` says where its axes lie, as its gradient's would have to."""
+    return any(kind != AxisType.Auto for kind in jax.typeof(a).sharding.mesh.axis_types)
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -168,7 +169,12 @@ def jit(function: Callable[..., Any], *, once: bool = False, **arguments: Any) -
 
 
 def _is_flag(name: str) -> bool:
-    return name in os.environ.get("XLA_FLAGS", "")
+    """Whether $XLA_FLAGS sets an option; it holds flags, or names a file of them."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):
+        with contextlib.suppress(OSError):
+            flags = Path(flags).read_text(encoding="utf-8", errors="replace")
+    return name in flags
 
 
 @functools.cache

@@ -1,11 +1,14 @@
 """NAC students, their distillation and their assembly (fixtures f and g)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from m2mkd_jax.conversion.names import vit_stage_names
 from m2mkd_jax.conversion.names_nac import nac_names, nac_student_names
+from m2mkd_jax.losses import classification, distillation
 from m2mkd_jax.models import chain, vit
 from m2mkd_jax.models.nac.circuit import NAC
 from m2mkd_jax.models.nac.students import (
@@ -146,39 +149,62 @@ def trained_student(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("case", ["soft_tau1", "soft_tau2", "hard_tau1", "none_tau1"])
-def test_distillation_loss_and_gradients(name, case):
-    kind, tau = case.split("_tau")
-    program, frozen, batch, io = distillation_case(name, kind, float(tau))
+def test_outputs(name):
+    program, frozen, batch, io = distillation_case(name, "soft", 1.0)
     assert program.shared == (0 if name == "readin" else CASES[name][1])
-    trainable = {"student": trained_student(name)}
-    logits = program.logits(trainable, frozen, batch["image"])
+    prefix = program.student[: CASES[name][1]]
+
+    @jax.jit
+    def run(trainable, x):
+        logits = program.logits(trainable, frozen, x)
+        taught = program.run(program.teacher, trainable, frozen, x)
+        return logits, taught, program.run(prefix, trainable, frozen, x)
+
+    logits, taught, tokens = run({"student": trained_student(name)}, batch["image"])
     assert_close(logits, io["student_outputs"], OUTPUT_TOLERANCE)
-    taught = program.run(program.teacher, trainable, frozen, batch["image"])
     assert_close(taught, io["teacher_outputs"], OUTPUT_TOLERANCE)
-    if "meta_output" in io:  # what the student is given: the meta prefix's tokens
-        prefix = program.student[: CASES[name][1]]
-        tokens = program.run(prefix, trainable, frozen, batch["image"])
+    assert ("meta_output" in io) == (len(prefix) > 0)
+    if prefix:  # what the student is given: the meta prefix's tokens
         assert_close(tokens, io["meta_output"], OUTPUT_TOLERANCE)
-    grad = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
-    (loss, _), grads = grad(trainable, frozen, batch, None)
-    assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE)
-    prefix = {"soft_tau1": "grad.", "soft_tau2": "grad_soft_tau2."}.get(case)
-    kind_name = KIND[CASES[name][0]]
-    ours = arrays_to_torch(nac_student_names(STUDENT_SPEC, kind_name), grads["student"])
-    norms = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norms"]
-    assert set(norms) == set(ours)
-    total = facts(f"g_m2mkd/nac_{name}.json")[case]["grad_norm_total"]
-    for key, value in ours.items():
-        if "confidence_scorer" in key:
-            assert abs(value).max() <= 1e-6  # closed form: one latent, no gradient
-            continue
-        if prefix and prefix + key in io:
-            assert_close(value, io[prefix + key], GRADIENT_TOLERANCE, key)
-        norm = float(jnp.linalg.norm(value.ravel()))
-        # A gain's gradient is a sum of terms of either sign, which rounds as the largest of them:
-        # on processors without AVX-512 by 1.6e-9 of the whole gradient.
-        assert abs(norm - norms[key]) <= max(GRADIENT_TOLERANCE * norms[key], 3e-9 * total), key
+    labels = classification.soft_cross_entropy(logits, batch["target"])
+    for kind in ("hard", "none"):
+        loss = distillation.distill(labels, logits, taught, kind, 0.5)
+        assert_close(loss, io[f"{kind}_tau1.loss"], OUTPUT_TOLERANCE, kind)
+
+
+# What hard labels and no teacher give the logits' gradient is no matter of the student.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "soft") for name in CASES), ("readout", "hard"), ("readout", "none")],
+)
+def test_distillation_loss_and_gradients(name, kind):
+    program, frozen, batch, io = distillation_case(name, kind, 1.0)
+    recorded = facts(f"g_m2mkd/nac_{name}.json")
+
+    @jax.jit
+    def grad(trainable, temperature):
+        loss = dataclasses.replace(program, temperature=temperature).loss
+        return jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch, None)
+
+    # Gradients are recorded of the soft loss, of the others their norms alone.
+    given = {"soft_tau1": "grad.", "soft_tau2": "grad_soft_tau2."}
+    for case in [case for case in recorded if case.startswith(f"{kind}_tau")]:
+        (loss, _), grads = grad({"student": trained_student(name)}, float(case[-1]))
+        assert_close(loss, io[f"{case}.loss"], OUTPUT_TOLERANCE, case)
+        kind_name = KIND[CASES[name][0]]
+        ours = arrays_to_torch(nac_student_names(STUDENT_SPEC, kind_name), grads["student"])
+        norms, total = recorded[case]["grad_norms"], recorded[case]["grad_norm_total"]
+        assert set(norms) == set(ours)
+        for key, value in ours.items():
+            if "confidence_scorer" in key:
+                assert abs(value).max() <= 1e-6  # closed form: one latent, no gradient
+                continue
+            if case in given and given[case] + key in io:
+                assert_close(value, io[given[case] + key], GRADIENT_TOLERANCE, f"{case} {key}")
+            norm = float(jnp.linalg.norm(value.ravel()))
+            # A gain's gradient is a sum of terms of either sign, which rounds as the largest of
+            # them: on processors without AVX-512 by 1.6e-9 of the whole gradient.
+            assert abs(norm - norms[key]) <= max(GRADIENT_TOLERANCE * norms[key], 3e-9 * total), key
 
 
 def test_assembly():

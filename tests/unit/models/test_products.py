@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from m2mkd_jax.models import layers
 from m2mkd_jax.parallel import backend
@@ -26,6 +28,32 @@ def test_gradients_are_those_of_a_plain_product(devices, monkeypatch):
     found = jax.value_and_grad(loss(layers.row_product), (0, 1))(X, KERNEL)
     expected = jax.value_and_grad(loss(jnp.matmul), (0, 1))(X, KERNEL)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), found, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("split", [False, True])
+def test_gradients_in_a_mesh_are_those_of_a_plain_product(kind, split):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,))
+    arrays = [
+        jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((X, P("data")), (KERNEL, P()))
+    ]
+
+    def gradients(product):
+        if split:
+            specs = (P("data"), P())
+            product = jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=P("data"))
+        return jax.jit(jax.grad(loss(product), (0, 1)))(*arrays)
+
+    with jax.set_mesh(mesh):
+        found, expected = gradients(layers.row_product), gradients(jnp.matmul)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 5, 0), (0, 0)])
+def test_a_product_of_nothing(shape):
+    kernel = np.ones((shape[-1], 6), np.float32)
+    found = layers.row_product(jnp.ones(shape), kernel)
+    np.testing.assert_array_equal(found, np.zeros((*shape[:-1], 6)))
 
 
 def test_second_derivatives_and_mapped_products():

@@ -75,15 +75,18 @@ def test_a_program_with_large_arguments_plans_for_less_memory(monkeypatch, abstr
     assert planned(backend.jit(branches), given) == small_plan
 
 
-def test_a_level_of_optimisation_in_the_environment_stays(monkeypatch):
+def test_a_level_of_optimisation_in_the_environment_stays(monkeypatch, tmp_path):
     levels = []
+    file = tmp_path / "flags"
+    file.write_text("--xla_backend_optimization_level=2\n")
     monkeypatch.setattr(
         backend, "CompiledFunction", lambda _, options, **__: levels.append(options)
     )
-    for flags in ("", "--xla_backend_optimization_level=3"):
+    for flags in ("", "--xla_backend_optimization_level=3", str(file), str(tmp_path / "none")):
         monkeypatch.setenv("XLA_FLAGS", flags)
         backend.jit(lambda x: x)
-    assert levels == [{"xla_backend_optimization_level": 1}, {}]
+    ours = {"xla_backend_optimization_level": 1}
+    assert levels == [ours, {}, {}, ours]
 
 
 def test_a_gpu_program_goes_without_kernels_that_take_long_to_generate(monkeypatch):
