@@ -14,9 +14,7 @@ DEVICES = 8
 NO_SKIPS = ("tests/parity", "tests/multidevice")
 
 # Files that take longest: begun first, so that no worker is left with one at the end of a lane.
-LONGEST = (
-    "tests/multidevice/test_processes.py",
-)
+LONGEST = ("tests/multidevice/test_processes.py",)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No silent promotion of types or ranks; processes that tests start inherit it.
