@@ -38,8 +38,7 @@ test: .venv-test/stamp
 	for lane in $(LANES); do \
 	  echo "== tests/$$lane"; \
 	  JAX_PLATFORMS=cpu .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	    tests/$$lane \
-	    || failed="$$failed tests/$$lane"; \
+	    tests/$$lane || failed="$$failed tests/$$lane"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 

@@ -14,7 +14,16 @@ DEVICES = 8
 NO_SKIPS = ("tests/parity", "tests/multidevice")
 
 # Files that take longest: begun first, so that no worker is left with one at the end of a lane.
-LONGEST = ("tests/multidevice/test_processes.py",)
+LONGEST = (
+    "tests/unit/models/test_fused.py",
+    "tests/unit/models/test_nac_options.py",
+    "tests/parity/test_steps.py",
+    "tests/parity/test_students.py",
+    "tests/parity/test_vit.py",
+    "tests/multidevice/test_processes.py",
+    "tests/e2e/test_pipeline.py",
+    "tests/e2e/test_vmoe_pipeline.py",
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No silent promotion of types or ranks; processes that tests start inherit it.
