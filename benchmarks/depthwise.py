@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from m2mkd_jax.models import depthwise
 
 SHAPES = ((64, 8, 8, 16), (64, 4, 4, 32), (128, 16, 16, 96), (16, 56, 56, 128))
-METHODS = ("native", "positions", "columns")
+METHODS = ("native", "positions", "shifts")
 SIZE = 7
 BAND_LIMIT = 2**31  # bytes of the matrix that 'positions' builds
 

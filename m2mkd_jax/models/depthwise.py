@@ -7,11 +7,15 @@ Source: docs/reference.md#nac-tokenizer.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from m2mkd_jax.models import layers
+from m2mkd_jax.models.products import has_placed_axes
 from m2mkd_jax.parallel import backend
 
 
@@ -30,25 +34,25 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
     """Convolves channel by channel with zero padding.
 
     XLA's own depthwise convolution is 10 to 100 times slower than needed on a CPU
-    (benchmarks/RESULTS.md), so there it is computed as a product with banded matrices.
+    (benchmarks/RESULTS.md), so there it is written out in one of two ways.
 
     Args:
         x: (B, H, W, C).
         kernel: (K, K, C) with K odd.
-        method: 'native', XLA's convolution; 'positions', one banded matrix over all positions;
-            'columns', banded matrices over the columns, one kernel row at a time; None chooses by
-            backend, images and their size.
+        method: 'native', XLA's convolution; 'positions', a product with one banded matrix over all
+            positions; 'shifts', the sum over the kernel's entries of x shifted (without a
+            forward-mode derivative); None chooses by backend, images and their size.
 
     Returns:
         (B, H, W, C).
     """
     h, w = x.shape[1:3]
     if method is None:
-        if backend.platform() != "cpu":
+        if backend.platform() != "cpu" or has_placed_axes(x) or has_placed_axes(kernel):
             method = "native"
         else:
             # All positions: (H W)^2 entries of a band per channel, however few images.
-            method = "positions" if h * w <= min(256, 4 * len(x)) else "columns"
+            method = "positions" if h * w <= min(64, 4 * len(x)) else "shifts"
     if method == "native":
         return jax.lax.conv_general_dilated(
             x,
@@ -58,19 +62,58 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=x.shape[-1],
         )
+    if method == "shifts":
+        return _sum_of_shifts(x, kernel)
     size = kernel.shape[0]
     across, across_inside = _band(w, size)
-    if method == "columns":
-        rows = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0)))
-        rows = jnp.stack([rows[:, i : i + h] for i in range(size)], axis=-2)
-        band = kernel[:, across] * across_inside[None, :, :, None].astype(kernel.dtype)
-        return jnp.einsum("bhwkc,kuwc->bhuc", rows, band)
     down, down_inside = _band(h, size)
     band = kernel[down[:, None, :, None], across[None, :, None, :]]
     inside = down_inside[:, None, :, None] & across_inside[None, :, None, :]
     band = band * inside[..., None].astype(kernel.dtype)
     band = band.reshape(h * w, h * w, -1)
     return jnp.einsum("bvc,uvc->buc", x.reshape(x.shape[0], h * w, -1), band).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One pass over the output: XLA fuses all K^2 terms, which never leave the registers."""
+    h, w = x.shape[1:3]
+    padded, exact = _pad(x, kernel), np.promote_types(x.dtype, np.float32)
+    terms = [
+        padded[:, i : i + h, j : j + w].astype(exact) * kernel[None, None, None, i, j].astype(exact)
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
+def _pad(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (B, H + K - 1, W + K - 1, C)."""
+    return jnp.pad(x, ((0, 0), *((size // 2, size // 2) for size in kernel.shape[:2]), (0, 0)))
+
+
+Operands = tuple[jax.Array, jax.Array]
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Operands]:
+    return _sum_of_shifts(x, kernel), (x, kernel)
+
+
+def _backward(saved: Operands, grad: jax.Array) -> Operands:
+    """A correlation of `grad` with the kernel, and of x with `grad`, one entry after the other."""
+    x, kernel = saved
+    padded, exact = _pad(x, kernel), np.promote_types(x.dtype, np.float32)
+
+    def entry(at: jax.Array) -> jax.Array:
+        shifted = jax.lax.dynamic_slice(padded, (0, *divmod(at, kernel.shape[1]), 0), x.shape)
+        # Summed over images outside the loop: they may lie on several devices.
+        return jnp.sum(shifted.astype(exact) * grad.astype(exact), (1, 2))
+
+    of_kernel = jax.lax.map(entry, jnp.arange(kernel[..., 0].size)).sum(1).reshape(kernel.shape)
+    return _sum_of_shifts(grad, kernel[::-1, ::-1]), of_kernel.astype(kernel.dtype)
+
+
+_sum_of_shifts.defvjp(_forward, _backward)
 
 
 def _band(length: int, size: int) -> tuple[jax.Array, jax.Array]:

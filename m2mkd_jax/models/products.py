@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from m2mkd_jax.parallel import backend
@@ -22,7 +23,16 @@ from m2mkd_jax.parallel import backend
 
 def transposed_product(x: jax.Array, g: jax.Array, **options: Any) -> jax.Array:
     """x^T g: (..., N, C), (..., N, D) -> (..., C, D); options of `jnp.matmul`."""
+    # XLA would fuse the copy with all that computes x, which is then read by columns: four times
+    # as slow (benchmarks/RESULTS.md). It fuses nothing across a call that is not inlined.
+    with set_xla_metadata(inlineable="false"):
+        x = _itself(x)
     return jnp.matmul(jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2)), g, **options)
+
+
+@jax.jit
+def _itself(x: jax.Array) -> jax.Array:
+    return x
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -32,12 +42,12 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     but in `jax.shard_map` and on meshes with explicit axes.
     """
     alike = x.dtype == kernel.dtype == jnp.float32
-    if backend.is_one_cpu() and alike and not (_has_placed_axes(x) or _has_placed_axes(kernel)):
+    if backend.is_one_cpu() and alike and not (has_placed_axes(x) or has_placed_axes(kernel)):
         return _product(x, kernel)
     return x @ kernel
 
 
-def _has_placed_axes(a: jax.Array) -> bool:
+def has_placed_axes(a: jax.Array) -> bool:
     """Whether the type of `a` says where its axes lie, as its gradient's would have to."""
     return any(kind != AxisType.Auto for kind in jax.typeof(a).sharding.mesh.axis_types)
 

@@ -74,7 +74,7 @@ class ModulatedLinear(nnx.Module):
 
     def modulation(self, codes: jax.Array) -> jax.Array:
         """Codes (U, S) -> m (U, C), in the type of the codes: float32."""
-        scale = codes @ self.scale.kernel[...].astype(codes.dtype)
+        scale = layers.row_product(codes, self.scale.kernel[...].astype(codes.dtype))
         scale = self.gain[...] * normalise_scale(scale, self.spec.modulation)
         return scale + 1.0 if self.spec.add_one else scale
 

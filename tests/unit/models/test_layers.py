@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m2mkd_jax.models import chain, depthwise, layers
+from m2mkd_jax.models import chain, layers
 from m2mkd_jax.parallel import backend
 from tests.random_params import random_params
 from tests.support import OUTPUT_TOLERANCE, assert_close, assert_trees_close
@@ -76,36 +76,6 @@ def test_layer_norm_of_an_accelerator_has_the_gradients_of_a_cpu():
             return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
 
     assert_trees_close(gradient("gpu"), gradient("cpu"), 1e-5)
-
-
-# (H, W) smaller than the kernel, not square, odd; kernels 3 and 7.
-@pytest.mark.parametrize("size", [3, 7])
-@pytest.mark.parametrize("h, w", [(8, 8), (2, 5), (4, 3)])
-def test_depthwise_convolutions(h, w, size):
-    x, kernel, weight = normal(0, 2, h, w, 5), normal(1, size, size, 5), normal(2, 2, h, w, 5)
-
-    def run(method):
-        def loss(x, kernel):
-            y = depthwise.depthwise_conv(x, kernel, method)
-            return (weight * y).sum(), y
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
-
-    expected = run("native")
-    for method in ("positions", "columns"):
-        assert_trees_close(run(method), expected, OUTPUT_TOLERANCE)
-
-
-def test_depthwise_convolution_is_one_with_zero_padding():
-    x, kernel = normal(0, 1, 4, 4, 2), normal(1, 3, 3, 2)
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    expected = np.zeros(x.shape)
-    for i in range(3):
-        for j in range(3):
-            expected += padded[:, i : i + 4, j : j + 4] * np.asarray(kernel[i, j])
-    for method in ("native", "positions", "columns", None):
-        actual = jax.jit(lambda x, k, m=method: depthwise.depthwise_conv(x, k, m))(x, kernel)
-        assert_close(actual, expected, OUTPUT_TOLERANCE, str(method))
 
 
 def test_patches_are_a_strided_convolution():

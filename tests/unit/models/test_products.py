@@ -73,6 +73,17 @@ def test_a_gradient_sums_over_the_last_axis_of_its_first_operand():
     assert sums and set(sums) == {("1", "0")}, sums
 
 
+def test_a_transposed_copy_is_made_from_rows_in_memory():
+    """Not from what computes them, number by number along the columns."""
+    x, kernel = np.ones((640, 64), np.float32), np.ones((64, 48), np.float32)
+    gradient = jax.grad(lambda k, x: loss(layers.row_product)(x * x, k))
+    text = backend.jit(gradient).lower(kernel, x).compile().as_text()
+    functions = re.split(r"\n}", text)
+    assert any(" multiply(" in body for body in functions)
+    transposed = [body for body in functions if "[64,640]{1,0} copy(" in body]
+    assert transposed and not any(" multiply(" in body for body in transposed), transposed
+
+
 def test_frozen_weights_get_no_gradient():
     x = X[0]
     of_x, of_kernel, both = (
