@@ -41,14 +41,21 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
         kernel: (K, K, C) with K odd.
         method: 'native', XLA's convolution; 'positions', a product with one banded matrix over all
             positions; 'shifts', the sum over the kernel's entries of x shifted (without a
-            forward-mode derivative); None chooses by backend, images and their size.
+            forward-mode derivative, but in `jax.shard_map` and on meshes with explicit axes);
+            None chooses by backend, images and their size.
 
     Returns:
         (B, H, W, C).
+
+    Raises:
+        ValueError: the kernel is not square or not odd.
     """
-    h, w = x.shape[1:3]
+    h, w, channels = x.shape[1:]
+    size = kernel.shape[0]
+    if kernel.shape[1] != size or size % 2 == 0:
+        raise ValueError(f"kernel of {size} x {kernel.shape[1]}: expected K x K with K odd")
     if method is None:
-        if backend.platform() != "cpu" or has_placed_axes(x) or has_placed_axes(kernel):
+        if backend.platform() != "cpu":
             method = "native"
         else:
             # All positions: (H W)^2 entries of a band per channel, however few images.
@@ -63,19 +70,20 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
             feature_group_count=x.shape[-1],
         )
     if method == "shifts":
-        return _sum_of_shifts(x, kernel)
-    size = kernel.shape[0]
+        placed = has_placed_axes(x) or has_placed_axes(kernel)
+        dtype = jnp.result_type(x, kernel)
+        return (_shifts if placed else _sum_of_shifts)(x.astype(dtype), kernel.astype(dtype))
     across, across_inside = _band(w, size)
     down, down_inside = _band(h, size)
     band = kernel[down[:, None, :, None], across[None, :, None, :]]
     inside = down_inside[:, None, :, None] & across_inside[None, :, None, :]
     band = band * inside[..., None].astype(kernel.dtype)
-    band = band.reshape(h * w, h * w, -1)
-    return jnp.einsum("bvc,uvc->buc", x.reshape(x.shape[0], h * w, -1), band).reshape(x.shape)
+    band = band.reshape(h * w, h * w, channels)
+    rows = x.reshape(x.shape[0], h * w, channels)
+    return jnp.einsum("bvc,uvc->buc", rows, band).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """One pass over the output: XLA fuses all K^2 terms, which never leave the registers."""
     h, w = x.shape[1:3]
     padded, exact = _pad(x, kernel), np.promote_types(x.dtype, np.float32)
@@ -85,6 +93,9 @@ def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for j in range(kernel.shape[1])
     ]
     return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
+_sum_of_shifts = jax.custom_vjp(_shifts)
 
 
 def _pad(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -109,7 +120,8 @@ def _backward(saved: Operands, grad: jax.Array) -> Operands:
         # Summed over images outside the loop: they may lie on several devices.
         return jnp.sum(shifted.astype(exact) * grad.astype(exact), (1, 2))
 
-    of_kernel = jax.lax.map(entry, jnp.arange(kernel[..., 0].size)).sum(1).reshape(kernel.shape)
+    entries = jnp.arange(kernel.shape[0] * kernel.shape[1])
+    of_kernel = jax.lax.map(entry, entries).sum(1).reshape(kernel.shape)
     return _sum_of_shifts(grad, kernel[::-1, ::-1]), of_kernel.astype(kernel.dtype)
 
 

@@ -90,7 +90,8 @@ class CompiledFunction:
         self._compile = functools.partial(jax.jit, function, **arguments)
         self._options = options
         self._compiled: Any = None
-        functools.update_wrapper(self, function)
+        # Not its attributes: a transformed CompiledFunction has copies of this class's.
+        functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *arguments: Any) -> Any:
         try:

@@ -73,18 +73,40 @@ def test_kernels_of_several_networks_and_second_derivatives():
     assert_close(second("shifts"), second("native"), OUTPUT_TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", [(0, 9, 9, 3), (2, 0, 9, 3), (2, 9, 9, 0), (2, 2, 2, 0)])
+def test_a_convolution_of_nothing(shape):
+    x, kernel = jnp.ones(shape), jnp.ones((3, 3, shape[-1]))
+    y, of_both = jax.value_and_grad(lambda *a: depthwise_conv(*a).sum(), argnums=(0, 1))(x, kernel)
+    assert y == 0 and [a.shape for a in of_both] == [x.shape, kernel.shape]
+    assert not of_both[1].any()
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 4), (0, 0)])
+def test_kernels_that_are_not_square_or_not_odd_are_refused(size):
+    with pytest.raises(ValueError, match="expected K x K with K odd"):
+        depthwise_conv(jnp.ones((2, 9, 9, 3)), jnp.ones((*size, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operands_of_two_types_are_refused(method):
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        depthwise_conv(jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3), jnp.bfloat16), method)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("split", [False, True])
-def test_gradients_in_a_mesh(kind, split):
+@pytest.mark.parametrize("along", ["images", "channels"])
+def test_gradients_in_a_mesh(kind, split, along):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,))
-    specs = P("data"), P()
+    images, channels = (P("data"), P()), (P(None, None, None, "data"), P(None, None, "data"))
+    specs = images if along == "images" else channels
     x, kernel = normal(0, 2, 9, 9, 3), normal(1, 3, 3, 3)
     expected = gradients(x, kernel, jnp.ones(()), "native")[0]
 
     def run(x, kernel):
         conv = depthwise_conv
         if split:
-            conv = jax.shard_map(conv, mesh=mesh, in_specs=specs, out_specs=P("data"))
+            conv = jax.shard_map(conv, mesh=mesh, in_specs=specs, out_specs=specs[0])
         return jax.jit(jax.grad(lambda *a: conv(*a).sum(), argnums=(0, 1)))(x, kernel)
 
     with jax.set_mesh(mesh):

@@ -39,6 +39,14 @@ def test_a_function_compiled_with_options_can_be_called_inside_another(monkeypat
     assert jax.grad(lambda x: double(x).sum())(x).tolist() == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("transform", [jax.grad, jax.vmap, jax.checkpoint])
+def test_a_transformed_function_compiles_as_itself(transform):
+    inner = backend.jit(lambda x: 2 * jnp.sin(x))
+    x = jnp.float32(1.0) if transform is jax.grad else jnp.ones(3)
+    expected = transform(lambda x: 2 * jnp.sin(x))(x)
+    assert_close(backend.jit(transform(inner))(x), expected, 1e-6)
+
+
 def test_options_that_the_compiler_does_not_know_are_told_apart():
     assert backend.is_option("xla_cpu_use_fusion_emitters", False)
     assert not backend.is_option("xla_cpu_use_no_such_thing", False)
