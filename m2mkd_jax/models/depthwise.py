@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from m2mkd_jax.models import layers
@@ -70,8 +69,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
             feature_group_count=x.shape[-1],
         )
     if method == "shifts":
-        placed = has_placed_axes(x) or has_placed_axes(kernel)
         dtype = jnp.result_type(x, kernel)
+        # There the types of our own gradients would have to say where their axes lie.
+        placed = has_placed_axes(x) or has_placed_axes(kernel)
         return (_shifts if placed else _sum_of_shifts)(x.astype(dtype), kernel.astype(dtype))
     across, across_inside = _band(w, size)
     down, down_inside = _band(h, size)
@@ -86,9 +86,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, method: str | None = None) -
 def _shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """One pass over the output: XLA fuses all K^2 terms, which never leave the registers."""
     h, w = x.shape[1:3]
-    padded, exact = _pad(x, kernel), np.promote_types(x.dtype, np.float32)
+    padded, factors = _pad(x, kernel), layers.widened(kernel)
     terms = [
-        padded[:, i : i + h, j : j + w].astype(exact) * kernel[None, None, None, i, j].astype(exact)
+        layers.widened(padded[:, i : i + h, j : j + w]) * factors[None, None, None, i, j]
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]
@@ -100,7 +100,8 @@ _sum_of_shifts = jax.custom_vjp(_shifts)
 
 def _pad(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(B, H, W, C) -> (B, H + K - 1, W + K - 1, C)."""
-    return jnp.pad(x, ((0, 0), *((size // 2, size // 2) for size in kernel.shape[:2]), (0, 0)))
+    border = (kernel.shape[0] // 2,) * 2
+    return jnp.pad(x, ((0, 0), border, border, (0, 0)))
 
 
 Operands = tuple[jax.Array, jax.Array]
@@ -113,12 +114,12 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Operands]:
 def _backward(saved: Operands, grad: jax.Array) -> Operands:
     """A correlation of `grad` with the kernel, and of x with `grad`, one entry after the other."""
     x, kernel = saved
-    padded, exact = _pad(x, kernel), np.promote_types(x.dtype, np.float32)
+    padded, wide = _pad(x, kernel), layers.widened(grad)
 
     def entry(at: jax.Array) -> jax.Array:
         shifted = jax.lax.dynamic_slice(padded, (0, *divmod(at, kernel.shape[1]), 0), x.shape)
         # Summed over images outside the loop: they may lie on several devices.
-        return jnp.sum(shifted.astype(exact) * grad.astype(exact), (1, 2))
+        return (layers.widened(shifted) * wide).sum((1, 2))
 
     entries = jnp.arange(kernel.shape[0] * kernel.shape[1])
     of_kernel = jax.lax.map(entry, entries).sum(1).reshape(kernel.shape)

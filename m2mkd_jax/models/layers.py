@@ -53,7 +53,7 @@ def gelu(x: jax.Array) -> jax.Array:
     jax.nn.gelu takes erfc, for the digits of results below 1e-6, which is slow on a CPU
     (benchmarks/RESULTS.md). Of 16-bit numbers it rounds the erfc too, and XLA stores it on a GPU.
     """
-    wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
+    wide = widened(x)
     half = 0.5 * wide
     return (half + half * jax.lax.erf(wide * 0.5**0.5)).astype(x.dtype)
 
@@ -119,7 +119,7 @@ class LayerNorm(nnx.LayerNorm):
             return _normalise(x, scale, bias, self.epsilon)
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(x, scale, bias)
-        wide = _widened(x)
+        wide = widened(x)
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
@@ -139,13 +139,13 @@ def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 def _normalise_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    wide = _widened(x)
+    wide = widened(x)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + epsilon)
     mean, inverse = (checkpoint_name(a, KEPT) for a in (mean, inverse))
     y = (wide - mean) * inverse
-    y = y * align_rank(_widened(scale), y) + align_rank(_widened(bias), y)
+    y = y * align_rank(widened(scale), y) + align_rank(widened(bias), y)
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(x, scale, bias)
     return y.astype(dtype), (x, scale, bias, mean, inverse)
@@ -155,8 +155,8 @@ def _normalise_backward(
     epsilon: float, saved: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale, bias, mean, inverse = saved
-    grad, normal = _widened(grad), (_widened(x) - mean) * inverse
-    of_normal = grad * align_rank(_widened(scale), grad)
+    grad, normal = widened(grad), (widened(x) - mean) * inverse
+    of_normal = grad * align_rank(widened(scale), grad)
     along = (of_normal * normal).mean(-1, keepdims=True)
     of_x = (of_normal - of_normal.mean(-1, keepdims=True) - normal * along) * inverse
     rows = tuple(range(x.ndim - 1))
@@ -167,7 +167,8 @@ def _normalise_backward(
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _widened(x: jax.Array) -> jax.Array:
+def widened(x: jax.Array) -> jax.Array:
+    """16-bit numbers as float32, others as they are."""
     return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
 
 
