@@ -18,7 +18,8 @@ WORKDIR ?= runs/vmoe_digits
 WORKERS ?= 2
 LANES := unit parity multidevice e2e chaos
 
-PIP_FLAGS := --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; compiling all of them takes half of the installing.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # The tests convert to and from torch. The package index's own torch for Linux brings gigabytes of
 # CUDA, so this exact version is first looked for where it is built without (TORCH_INDEX= : not).
 TORCH ?= torch==2.13.0

@@ -121,20 +121,20 @@ def run(name: str, dtype=jnp.float32):
         grad = jax.value_and_grad(program.loss, has_aux=True)
         (loss, _), grads = grad(params, frozen, batch, None)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss, grads
+        return optax.apply_updates(params, updates), state, loss, optax.tree.norm(grads), grads
 
     def by_name(tree):
         return arrays_to_torch(table, tree["net"], VIT_SPEC.patch)
 
-    state, values, norms, gradients = optimizer.init(params), [], [], []
+    state, values, norms, gradients = jax.jit(optimizer.init)(params), [], [], []
     for i in range(STEPS):
         batch = {
             "image": nhwc(fixture[f"image_{i}"]).astype(dtype),
             "target": jnp.asarray(fixture[f"labels_{i}"], dtype),
         }
-        params, state, loss, grads = step(params, state, batch)
+        params, state, loss, norm, grads = step(params, state, batch)
         values.append(loss)
-        norms.append(optax.tree.norm(grads))
+        norms.append(norm)
         gradients.append(by_name(grads))
     return fixture, np.array(values), np.array(norms), gradients, by_name(params)
 

@@ -44,10 +44,16 @@ def test_every_recorded_range(name, meta):
     io = arrays(f"{name}{'_meta' if meta else ''}/io.npz")
     total = sum(stage.depth for stage in stages)
     image = nhwc(io["image"])
-    assert_close(jax.jit(lambda x: chain.run(stages, x))(image), io["logits"], OUTPUT_TOLERANCE)
     last = nnx.clone(stages[-1])
     last.head = lambda features: features
-    assert_close(chain.run([*stages[:-1], last], image), io["features"], OUTPUT_TOLERANCE)
+
+    @jax.jit
+    def run(x):
+        return chain.run(stages, x), chain.run([*stages[:-1], last], x)
+
+    logits, features = run(image)
+    assert_close(logits, io["logits"], OUTPUT_TOLERANCE)
+    assert_close(features, io["features"], OUTPUT_TOLERANCE)
     ranges = [key for key in io if key.startswith("range_")]
     assert ranges
     for key in ranges:
@@ -56,13 +62,17 @@ def test_every_recorded_range(name, meta):
         x = image if source == "image" else io[source]
         if (start, end) == (0, 0):
             # The original applies the final norm when `end` is 0, and then takes the class token.
-            actual = stages[-1].features(stages[0].embed(x))
+            actual = jax.jit(lambda x: stages[-1].features(stages[0].embed(x)))(x)
         elif start == end:
             actual = x
         else:
-            inner = [n for n in (start, end - start, total - end)]
-            parts = vit.cut(stages, [n for n in inner if n])
-            actual = jax.jit(parts[1 if start else 0].__call__)(x)
+            depths = [n for n in (start, end - start, total - end) if n]
+
+            @jax.jit
+            def run(x, depths=depths, i=1 if start else 0):
+                return vit.cut(stages, depths)[i](x)
+
+            actual = run(x)
         assert_close(actual, io[key], OUTPUT_TOLERANCE, key)
 
 
