@@ -14,7 +14,6 @@ from m2mkd_jax.checkpoint.steps import latest_step
 from tests.e2e import command as commands
 from tests.e2e.command import (
     ROOT,
-    TIMEOUT,
     checksums,
     records,
     summary,
@@ -124,21 +123,6 @@ def test_killed_in_several_phases_and_resumed(whole, environment, tmp_path):
         assert [r for r in mine if "eval_accuracy" in r] == [
             r for r in other if "eval_accuracy" in r
         ] and common
-
-
-def test_sigterm_saves_and_exits_with_3(whole, environment, tmp_path):
-    with start(environment, tmp_path, "--only=pt") as process:
-        assert wait_for_records(tmp_path / "jobs" / "pt" / "metrics.jsonl", 2, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT) == 3
-        assert "run the same command again" in process.stderr.read()
-    interrupted = summary(tmp_path)["jobs"][0]
-    assert interrupted["status"] == "interrupted" and 0 < interrupted["steps"] < 40
-    result = run(environment, tmp_path, "--only=pt")
-    assert result.returncode == 0 and "[pt] resumed at step" in result.stdout
-    done = json.loads((tmp_path / "jobs" / "pt" / "done.json").read_text())
-    expected = json.loads((whole[0] / "jobs" / "pt" / "done.json").read_text())
-    assert done["metrics"] == expected["metrics"]
 
 
 def test_init_replaces_the_phases_before(whole, environment, tmp_path):

@@ -64,6 +64,10 @@ def test_pairs_go_on_together_and_by_themselves(workdir, environment, tmp_path):
         assert wait_for_records(tmp_path / "jobs" / "m2mkd" / "2" / "metrics.jsonl", 2, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT) == 3
+        assert "run the same command again" in process.stderr.read()
+    pairs = [job for job in summary(tmp_path)["jobs"] if job["name"].startswith("m2mkd/")]
+    assert [job["status"] for job in pairs] == ["interrupted"] * 3
+    assert all(0 < job["steps"] < (40 if job["name"] == "m2mkd/1" else 60) for job in pairs)
     alone = run("tiny_vmoe", environment, tmp_path, "--only=m2mkd/0")
     assert alone.returncode == 0 and "[m2mkd/0] resumed at step" in alone.stdout, alone.stderr
     rest = run("tiny_vmoe", environment, tmp_path, "--only=m2mkd")
