@@ -157,7 +157,7 @@ def gradients(spec, fused: bool, monkeypatch, rates=(0.3, 0.6)):
 @pytest.mark.parametrize(
     "options",
     [
-        {"iterations": 1},
+        {},
         {"codes_per_iteration": True, "remat": "always"},
         {"qkv_bias": False, "iterations": 1, "modulation": "l2", "truncation": None},
     ],
